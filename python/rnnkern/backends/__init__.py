@@ -1,0 +1,102 @@
+"""The backends in order of preference, and the choice among them.
+
+A backend is a module with these names; arrays are time-major, C-contiguous and of `stack.dtype` unless said:
+
+    name                  str
+    unavailable()         None, or why it cannot run here, with the command that mends it
+    pack(stack, weights, training) -> packed
+        weights: a mapping for each layer-direction (w_ih, w_hh, b_ih, b_hh, w_hr, extras); copies what it keeps
+    forward(stack, packed, x, state, lengths, resets, masks, y, training) -> (final state, saved)
+        x (T, B, I); state a tuple of `stack.state_shapes(B)`; lengths int64 (B,) or None; resets bool (T, B) or None;
+        masks one scaled (T, B, D*P) for each layer but the last, or None; fills y (T, B, D*P);
+        saved is what backward needs, None unless training
+    backward(stack, packed, saved, lengths, resets, masks, dy, dstate, need_x) -> (dx or None, dstate, gradients)
+        dy (T, B, D*P) or None; gradients: a dict like weights for each layer-direction
+    linear_forward(x, weight, bias, y)                 x (rows, inputs), weight (outputs, inputs), y (rows, outputs)
+    linear_backward(x, weight, dy, need_x) -> (dx or None, dweight, dbias)
+
+Nothing a caller passes is written to but y, and no result aliases an argument other than y.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from types import ModuleType
+
+__all__ = ["ORDER", "BackendUnavailableError", "backend_names", "get", "pick"]
+
+# Best first. A CUDA backend is used only by name: moving arrays to a device is the caller's decision.
+ORDER = ("native", "numba", "reference", "numba_cuda")
+AUTOMATIC = ("native", "numba", "reference")
+
+_MODULES = {
+    "native": "rnnkern.backends.native",
+    "numba": "rnnkern.backends.numba_cpu",
+    "reference": "rnnkern.reference",
+    "numba_cuda": "rnnkern.backends.numba_cuda",
+}
+
+_stepped_down = False
+
+
+class BackendUnavailableError(ImportError):
+    """A backend that was asked for by name cannot run here; the message says why and what mends it."""
+
+
+def backend_names() -> tuple[str, ...]:
+    """Names of all backends, available or not, best first.
+
+    >>> backend_names()
+    ('native', 'numba', 'reference', 'numba_cuda')
+    """
+    return ORDER
+
+
+def get(name: str) -> ModuleType:
+    """The module of a backend by name, available or not."""
+    if name not in _MODULES:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(ORDER)}, got {name!r}")
+    return importlib.import_module(_MODULES[name])
+
+
+def pick(name: str = "auto") -> ModuleType:
+    """The backend to use.
+
+    `auto` is the environment variable RNNKERN_BACKEND where set, else the best present of native, numba and
+    reference, with one warning when it is not the first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        name is not the name of a backend.
+    BackendUnavailableError
+        A named backend cannot run.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"backend: expected a name (str), got {type(name).__name__}")
+    if name == "auto":
+        name = os.environ.get("RNNKERN_BACKEND", "auto")
+    if name != "auto":
+        module = get(name)
+        reason = module.unavailable()
+        if reason is not None:
+            raise BackendUnavailableError(f"backend {name!r} is unavailable: {reason}")
+        return module
+    reasons = []
+    for candidate in AUTOMATIC:
+        module = get(candidate)
+        reason = module.unavailable()
+        if reason is None:
+            _warn_once(candidate, reasons)
+            return module
+        reasons.append(f"{candidate}: {reason}")
+    raise BackendUnavailableError("no backend is available: " + "; ".join(reasons))
+
+
+def _warn_once(chosen: str, reasons: list[str]) -> None:
+    global _stepped_down
+    if reasons and not _stepped_down:
+        _stepped_down = True
+        warnings.warn(f"rnnkern runs on the backend {chosen!r}, because {'; '.join(reasons)}", stacklevel=4)

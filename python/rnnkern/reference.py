@@ -1,0 +1,265 @@
+"""The reference: forward and backpropagation through time in NumPy, one time loop over any cell.
+
+It runs in the dtype it is given (float64 and longdouble as the measure of every kernel, complex for the complex-step
+derivative), and in any `Arithmetic`, so that the accuracy rule can ask what rounding alone does to a problem. As the
+backend `reference` it computes in float64 and rounds the results to the dtype of the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .stack import LayerSizes, Stack, State, Weights, backward_by_layer, forward_by_layer
+
+__all__ = ["EXACT", "Arithmetic", "backward_layer", "forward_layer"]
+
+Array = NDArray[Any]
+
+
+def _sigmoid(a: Array) -> Array:
+    if np.iscomplexobj(a):
+        return 1 / (1 + np.exp(-a))
+    small = np.exp(-np.abs(a))  # in (0, 1]: no overflow on either side
+    return np.where(a < 0, small, 1) / (1 + small)
+
+
+def _relu(a: Array) -> Array:
+    return np.where(a.real <= 0, 0, a)  # NaN stays NaN
+
+
+def _relu_gradient(h: Array) -> Array:
+    return np.where(np.isnan(h), h, (h.real > 0).astype(h.dtype))
+
+
+def _matmul(a: Array, w: Array) -> Array:
+    return a @ w.T
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How the reference computes. `product(a, w)`: a (..., K) times w (N, K) gives (..., N)."""
+
+    sigmoid: Callable[[Array], Array] = _sigmoid
+    tanh: Callable[[Array], Array] = np.tanh
+    relu: Callable[[Array], Array] = _relu
+    relu_gradient: Callable[[Array], Array] = _relu_gradient
+    product: Callable[[Array, Array], Array] = _matmul
+    one: float = 1.0
+    zero: float = 0.0
+
+
+EXACT = Arithmetic()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the backward of one layer-direction needs, a list over time each."""
+
+    values: list[list[Array]]  # saved values of the cell, (B, H) each
+    prev: list[list[Array]]  # states before each step, after the cut
+    scaled: list[list[Array]]  # inputs of the late product, where the cell has one
+    hidden: list[Array]  # h before the projection (B, H), where there is one
+
+
+def _rows(values: Sequence[Array]) -> Array:
+    """Arrays of one gate each, (B, H), as the rows of a matrix product: (B, G*H)."""
+    return np.concatenate(list(values), axis=-1)
+
+
+def _order(steps: int, reverse: bool) -> range:
+    return range(steps - 1, -1, -1) if reverse else range(steps)
+
+
+def forward_layer(
+    sizes: LayerSizes,
+    weights: Weights,
+    x: Array,
+    state: State,
+    lengths: Array | None,
+    cut: Array | None,
+    y: Array,
+    arithmetic: Arithmetic = EXACT,
+) -> tuple[State, Saved]:
+    """One layer-direction. x (T, B, I), state h (B, P) and others (B, H), cut bool (T, B) of `stack.cuts`; fills y."""
+    cell, H = sizes.cell, sizes.hidden_size
+    math = cell.math(arithmetic)
+    G, early = len(cell.gates), (len(cell.gates) - cell.late_gates) * H
+    no_bias = np.zeros(G * H, y.dtype)
+    b_ih, b_hh = weights.get("b_ih", no_bias), weights.get("b_hh", no_bias)
+    w_hh = weights["w_hh"]
+    extra = [weights[name] for name in cell.extras]
+    product = arithmetic.product
+    input_share = (product(x, weights["w_ih"]) + b_ih).astype(y.dtype, copy=False)
+    saved = Saved([[] for _ in x], [[] for _ in x], [[] for _ in x], list(x))
+    current = list(state)
+    for t in _order(len(x), sizes.reverse):
+        prev = current if cut is None else [np.where(cut[t][:, None], 0, s).astype(s.dtype) for s in current]
+        active = None if lengths is None else (t < lengths)[:, None]
+        gates = np.split(input_share[t], G, axis=-1)
+        recurrent = np.split(product(prev[0], w_hh[:early]) + b_hh[:early], G - cell.late_gates, axis=-1)
+        values: list[Any] = [None] * len(cell.saved)
+        new: list[Any] = [None] * len(cell.states)
+        if math.prepare is not None:
+            scaled: list[Any] = [None]
+            math.prepare(gates, recurrent, prev, scaled, values)
+            recurrent = [*recurrent, product(scaled[0], w_hh[early:]) + b_hh[early:]]
+            saved.scaled[t] = scaled
+        math.forward(gates, recurrent, extra, prev, new, values)
+        if "w_hr" in weights:
+            saved.hidden[t] = new[0]
+            new[0] = product(new[0], weights["w_hr"])
+        saved.values[t], saved.prev[t] = values, list(prev)
+        current = new if active is None else [np.where(active, n, s) for n, s in zip(new, current, strict=True)]
+        y[t] = new[0] if active is None else np.where(active, new[0], 0)
+    return tuple(current), saved
+
+
+def backward_layer(
+    sizes: LayerSizes,
+    weights: Weights,
+    x: Array,
+    saved: Saved,
+    lengths: Array | None,
+    cut: Array | None,
+    dy: Array | None,
+    dstate: State,
+    arithmetic: Arithmetic = EXACT,
+) -> tuple[Array, State, dict[str, Array]]:
+    """Gradients of one layer-direction: of x (T, B, I), of the initial state, and of the weights."""
+    cell, H = sizes.cell, sizes.hidden_size
+    math = cell.math(arithmetic)
+    G, early = len(cell.gates), (len(cell.gates) - cell.late_gates) * H
+    w_hh, product = weights["w_hh"], arithmetic.product
+    extra = [weights[name] for name in cell.extras]
+    (T, B), dtype = x.shape[:2], dstate[0].dtype
+    # Every sum over t and b runs over these rows; inactive rows stay zero on both sides of the product.
+    dx_gates, dr_gates = np.zeros((T, B, G * H), dtype), np.zeros((T, B, G * H), dtype)
+    inputs, before = np.zeros_like(x), np.zeros((T, B, sizes.state_size), dtype)
+    scaled_h, hidden, dh_rows = np.zeros((T, B, H), dtype), np.zeros((T, B, H), dtype), np.zeros_like(before)
+    dextra_rows = [np.zeros((T, B, H), dtype) for _ in cell.extras]
+    carried = list(dstate)
+    for t in reversed(_order(T, sizes.reverse)):
+        active = np.ones((B, 1), bool) if lengths is None else (t < lengths)[:, None]
+        prev = saved.prev[t]
+        dnew = [carried[0] if dy is None else carried[0] + np.where(active, dy[t], 0), *carried[1:]]
+        dh_rows[t] = np.where(active, dnew[0], 0)
+        if "w_hr" in weights:
+            dnew[0] = product(dnew[0], weights["w_hr"].T)
+            hidden[t] = np.where(active, saved.hidden[t], 0)
+        dx: list[Any] = [None] * G
+        dr: list[Any] = [None] * G
+        dprev: list[Any] = [None] * len(cell.states)
+        dextra: list[Any] = [None] * len(cell.extras)
+        math.backward(saved.values[t], extra, prev, dnew, dx, dr, dprev, dextra)
+        if math.prepare_backward is not None:
+            dscaled = product(_rows(dr[-cell.late_gates :]), w_hh[early:].T)
+            math.prepare_backward(saved.values[t], prev, [dscaled], dx, dr, dprev)
+            scaled_h[t] = np.where(active, saved.scaled[t][0], 0)
+        recurrent = product(_rows(dr[: G - cell.late_gates]), w_hh[:early].T)
+        dprev[0] = recurrent + dprev[0]
+        for rows, one in zip(dextra_rows, dextra, strict=True):
+            rows[t] = np.where(active, one, 0)
+        dx_gates[t], dr_gates[t] = np.where(active, _rows(dx), 0), np.where(active, _rows(dr), 0)
+        inputs[t], before[t] = np.where(active, x[t], 0), np.where(active, prev[0], 0)
+        if cut is not None:
+            dprev = [np.where(cut[t][:, None], 0, d) for d in dprev]
+        carried = [np.where(active, d, c) for d, c in zip(dprev, carried, strict=True)]
+
+    def sum_of_outer(left: Array, right: Array) -> Array:
+        return product(left.reshape(T * B, left.shape[-1]).T, right.reshape(T * B, right.shape[-1]).T)
+
+    gradients = {"w_ih": sum_of_outer(dx_gates, inputs), "w_hh": sum_of_outer(dr_gates, before)}
+    if cell.late_gates:
+        gradients["w_hh"][early:] = sum_of_outer(dr_gates[..., early:], scaled_h)
+    ones = np.ones((T, B, 1), dtype)
+    if "b_ih" in weights:
+        gradients["b_ih"] = sum_of_outer(dx_gates, ones)[:, 0]
+        gradients["b_hh"] = sum_of_outer(dr_gates, ones)[:, 0]
+    if "w_hr" in weights:
+        gradients["w_hr"] = sum_of_outer(dh_rows, hidden)
+    for name, rows in zip(cell.extras, dextra_rows, strict=True):
+        gradients[name] = sum_of_outer(rows, ones)[:, 0]
+    return product(dx_gates, weights["w_ih"].T), tuple(carried), gradients
+
+
+# The backend `reference`: the functions above over a stack, in float64.
+
+name = "reference"
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run: never."""
+    return None
+
+
+def pack(stack: Stack, weights: Sequence[Weights], training: bool) -> list[dict[str, Array]]:
+    """A float64 copy of the weights."""
+    return [{key: np.array(value, np.float64) for key, value in one.items()} for one in weights]
+
+
+def forward(
+    stack: Stack,
+    packed: Sequence[Weights],
+    x: Array,
+    state: State,
+    lengths: Array | None,
+    resets: Array | None,
+    masks: Sequence[Array] | None,
+    y: Array,
+    training: bool,
+) -> tuple[State, Any]:
+    """See `backends`."""
+    exact = np.empty(y.shape, np.float64)
+    with np.errstate(all="ignore"):
+        final, saved = forward_by_layer(
+            forward_layer, stack, packed, *_to_float64(x, state), lengths, resets, masks, exact
+        )
+        y[...] = exact
+        return tuple(s.astype(stack.dtype) for s in final), saved
+
+
+def backward(
+    stack: Stack,
+    packed: Sequence[Weights],
+    saved: Any,
+    lengths: Array | None,
+    resets: Array | None,
+    masks: Sequence[Array] | None,
+    dy: Array | None,
+    dstate: State,
+    need_x: bool,
+) -> tuple[Array | None, State, list[dict[str, Array]]]:
+    """See `backends`."""
+    with np.errstate(all="ignore"):
+        exact_dy = None if dy is None else dy.astype(np.float64)
+        exact_dstate = tuple(d.astype(np.float64) for d in dstate)
+        dx, initial, gradients = backward_by_layer(
+            backward_layer, stack, packed, saved, lengths, resets, masks, exact_dy, exact_dstate
+        )
+        return (
+            dx.astype(stack.dtype) if need_x and dx is not None else None,
+            tuple(s.astype(stack.dtype) for s in initial),
+            [{key: value.astype(stack.dtype) for key, value in one.items()} for one in gradients],
+        )
+
+
+def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> None:
+    """y = x W^T + b; x (rows, inputs), weight (outputs, inputs), y (rows, outputs)."""
+    exact = x.astype(np.float64) @ weight.astype(np.float64).T
+    y[...] = exact if bias is None else exact + bias
+
+
+def linear_backward(x: Array, weight: Array, dy: Array, need_x: bool) -> tuple[Array | None, Array, Array]:
+    """Gradients of x, weight and bias."""
+    exact = dy.astype(np.float64)
+    dx = (exact @ weight.astype(np.float64)).astype(x.dtype) if need_x else None
+    return dx, (exact.T @ x.astype(np.float64)).astype(x.dtype), exact.sum(0).astype(x.dtype)
+
+
+def _to_float64(x: Array, state: State) -> tuple[Array, State]:
+    return x.astype(np.float64), tuple(s.astype(np.float64) for s in state)

@@ -1,0 +1,194 @@
+"""A stack of layers and directions: its sizes, its order, and the walk over it for backends that run one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cells import Cell
+
+__all__ = ["LayerSizes", "Stack", "backward_by_layer", "cuts", "forward_by_layer"]
+
+Array = NDArray[Any]
+Weights = Mapping[str, Array]  # of one layer-direction: w_ih, w_hh and, where it has them, b_ih, b_hh, w_hr, extras
+State = tuple[Array, ...]  # one array a state, h first
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """One layer-direction of a stack: I inputs, H hidden units, P elements of h, and which way it runs."""
+
+    cell: Cell
+    input_size: int
+    hidden_size: int
+    state_size: int
+    reverse: bool
+
+    def weight_shapes(self, bias: bool, projection: bool) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights, in the order in which initial values are drawn."""
+        rows = len(self.cell.gates) * self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "w_ih": (rows, self.input_size),
+            "w_hh": (rows, self.state_size),
+        }
+        if bias:
+            shapes |= {"b_ih": (rows,), "b_hh": (rows,)}
+        if projection:
+            shapes["w_hr"] = (self.state_size, self.hidden_size)
+        return shapes | {extra: (self.hidden_size,) for extra in self.cell.extras}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """L layers of D directions of one cell. Index of a layer-direction: l * D + d."""
+
+    cell: Cell
+    input_size: int
+    hidden_size: int
+    proj_size: int = 0  # P where positive; 0: no projection
+    num_layers: int = 1
+    directions: tuple[bool, ...] = (False,)  # of each direction: does it run in reverse?
+    dtype: np.dtype[Any] = np.dtype(np.float32)
+
+    @property
+    def state_size(self) -> int:
+        """P, the elements of h."""
+        return self.proj_size or self.hidden_size
+
+    @property
+    def output_size(self) -> int:
+        """D * P, the elements of y at a step."""
+        return len(self.directions) * self.state_size
+
+    @property
+    def layers(self) -> list[LayerSizes]:
+        """The layer-directions in the order of their index."""
+        return [
+            LayerSizes(
+                self.cell,
+                self.input_size if layer == 0 else self.output_size,
+                self.hidden_size,
+                self.state_size,
+                reverse,
+            )
+            for layer in range(self.num_layers)
+            for reverse in self.directions
+        ]
+
+    def state_shapes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
+        """Shape of each state: (L*D, B, P) for h, (L*D, B, H) for the others."""
+        count = self.num_layers * len(self.directions)
+        sizes = [self.state_size] + [self.hidden_size] * (len(self.cell.states) - 1)
+        return tuple((count, batch, size) for size in sizes)
+
+
+def cuts(resets: Array | None, lengths: Array | None, reverse: bool) -> Array | None:
+    """Where a direction starts from zeros instead of the state that reaches it, bool (T, B).
+
+    A reset at t cuts the link t-1 -> t. Forward meets the cut when it enters t, reverse when it enters t-1 coming from
+    t; there it counts only if t still belongs to the row.
+    """
+    if resets is None or not reverse:
+        return resets
+    cut = np.zeros_like(resets)
+    cut[:-1] = resets[1:]
+    if lengths is not None and len(cut):
+        cut &= np.arange(1, len(cut) + 1)[:, None] < lengths
+    return cut
+
+
+ForwardLayer = Callable[..., tuple[State, Any]]
+BackwardLayer = Callable[..., tuple[Array | None, State, dict[str, Array]]]
+
+
+def forward_by_layer(
+    forward_layer: ForwardLayer,
+    stack: Stack,
+    weights: Sequence[Weights],
+    x: Array,
+    state: State,
+    lengths: Array | None,
+    resets: Array | None,
+    masks: Sequence[Array] | None,
+    y: Array,
+) -> tuple[State, list[Any]]:
+    """Run a stack with `forward_layer(sizes, weights, x, state, lengths, cut, y) -> (state, saved)`.
+
+    Shapes: x (T, B, I), state as `Stack.state_shapes`, lengths int64 (B,), resets bool (T, B), masks one (T, B, D*P)
+    for each layer but the last, already scaled. y (T, B, D*P) receives the output of the last layer; `forward_layer`
+    writes its direction's columns of its own y (T, B, P), zeros past a row's end. Returns the final state and what
+    `backward_by_layer` wants.
+    """
+    final = tuple(np.empty_like(s) for s in state)
+    saved: list[Any] = []
+    directions = len(stack.directions)
+    sizes = stack.layers
+    for layer in range(stack.num_layers):
+        last = layer == stack.num_layers - 1
+        output = y if last else np.empty((*x.shape[:2], stack.output_size), x.dtype)
+        for direction, reverse in enumerate(stack.directions):
+            index = layer * directions + direction
+            columns = output[:, :, direction * stack.state_size : (direction + 1) * stack.state_size]
+            new, kept = forward_layer(
+                sizes[index],
+                weights[index],
+                x,
+                tuple(s[index] for s in state),
+                lengths,
+                cuts(resets, lengths, reverse),
+                columns,
+            )
+            saved.append((x, kept))
+            for all_layers, one in zip(final, new, strict=True):
+                all_layers[index] = one
+        x = output * masks[layer] if masks is not None and not last else output
+    return final, saved
+
+
+def backward_by_layer(
+    backward_layer: BackwardLayer,
+    stack: Stack,
+    weights: Sequence[Weights],
+    saved: Sequence[Any],
+    lengths: Array | None,
+    resets: Array | None,
+    masks: Sequence[Array] | None,
+    dy: Array | None,
+    dstate: State,
+) -> tuple[Array | None, State, list[dict[str, Array]]]:
+    """Mirror of `forward_by_layer`, with
+
+    `backward_layer(sizes, weights, x, saved, lengths, cut, dy, dstate) -> (dx, dstate, gradients of the weights)`.
+
+    dy (T, B, D*P) or None for zeros. Returns dx (T, B, I), the gradients of the initial state, and those of the
+    weights of each layer-direction.
+    """
+    initial = tuple(np.empty_like(s) for s in dstate)
+    directions = len(stack.directions)
+    sizes = stack.layers
+    gradients: list[dict[str, Array]] = [{} for _ in sizes]
+    dx: Array | None = None
+    for layer in reversed(range(stack.num_layers)):
+        dx = None
+        for direction, reverse in enumerate(stack.directions):
+            index = layer * directions + direction
+            x, kept = saved[index]
+            part, new, gradients[index] = backward_layer(
+                sizes[index],
+                weights[index],
+                x,
+                kept,
+                lengths,
+                cuts(resets, lengths, reverse),
+                None if dy is None else dy[:, :, direction * stack.state_size : (direction + 1) * stack.state_size],
+                tuple(s[index] for s in dstate),
+            )
+            dx = part if dx is None or part is None else dx + part
+            for all_layers, one in zip(initial, new, strict=True):
+                all_layers[index] = one
+        dy = dx * masks[layer - 1] if masks is not None and layer > 0 and dx is not None else dx
+    return dx, initial, gradients
