@@ -1,0 +1,8 @@
+# The instruction sets kernels.cpp is compiled for, best first: name, compiler flags, CPU features to look for.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+  rnnkern_isa(avx512 "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma" avx512f avx512dq avx512vl avx512bw fma)
+  rnnkern_isa(avx2 "-mavx2 -mfma" avx2 fma)
+  rnnkern_isa(baseline "-march=x86-64-v2" sse4.2 popcnt)
+else()
+  rnnkern_isa(baseline "")
+endif()

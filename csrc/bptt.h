@@ -1,0 +1,369 @@
+// Backpropagation through time of one layer-direction, generic over cells; the mirror of recurrence.h.
+//
+// A step: gate gradients of every active row from dh = carry + dy (elementwise), then the carry for the step before it
+// as their product with W_hh. dy is added after that product, so that a sequence cut in two gives the same bits.
+#pragma once
+
+#include "recurrence.h"
+
+namespace rnnkern {
+namespace {
+
+template <class Cell, class T>
+struct BackwardScratch {
+  T* carry_h;     // [B, padded P]: gradient of h after the step at hand, without dy
+  T* carry_c;     // [B, padded H]
+  T* dx_gates;    // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
+  T* dr_gates;    // the same, recurrent side; dx_gates where the cell has but one
+  T* dextra;      // [block rows, extras * H]
+  T* dh;          // [block rows, padded P]: gradient of the projected h
+  T* hidden;      // [block rows, padded H]: h before the projection, or the scaled h of a late product
+  T* zeros;       // [padded H]
+  std::int64_t gate_stride;
+  // Of one worker.
+  const T **left, **right;  // [block rows]: of a sum of outer products
+  T** outputs;              // [block rows]
+  T* buffer;                // kOuterBuffer
+  const T **step_h_prev, **step_c_prev, **inputs;  // [B], of a step
+  std::int64_t* batch_index;
+
+  BackwardScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
+    std::int64_t H = 0, padded_h = 0, padded_p = 0;
+    bool projected = false;
+    for (int i = 0; i < stack.layer_count * stack.directions; ++i) {
+      const Layer& layer = stack.layers[i];
+      H = layer.sizes.hidden;
+      padded_h = padded<T>(H);
+      padded_p = padded<T>(layer.sizes.outputs);
+      projected |= layer.sizes.projected;
+    }
+    const std::int64_t B = stack.batch, rows = stack.block_steps * B;
+    // One cache line more than whole lines, so that rows do not fall into the same cache set.
+    gate_stride = round_up(Cell::gates * H, 64 / static_cast<std::int64_t>(sizeof(T))) + 64 / static_cast<std::int64_t>(sizeof(T));
+    carry_h = arena.take<T>(B * padded_p);
+    carry_c = arena.take<T>(Cell::states > 1 ? B * padded_h : 0);
+    dx_gates = arena.take<T>(rows * gate_stride);
+    dr_gates = Cell::separate_recurrent ? arena.take<T>(rows * gate_stride) : dx_gates;
+    dextra = arena.take<T>(rows * Cell::extras * H);
+    dh = arena.take<T>(projected ? rows * padded_p : 0);
+    hidden = arena.take<T>(projected || Cell::late_gates > 0 ? rows * padded_h : 0);
+    zeros = arena.take<T>(padded_h);
+    for (int i = 0; i < stack.max_threads; ++i) {
+      const auto left_rows = arena.take<const T*>(rows), right_rows = arena.take<const T*>(rows);
+      const auto output_rows = arena.take<T*>(rows);
+      const auto columns = arena.take<T>(kOuterBuffer<T>);
+      const auto h_rows = arena.take<const T*>(B), c_rows = arena.take<const T*>(B), step = arena.take<const T*>(B);
+      const auto indices = arena.take<std::int64_t>(B);
+      if (i != worker_index) continue;
+      left = left_rows, right = right_rows, outputs = output_rows, buffer = columns;
+      step_h_prev = h_rows, step_c_prev = c_rows, inputs = step, batch_index = indices;
+    }
+  }
+};
+
+template <class Cell, class T>
+class BackwardLayer : Context<Cell, T> {
+  using Base = Context<Cell, T>;
+  using Base::stack, Base::worker, Base::lanes;
+  using V = Vec<T>;
+  using Layout = PackedLayout<Cell, T>;
+
+ public:
+  BackwardLayer(const Base& context, const Layer& layer, const BackwardScratch<Cell, T>& scratch) noexcept
+      : Base(context),
+        layer_(layer),
+        s_(scratch),
+        at_(layer.sizes, true),
+        packed_(static_cast<const T*>(layer.packed)),
+        H_(layer.sizes.hidden),
+        P_(layer.sizes.outputs),
+        padded_h_(padded<T>(H_)),
+        padded_p_(padded<T>(P_)) {}
+
+  // Returns the number of blocks begun in the call so far.
+  std::int64_t run() noexcept {
+    enter();
+    for (std::int64_t end = stack.steps; end > 0; end -= stack.block_steps) {
+      if (this->give_up()) break;
+      block_first_ = end > stack.block_steps ? end - stack.block_steps : 0;
+      for (std::int64_t i = end - 1; i >= block_first_; --i) step(time(i), i - block_first_);
+      this->wait();
+      add_gradients(end);
+      this->wait();
+    }
+    leave();
+    return this->block;
+  }
+
+ private:
+  std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? stack.steps - 1 - step : step; }
+
+  void enter() noexcept {
+    const Range own = this->rows_to_own();
+    for (std::int64_t b = own.begin; b < own.end; ++b) {
+      const T* dh = static_cast<const T*>(layer_.dlast[0]);
+      copy_row(s_.carry_h + b * padded_p_, dh ? dh + b * P_ : nullptr, P_, padded_p_);
+      if constexpr (Cell::states > 1) {
+        const T* dc = static_cast<const T*>(layer_.dlast[1]);
+        copy_row(s_.carry_c + b * padded_h_, dc ? dc + b * H_ : nullptr, H_, padded_h_);
+      }
+    }
+    if (worker.index == 0) std::memset(s_.zeros, 0, static_cast<std::size_t>(padded_h_) * sizeof(T));
+    this->wait();
+  }
+
+  void leave() noexcept {
+    const Range own = this->rows_to_own();
+    for (std::int64_t b = own.begin; b < own.end; ++b) {
+      copy_row(static_cast<T*>(layer_.dinitial[0]) + b * P_, s_.carry_h + b * padded_p_, P_, P_);
+      if constexpr (Cell::states > 1)
+        copy_row(static_cast<T*>(layer_.dinitial[1]) + b * H_, s_.carry_c + b * padded_h_, H_, H_);
+    }
+  }
+
+  const T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<const T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
+  }
+
+  // Where row b came from when it entered step t: h (P elements) and c (H elements).
+  const T* previous(int state, std::int64_t t, std::int64_t b) const noexcept {
+    if (this->cut(layer_.reverse, t, b)) return s_.zeros;
+    const bool first = layer_.reverse ? t + 1 >= this->length(b) : t == 0;
+    if (first) {
+      const T* initial = static_cast<const T*>(layer_.initial[state]);
+      return initial ? initial + b * (state == 0 ? P_ : H_) : s_.zeros;
+    }
+    const std::int64_t before = layer_.reverse ? t + 1 : t - 1;
+    if (state == 0) return static_cast<const T*>(layer_.y) + (before * stack.batch + b) * layer_.y_stride;
+    return saved_row(before, b) + (Cell::saved - 1) * padded_h_;  // c is the last of the saved values
+  }
+
+  int valid(std::int64_t unit, std::int64_t units) const noexcept {
+    return units - unit < lanes ? static_cast<int>(units - unit) : lanes;
+  }
+
+  // `row0`: number in the block of the step's first row.
+  void step(std::int64_t t, std::int64_t step_in_block) noexcept {
+    t_ = t;
+    row0_ = step_in_block * stack.batch;
+    const Range own = this->rows();
+    std::int64_t rows = 0;
+    for (std::int64_t b = own.begin; b < own.end; ++b) {
+      if (t >= this->length(b)) continue;
+      if constexpr (!Cell::projects) s_.step_h_prev[rows] = previous(0, t, b);
+      if constexpr (Cell::states > 1) s_.step_c_prev[rows] = previous(1, t, b);
+      s_.batch_index[rows++] = b;
+    }
+    add_elementwise(rows);
+    this->wait_if_units();
+    if constexpr (Cell::late_gates > 0) {
+      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i) + Layout::early * H_;
+      const Range panels = this->panels(Plain::panels<T>(H_));
+      product<T, Plain::vectors>(rows, s_.inputs, Cell::late_gates * H_, packed_ + at_.w_late_t,
+                                 static_cast<const T*>(nullptr), panels.begin, panels.end,
+                                 [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                   for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
+                                     finish_late(i, unit, count, sum[v]);
+                                   });
+                                 });
+      this->wait_if_units();
+    }
+    for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i);
+    const Range panels = this->panels(Plain::panels<T>(P_));
+    product<T, Plain::vectors>(rows, s_.inputs, Layout::early * H_, packed_ + at_.w_early_t,
+                               static_cast<const T*>(nullptr), panels.begin, panels.end,
+                               [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                 for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) {
+                                   const std::int64_t b = s_.batch_index[i];
+                                   T* to = s_.carry_h + b * padded_p_ + unit;
+                                   const V before = layer_.sizes.projected ? sum[v] : sum[v] + load<V>(to);
+                                   store(to, this->cut(layer_.reverse, t, b) ? zero<V>() : before);
+                                 });
+                               });
+    if (layer_.sizes.projected) this->wait_if_units();
+  }
+
+  T* gate_row(T* gates, std::int64_t i) const noexcept {
+    return gates + (row0_ + s_.batch_index[i]) * s_.gate_stride;
+  }
+
+  const T* dy_row(std::int64_t b) const noexcept {
+    return static_cast<const T*>(layer_.dy) + (t_ * stack.batch + b) * layer_.dy_stride;
+  }
+
+  // dh of a row: what the later steps and the output ask of h.
+  RNNKERN_INLINE V output_gradient(std::int64_t b, std::int64_t unit, int count) const noexcept {
+    const V carry = load<V>(s_.carry_h + b * padded_p_ + unit);
+    return layer_.dy ? carry + load_some<V>(dy_row(b) + unit, count) : carry;
+  }
+
+  void add_elementwise(std::int64_t rows) noexcept {
+    const Range panels = this->panels(Plain::panels<T>(H_));
+    if (layer_.sizes.projected) {
+      const Range own = this->by_units() ? share(rows, worker.index, worker.count) : Range{0, rows};
+      for (std::int64_t i = own.begin; i < own.end; ++i) {
+        const std::int64_t b = s_.batch_index[i];
+        for (std::int64_t unit = 0; unit < P_; unit += lanes)
+          store(s_.dh + (row0_ + b) * padded_p_ + unit, output_gradient(b, unit, valid(unit, P_)));
+      }
+      this->wait_if_units();
+      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * padded_p_;
+      product<T, Plain::vectors>(rows, s_.inputs, P_, packed_ + at_.w_hr_t, static_cast<const T*>(nullptr),
+                                 panels.begin, panels.end,
+                                 [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                   for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
+                                     backward_vector(i, unit, count, sum[v]);
+                                   });
+                                 });
+      return;
+    }
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (std::int64_t panel = panels.begin; panel < panels.end; ++panel)
+        for_plain_vectors<T>(panel, H_, [&](int, std::int64_t unit, int count) {
+          backward_vector(i, unit, count, output_gradient(s_.batch_index[i], unit, count));
+        });
+  }
+
+  RNNKERN_INLINE void load_step(std::int64_t i, std::int64_t unit, int count, V* saved, V* prev) const noexcept {
+    const T* row = saved_row(t_, s_.batch_index[i]) + unit;
+    for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(row + v * padded_h_);
+    if constexpr (!Cell::projects) prev[0] = load_some<V>(s_.step_h_prev[i] + unit, count);
+    if constexpr (Cell::states > 1) prev[1] = load_some<V>(s_.step_c_prev[i] + unit, count);
+  }
+
+  void backward_vector(std::int64_t i, std::int64_t unit, int count, V dh) const noexcept {
+    const std::int64_t b = s_.batch_index[i];
+    V saved[kSlots<Cell>], extra[kMaxExtras], prev[kMaxStates], h = {}, dnew[kMaxStates];
+    V dx[Cell::gates], separate[Cell::gates], dprev[kMaxStates], dextra[kMaxExtras];
+    V* dr = Cell::separate_recurrent ? separate : dx;
+    load_step(i, unit, count, saved, prev);
+    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_ + at_.extras + e * padded_h_ + unit);
+    if constexpr (Cell::saved == 0)
+      h = load_some<V>(static_cast<const T*>(layer_.y) + (t_ * stack.batch + b) * layer_.y_stride + unit, count);
+    dnew[0] = dh;
+    if constexpr (Cell::states > 1) dnew[1] = load<V>(s_.carry_c + b * padded_h_ + unit);
+    Cell::backward(saved, extra, prev, h, dnew, dx, dr, dprev, dextra);
+
+    store_gates(gate_row(s_.dx_gates, i) + unit, dx, count);
+    if constexpr (Cell::separate_recurrent) store_gates(gate_row(s_.dr_gates, i) + unit, dr, count);
+    for (int e = 0; e < Cell::extras; ++e)
+      store_some<V>(s_.dextra + (row0_ + b) * Cell::extras * H_ + e * H_ + unit, dextra[e], count);
+    if (!layer_.sizes.projected) store(s_.carry_h + b * padded_p_ + unit, dprev[0]);
+    if constexpr (Cell::states > 1)
+      store(s_.carry_c + b * padded_h_ + unit, this->cut(layer_.reverse, t_, b) ? zero<V>() : dprev[1]);
+    T* hidden = s_.hidden + (row0_ + b) * padded_h_ + unit;
+    if constexpr (Cell::late_gates > 0) store(hidden, Cell::scaled(saved, prev));
+    if constexpr (Cell::projects)
+      if (layer_.sizes.projected) store(hidden, Cell::hidden(saved));
+  }
+
+  // The early gates and the rest of dprev, once the gradient of the scaled h is known.
+  RNNKERN_INLINE void finish_late(std::int64_t i, std::int64_t unit, int count, V dscaled) const noexcept {
+    if constexpr (Cell::late_gates > 0) {
+      V saved[kSlots<Cell>], prev[kMaxStates], dx[Cell::gates];
+      load_step(i, unit, count, saved, prev);
+      T* carry = s_.carry_h + s_.batch_index[i] * padded_p_ + unit;
+      T* gates = gate_row(s_.dx_gates, i) + unit;
+      V dprev = load<V>(carry);
+      for (int gate = 0; gate < Layout::early; ++gate) dx[gate] = load_some<V>(gates + gate * H_, count);
+      Cell::prepare_backward(saved, prev, &dscaled, dx, &dprev);
+      store(carry, dprev);
+      for (int gate = 0; gate < Layout::early; ++gate) store_some<V>(gates + gate * H_, dx[gate], count);
+    }
+  }
+
+  RNNKERN_INLINE void store_gates(T* row, const V* gates, int count) const noexcept {
+    for (int gate = 0; gate < Cell::gates; ++gate) store_some<V>(row + gate * H_, gates[gate], count);
+  }
+
+  // Lists the block's active rows in the order of backward, the same for every block size; row(t, b, index in block).
+  template <class Row>
+  std::int64_t list(std::int64_t end, const T** rows, Row&& row) const noexcept {
+    std::int64_t count = 0;
+    for (std::int64_t i = end - 1; i >= block_first_; --i)
+      for (std::int64_t b = 0; b < stack.batch; ++b)
+        if (time(i) < this->length(b)) rows[count++] = row(time(i), b, (i - block_first_) * stack.batch + b);
+    return count;
+  }
+
+  // The block's part of every gradient that is a sum over rows, divided by output elements, and its rows of dx.
+  void add_gradients(std::int64_t end) noexcept {
+    const std::int64_t I = layer_.sizes.inputs, gates = Cell::gates * H_, early = Layout::early * H_;
+    const LayerWeights<void*>& to = layer_.gradients;
+    const Range own = share(gates, worker.index, worker.count, kTileRows<Plain::vectors>);
+    const Range own_early{own.begin < early ? own.begin : early, own.end < early ? own.end : early};
+    const auto in_gates = [&](T* base) {
+      return [this, base](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
+        return base + row * s_.gate_stride;
+      };
+    };
+
+    const std::int64_t rows = list(end, s_.left, in_gates(s_.dx_gates));
+    list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) {
+      return static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
+    });
+    add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
+    if (to.b_ih) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_ih));
+    if (layer_.dx) add_to_dx(rows, end);
+
+    if constexpr (Cell::separate_recurrent) list(end, s_.left, in_gates(s_.dr_gates));
+    list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous(0, t, b); });
+    add_outer_products(rows, s_.left, s_.right, own_early.begin, own_early.end, P_, static_cast<T*>(to.w_hh), s_.buffer);
+    if (to.b_hh) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_hh));
+
+    const auto hidden = [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
+      return s_.hidden + row * padded_h_;
+    };
+    if constexpr (Cell::late_gates > 0) {
+      list(end, s_.right, hidden);
+      const std::int64_t begin = own.begin > early ? own.begin : early;
+      add_outer_products(rows, s_.left, s_.right, begin, own.end, H_, static_cast<T*>(to.w_hh), s_.buffer);
+    }
+    if (layer_.sizes.projected) {
+      list(end, s_.left, [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
+        return s_.dh + row * padded_p_;
+      });
+      list(end, s_.right, hidden);
+      const Range projected = share(P_, worker.index, worker.count);
+      add_outer_products(rows, s_.left, s_.right, projected.begin, projected.end, H_, static_cast<T*>(to.w_hr),
+                         s_.buffer);
+    }
+    for (int e = 0; e < Cell::extras; ++e) {
+      list(end, s_.left, [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
+        return s_.dextra + row * Cell::extras * H_ + e * H_;
+      });
+      const Range units = share(H_, worker.index, worker.count);
+      add_rows(rows, s_.left, units.begin, units.end, static_cast<T*>(to.extra[e]));
+    }
+  }
+
+  // dx = dx_gates W_ih for this worker's part of the `rows` listed in left; zero in rows past their end.
+  void add_to_dx(std::int64_t rows, std::int64_t end) noexcept {
+    const std::int64_t I = layer_.sizes.inputs;
+    std::int64_t count = 0;
+    const auto at = [&](std::int64_t t, std::int64_t b) {
+      return static_cast<T*>(layer_.dx) + (t * stack.batch + b) * I;
+    };
+    for (std::int64_t i = end - 1; i >= block_first_; --i)
+      for (std::int64_t b = 0; b < stack.batch; ++b) {
+        T* row = at(time(i), b);
+        if (time(i) < this->length(b))
+          s_.outputs[count++] = row;
+        else if (!layer_.add_to_dx && b % worker.count == worker.index)
+          std::memset(row, 0, static_cast<std::size_t>(I) * sizeof(T));
+      }
+    const Range own = share(rows, worker.index, worker.count);
+    plain_product<T>(own.end - own.begin, s_.left + own.begin, Cell::gates * H_, packed_ + at_.w_ih_t, nullptr, I, 0,
+                     Plain::panels<T>(I), s_.outputs + own.begin, layer_.add_to_dx);
+  }
+
+  const Layer& layer_;
+  const BackwardScratch<Cell, T>& s_;
+  const Layout at_;
+  const T* packed_;
+  const std::int64_t H_, P_, padded_h_, padded_p_;
+  std::int64_t block_first_ = 0, t_ = 0, row0_ = 0;
+};
+
+}  // namespace
+}  // namespace rnnkern

@@ -1,0 +1,82 @@
+// Reads the CPU topology, the scheduling affinity and the cgroup quota of this process, as Linux shows them.
+#include "cores.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <fstream>
+#include <set>
+#include <string>
+#include <thread>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+namespace rnnkern {
+namespace {
+
+#ifdef __linux__
+
+// Cores with at least one CPU that this process may run on; 0 if that cannot be found out.
+int allowed_cores() {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 0;
+  std::set<std::string> cores;
+  for (std::size_t cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    const std::string name = "cpu" + std::to_string(cpu);
+    std::string core;  // the CPUs that share its core, such as "0,64"
+    std::getline(std::ifstream("/sys/devices/system/cpu/" + name + "/topology/thread_siblings_list"), core);
+    cores.insert(core.empty() ? name : core);
+  }
+  return static_cast<int>(cores.size());
+}
+
+// CPUs' worth of time per period that the cgroup in this folder grants; infinite where it sets no limit.
+double quota(const std::string& folder) {
+  double time = 0, period = 0;
+  if (std::ifstream(folder + "/cpu.max") >> time >> period) return time / period;  // v2; "max" is not a number
+  std::ifstream(folder + "/cpu.cfs_quota_us") >> time;                             // v1; -1 is no limit
+  std::ifstream(folder + "/cpu.cfs_period_us") >> period;
+  return time > 0 && period > 0 ? time / period : INFINITY;
+}
+
+// The tightest quota from this process's cgroup up to the root. In a container the path may be the host's, and then
+// only the root is there to read.
+double cgroup_quota() {
+  double tightest = INFINITY;
+  std::ifstream memberships("/proc/self/cgroup");
+  for (std::string line; std::getline(memberships, line);) {  // "0::/path" in v2, "4:cpu,cpuacct:/path" in v1
+    const std::size_t first = line.find(':');
+    const std::size_t second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool unified = controllers == ",,";
+    if (!unified && controllers.find(",cpu,") == std::string::npos) continue;
+    const std::string root = unified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu";
+    for (std::string path = line.substr(second + 1); !path.empty(); path.resize(path.rfind('/'))) {
+      tightest = std::min(tightest, quota(root + path));
+      if (path.find('/') == std::string::npos) break;
+    }
+    tightest = std::min(tightest, quota(root));
+  }
+  return tightest;
+}
+
+#else
+
+int allowed_cores() { return 0; }
+double cgroup_quota() { return INFINITY; }
+
+#endif
+
+}  // namespace
+
+int usable_cores() {
+  int cores = allowed_cores();
+  if (cores == 0) cores = static_cast<int>(std::thread::hardware_concurrency());
+  return std::max(1, static_cast<int>(std::min<double>(cores, std::ceil(cgroup_quota()))));
+}
+
+}  // namespace rnnkern

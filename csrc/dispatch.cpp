@@ -1,0 +1,65 @@
+// Asks the CPU once which of the compiled instruction sets it runs.
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+
+#include "isas.h"
+
+namespace rnnkern {
+
+#define RNNKERN_DECLARE(name, supported) \
+  namespace name {                       \
+  extern const KernelTable table;        \
+  }
+RNNKERN_ISAS(RNNKERN_DECLARE)
+#undef RNNKERN_DECLARE
+
+namespace {
+
+// RNNKERN_MAX_ISA, or empty.
+std::string_view max_isa() noexcept {
+  const char* value = std::getenv("RNNKERN_MAX_ISA");
+  return value == nullptr ? "" : value;
+}
+
+const Isa* find(std::string_view name) noexcept {
+  for (const Isa& isa : isas()) {
+    if (isa.name == name) return &isa;
+  }
+  return nullptr;
+}
+
+const Isa* best_allowed() noexcept {
+  const Isa* limit = find(max_isa());
+  const Isa* isa = limit == nullptr ? isas().data() : limit;
+  while (!isa->supported && isa != &isas().back()) ++isa;
+  return isa;
+}
+
+std::atomic<const Isa*>& current() noexcept {
+  static std::atomic<const Isa*> isa = best_allowed();
+  return isa;
+}
+
+}  // namespace
+
+std::span<const Isa> isas() noexcept {
+#define RNNKERN_ROW(name, supported) {#name, static_cast<bool>(supported), &name::table},
+  static const Isa all[] = {RNNKERN_ISAS(RNNKERN_ROW)};
+#undef RNNKERN_ROW
+  return all;
+}
+
+const Isa& active() noexcept { return *current().load(std::memory_order_relaxed); }
+
+bool use(std::string_view name) noexcept {
+  const Isa* isa = find(name);
+  if (isa == nullptr || !isa->supported) return false;
+  current().store(isa, std::memory_order_relaxed);
+  return true;
+}
+
+std::string unknown_max_isa() { return find(max_isa()) == nullptr ? std::string(max_isa()) : std::string(); }
+
+}  // namespace rnnkern

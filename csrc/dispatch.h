@@ -1,0 +1,31 @@
+// The compiled instruction sets and the choice among them.
+#pragma once
+
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace rnnkern {
+
+struct KernelTable;
+
+struct Isa {
+  const char* name;
+  bool supported;  // by the CPU this process runs on
+  const KernelTable* table;
+};
+
+// All that were compiled, best first. The last is what every supported CPU has; where even that one is not supported
+// the module must refuse to load.
+std::span<const Isa> isas() noexcept;
+
+// The one in use: at first the best supported one that is not above RNNKERN_MAX_ISA.
+const Isa& active() noexcept;
+
+// Changes the one in use; false, and no change, when the CPU does not support it or no ISA has that name.
+bool use(std::string_view name) noexcept;
+
+// The value of RNNKERN_MAX_ISA if it names no compiled ISA (it is then without effect), else empty.
+std::string unknown_max_isa();
+
+}  // namespace rnnkern

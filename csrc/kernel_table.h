@@ -1,0 +1,115 @@
+// What crosses the border between the binding and the code compiled per ISA: plain structs and function pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "worker.h"
+
+namespace rnnkern {
+
+constexpr int kMaxStates = 2, kMaxExtras = 4;
+
+// I, H and P of a layer-direction; P = H without a projection.
+struct LayerSizes {
+  std::int64_t inputs, hidden, outputs;
+  bool projected;
+};
+
+// The weights of a layer-direction as the user holds them, row-major; null where there is none.
+// G = gates; w_ih [G*H, I]  w_hh [G*H, P]  b_ih, b_hh [G*H]  w_hr [P, H]  extra [H] each
+template <class Pointer>
+struct LayerWeights {
+  Pointer w_ih, w_hh, b_ih, b_hh, w_hr, extra[kMaxExtras];
+};
+
+// One layer-direction of a call. A row is one (t, b); rows are in time-major order.
+struct Layer {
+  LayerSizes sizes;
+  bool reverse;
+  const void* packed;                 // see pack.h
+  const void* x;                      // [T*B] rows of I, x_stride elements apart
+  void* y;                            // [T*B] rows of P, y_stride elements apart; forward writes, backward reads
+  std::int64_t x_stride, y_stride;
+  const void* initial[kMaxStates];    // h [B, P], others [B, H]
+  void* last[kMaxStates];             // the same shapes; forward writes the states after the last step
+  void* saved;                        // [T, B, Cell::saved, padded H]; null: keep nothing
+  // Backward only.
+  const void* dy;                     // like y, dy_stride elements apart; null: zeros
+  std::int64_t dy_stride;
+  void* dx;                           // [T*B] rows of I, contiguous; null: not wanted
+  bool add_to_dx;                     // a second direction adds to what the first has written
+  const void* dlast[kMaxStates];      // gradients of `last`
+  void* dinitial[kMaxStates];
+  LayerWeights<void*> gradients;      // zeroed by the caller
+};
+
+enum class Split : int { rows, units };  // what the threads of a call divide among them
+
+// A stack of L layers of D directions, one call; layer-direction (l, d) is layers[l * D + d].
+struct Stack {
+  std::int64_t steps, batch;
+  const std::int64_t* lengths;   // [B] or null
+  const std::uint8_t* resets;    // [T, B] or null
+  int layer_count, directions;
+  const Layer* layers;
+  const void* const* masks;      // [L-1] of [T, B, D*P], dropout scale of each output; null: no dropout
+  void* const* masked;           // [L-1] of [T, B, D*P]: forward writes y * mask here, the input of the next layer
+  Split split;
+  std::int64_t block_steps;      // steps whose gates are worked on while they are in cache
+  int max_threads;
+  void* scratch;                 // scratch_bytes() of this struct, 64-byte aligned
+  bool (*poll)(void*);           // called by worker 0 between blocks; true: give up, the results are not wanted
+  void* poll_context;
+  std::int64_t* stop;            // 0 on entry; the number of the first block that is not worked on once poll says so
+};
+
+// y = x W^T + b and its gradients for `rows` rows. weight [outputs, inputs]
+struct Linear {
+  std::int64_t rows, inputs, outputs;
+  const void *x, *weight, *bias;  // bias null: none
+  void* y;
+  const void* dy;
+  void *dx, *dweight, *dbias;     // dx, dbias null: not wanted; dweight, dbias zeroed by the caller
+  void* scratch;
+};
+
+// The functions of one cell for one element type.
+struct CellKernels {
+  std::int64_t (*packed_elements)(const LayerSizes&, bool training) noexcept;
+  void (*pack)(const LayerSizes&, const LayerWeights<const void*>&, bool training, void* packed) noexcept;
+  std::int64_t (*saved_elements)(const LayerSizes&) noexcept;  // a row of Layer::saved
+  std::int64_t (*scratch_bytes)(const Stack&, bool backward) noexcept;
+  Task forward;   // context: const Stack*
+  Task backward;  // context: const Stack*
+};
+
+struct LinearKernels {
+  std::int64_t (*scratch_bytes)(const Linear&, int max_threads) noexcept;
+  Task forward;   // context: const Linear*; packs the weight on worker 0
+  Task backward;
+};
+
+// elementwise function of n elements, for tests of the approximations
+struct ActivationKernel {
+  const char* name;
+  void (*f32)(const float* x, float* y, std::int64_t n) noexcept;
+  void (*f64)(const double* x, double* y, std::int64_t n) noexcept;
+};
+
+struct CellEntry {
+  const char* name;
+  int gates, states, saved, extras;
+  bool projects, two_products;
+  CellKernels f32, f64;
+};
+
+struct KernelTable {
+  const CellEntry* cells;
+  int cell_count;
+  LinearKernels linear_f32, linear_f64;
+  const ActivationKernel* activations;
+  int activation_count;
+  int lanes_f32, lanes_f64;
+};
+
+}  // namespace rnnkern

@@ -1,0 +1,199 @@
+// Compiled once per ISA; exports one constant table of all kernels for that ISA.
+
+#include "bptt.h"
+
+namespace rnnkern {
+namespace {
+
+// to = a * b, elementwise, this worker's part of `count` elements; to may be a.
+template <class T>
+void multiply(const Worker& worker, std::int64_t count, const T* a, const T* b, T* to) noexcept {
+  using V = Vec<T>;
+  const Range own = share(count, worker.index, worker.count, kLanes<T>);
+  for (std::int64_t i = own.begin; i < own.end; i += kLanes<T>) {
+    const int some = own.end - i < kLanes<T> ? static_cast<int>(own.end - i) : kLanes<T>;
+    store_some<V>(to + i, load_some<V>(a + i, some) * load_some<V>(b + i, some), some);
+  }
+}
+
+template <class Cell, class T>
+void forward(void* context, const Worker& worker) noexcept {
+  const FlushDenormals flush;
+  const Stack& stack = *static_cast<const Stack*>(context);
+  Arena arena(stack.scratch);
+  const ForwardScratch<Cell, T> scratch(arena, stack, worker.index);
+  Context<Cell, T> call{stack, worker};
+  for (int layer = 0; layer < stack.layer_count; ++layer) {
+    for (int direction = 0; direction < stack.directions; ++direction) {
+      const Layer& one = stack.layers[layer * stack.directions + direction];
+      call.block = ForwardLayer<Cell, T>(call, one, scratch).run();
+      call.wait();
+    }
+    if (stack.masks && layer + 1 < stack.layer_count) {
+      const Layer& first = stack.layers[layer * stack.directions];
+      multiply(worker, stack.steps * stack.batch * first.y_stride, static_cast<const T*>(first.y),
+               static_cast<const T*>(stack.masks[layer]), static_cast<T*>(stack.masked[layer]));
+      call.wait();
+    }
+  }
+}
+
+template <class Cell, class T>
+void backward(void* context, const Worker& worker) noexcept {
+  const FlushDenormals flush;
+  const Stack& stack = *static_cast<const Stack*>(context);
+  Arena arena(stack.scratch);
+  const BackwardScratch<Cell, T> scratch(arena, stack, worker.index);
+  Context<Cell, T> call{stack, worker};
+  for (int layer = stack.layer_count - 1; layer >= 0; --layer) {
+    for (int direction = 0; direction < stack.directions; ++direction) {
+      const Layer& one = stack.layers[layer * stack.directions + direction];
+      call.block = BackwardLayer<Cell, T>(call, one, scratch).run();
+      call.wait();
+    }
+    if (stack.masks && layer > 0) {
+      const Layer& first = stack.layers[layer * stack.directions];
+      T* dx = static_cast<T*>(first.dx);
+      multiply(worker, stack.steps * stack.batch * first.sizes.inputs, dx,
+               static_cast<const T*>(stack.masks[layer - 1]), dx);
+      call.wait();
+    }
+  }
+}
+
+template <class Cell, class T>
+std::int64_t scratch_bytes(const Stack& stack, bool for_backward) noexcept {
+  Arena arena(nullptr);
+  if (for_backward)
+    BackwardScratch<Cell, T>(arena, stack, 0);
+  else
+    ForwardScratch<Cell, T>(arena, stack, 0);
+  return arena.used();
+}
+
+template <class Cell, class T>
+std::int64_t saved_elements(const LayerSizes& sizes) noexcept {
+  return Cell::saved * padded<T>(sizes.hidden);
+}
+
+template <class T>
+struct LinearScratch {
+  T* packed;
+  const T **left, **right;  // [rows] of one worker
+  T** outputs;
+  T* buffer;
+
+  LinearScratch(Arena& arena, const Linear& call, int worker_index, int max_threads) noexcept {
+    const std::int64_t forward_size = Plain::elements<T>(call.outputs, call.inputs) + Plain::elements<T>(call.outputs, 1);
+    const std::int64_t backward_size = Plain::elements<T>(call.inputs, call.outputs);
+    packed = arena.take<T>(forward_size > backward_size ? forward_size : backward_size);
+    for (int i = 0; i < max_threads; ++i) {
+      const auto left_rows = arena.take<const T*>(call.rows), right_rows = arena.take<const T*>(call.rows);
+      const auto output_rows = arena.take<T*>(call.rows);
+      const auto columns = arena.take<T>(kOuterBuffer<T>);
+      if (i == worker_index) left = left_rows, right = right_rows, outputs = output_rows, buffer = columns;
+    }
+  }
+};
+
+template <class T>
+std::int64_t linear_scratch_bytes(const Linear& call, int max_threads) noexcept {
+  Arena arena(nullptr);
+  LinearScratch<T>(arena, call, 0, max_threads);
+  return arena.used();
+}
+
+template <class T>
+void linear_forward(void* context, const Worker& worker) noexcept {
+  const FlushDenormals flush;
+  const Linear& call = *static_cast<const Linear*>(context);
+  Arena arena(call.scratch);
+  const LinearScratch<T> s(arena, call, worker.index, worker.index + 1);
+  const std::int64_t inputs = call.inputs, outputs = call.outputs;
+  const T* bias = static_cast<const T*>(call.bias);
+  T* packed_bias = s.packed + Plain::elements<T>(outputs, inputs);
+  if (worker.index == 0) {
+    pack_panels<1>(static_cast<const T*>(call.weight), outputs, inputs, 0, inputs, 1, s.packed);
+    if (bias) pack_panels<1>(bias, outputs, 1, 0, 1, 1, packed_bias);
+  }
+  if (worker.count > 1) worker.wait(worker.team);
+  const Range own = share(call.rows, worker.index, worker.count);
+  for (std::int64_t i = own.begin; i < own.end; ++i) {
+    s.left[i] = static_cast<const T*>(call.x) + i * inputs;
+    s.outputs[i] = static_cast<T*>(call.y) + i * outputs;
+  }
+  plain_product<T>(own.end - own.begin, s.left + own.begin, inputs, s.packed, bias ? packed_bias : nullptr, outputs, 0,
+                   Plain::panels<T>(outputs), s.outputs + own.begin, false);
+}
+
+template <class T>
+void linear_backward(void* context, const Worker& worker) noexcept {
+  const FlushDenormals flush;
+  const Linear& call = *static_cast<const Linear*>(context);
+  Arena arena(call.scratch);
+  const LinearScratch<T> s(arena, call, worker.index, worker.index + 1);
+  const std::int64_t inputs = call.inputs, outputs = call.outputs;
+  if (call.dx && worker.index == 0)
+    pack_panels<1>(static_cast<const T*>(call.weight), inputs, outputs, 0, 1, inputs, s.packed);
+  for (std::int64_t i = 0; i < call.rows; ++i) {
+    s.left[i] = static_cast<const T*>(call.dy) + i * outputs;
+    s.right[i] = static_cast<const T*>(call.x) + i * inputs;
+    s.outputs[i] = static_cast<T*>(call.dx) + (call.dx ? i * inputs : 0);
+  }
+  const Range own = share(outputs, worker.index, worker.count, kTileRows<Plain::vectors>);
+  add_outer_products(call.rows, s.left, s.right, own.begin, own.end, inputs, static_cast<T*>(call.dweight), s.buffer);
+  if (call.dbias) add_rows(call.rows, s.left, own.begin, own.end, static_cast<T*>(call.dbias));
+  if (!call.dx) return;
+  if (worker.count > 1) worker.wait(worker.team);
+  const Range rows = share(call.rows, worker.index, worker.count);
+  plain_product<T>(rows.end - rows.begin, s.left + rows.begin, outputs, s.packed, nullptr, inputs, 0,
+                   Plain::panels<T>(inputs), s.outputs + rows.begin, false);
+}
+
+template <class V, V (*function)(V) noexcept>
+void apply(const Scalar<V>* x, Scalar<V>* y, std::int64_t n) noexcept {
+  constexpr int lanes = kLanes<Scalar<V>>;
+  for (std::int64_t i = 0; i < n; i += lanes) {
+    const int some = n - i < lanes ? static_cast<int>(n - i) : lanes;
+    store_some<V>(y + i, function(load_some<V>(x + i, some)), some);
+  }
+}
+
+template <class Cell, class T>
+constexpr CellKernels kernels_of() noexcept {
+  return {packed_elements<Cell, T>, pack_layer<Cell, T>,  saved_elements<Cell, T>,
+          scratch_bytes<Cell, T>,   forward<Cell, T>,     backward<Cell, T>};
+}
+
+template <class Cell>
+constexpr CellEntry entry_of() noexcept {
+  return {Cell::name,     Cell::gates,          Cell::states,            Cell::saved,            Cell::extras,
+          Cell::projects, Cell::late_gates > 0, kernels_of<Cell, float>(), kernels_of<Cell, double>()};
+}
+
+template <class List>
+struct Entries;
+template <class... C>
+struct Entries<CellList<C...>> {
+  static constexpr CellEntry all[] = {entry_of<C>()...};
+};
+
+constexpr ActivationKernel kActivations[] = {
+    {"sigmoid", apply<F32, sigmoid<F32>>, apply<F64, sigmoid<F64>>},
+    {"tanh", apply<F32, tanh<F32>>, apply<F64, tanh<F64>>},
+    {"relu", apply<F32, relu<F32>>, apply<F64, relu<F64>>},
+};
+
+}  // namespace
+
+namespace RNNKERN_ISA {
+
+extern const KernelTable table;
+constexpr LinearKernels kLinearF32{linear_scratch_bytes<float>, linear_forward<float>, linear_backward<float>};
+constexpr LinearKernels kLinearF64{linear_scratch_bytes<double>, linear_forward<double>, linear_backward<double>};
+const KernelTable table = {Entries<Cells>::all, Cells::count,     kLinearF32,
+                           kLinearF64,          kActivations,     sizeof kActivations / sizeof *kActivations,
+                           kLanes<float>,       kLanes<double>};
+
+}  // namespace RNNKERN_ISA
+}  // namespace rnnkern

@@ -1,0 +1,147 @@
+// The layout of packed weights; the only file that knows it.
+//
+// A packed matrix is a row of panels. A panel holds `vectors` vectors of outputs for every input k, one k after the
+// other, so that a product reads it from front to back:
+//
+//   [panel][k][gate][sub][lane]    unit = (panel * subs + sub) * lanes + lane,  vectors = gates * subs
+//
+// The gates of a unit stand side by side: the product that fills them leaves all that a cell's step needs in registers.
+// Units past the end are zero.
+#pragma once
+
+#include "kernel_table.h"
+#include "simd.h"
+
+namespace rnnkern {
+namespace {
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) noexcept { return (a + b - 1) / b; }
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) noexcept { return divide_up(a, b) * b; }
+
+// Units padded to whole vectors, as states and saved values are stored.
+template <class T>
+constexpr std::int64_t padded(std::int64_t units) noexcept {
+  return round_up(units, kLanes<T>);
+}
+
+// The shape of a panel of `gates` gates: about four vectors, so that three rows of accumulators, three broadcasts and
+// a weight fill 16 registers; see tile_rows in gemm.h.
+template <int gates>
+struct PanelShape {
+  static constexpr int subs = gates >= 3 ? 1 : 4 / gates;
+  static constexpr int vectors = gates * subs;
+
+  template <class T>
+  static constexpr std::int64_t panels(std::int64_t units) noexcept {
+    return divide_up(units, subs * kLanes<T>);
+  }
+  template <class T>
+  static constexpr std::int64_t elements(std::int64_t units, std::int64_t depth) noexcept {
+    return panels<T>(units) * depth * vectors * kLanes<T>;
+  }
+};
+
+using Plain = PanelShape<1>;
+
+// weight(gate, unit, k) = source[gate * gate_stride + unit * unit_stride + k * k_stride]
+template <int gates, class T>
+void pack_panels(const T* source, std::int64_t units, std::int64_t depth, std::int64_t gate_stride,
+                 std::int64_t unit_stride, std::int64_t k_stride, T* target) noexcept {
+  using Shape = PanelShape<gates>;
+  constexpr int lanes = kLanes<T>;
+  for (std::int64_t panel = 0; panel < Shape::template panels<T>(units); ++panel)
+    for (int gate = 0; gate < gates; ++gate)
+      for (int sub = 0; sub < Shape::subs; ++sub) {
+        const std::int64_t first = (panel * Shape::subs + sub) * lanes;
+        const std::int64_t present = first + lanes <= units ? lanes : first < units ? units - first : 0;
+        const T* from = source + gate * gate_stride + first * unit_stride;
+        T* to = target + (panel * depth * Shape::vectors + gate * Shape::subs + sub) * lanes;
+        for (std::int64_t k = 0; k < depth; ++k, from += k_stride, to += Shape::vectors * lanes) {
+          for (std::int64_t lane = 0; lane < present; ++lane) to[lane] = from[lane * unit_stride];
+          for (std::int64_t lane = present; lane < lanes; ++lane) to[lane] = 0;
+        }
+      }
+}
+
+// Where the parts of a packed layer-direction begin, in elements; all are multiples of 64 bytes.
+template <class Cell, class T>
+struct PackedLayout {
+  static constexpr int early = Cell::gates - Cell::late_gates, late = Cell::late_gates;
+  using Input = PanelShape<Cell::gates>;
+  using Early = PanelShape<early>;
+  using Late = PanelShape<late == 0 ? 1 : late>;
+
+  std::int64_t w_ih, b_ih, w_early, b_early, w_late, b_late, w_hr, extras;  // forward
+  std::int64_t w_ih_t, w_early_t, w_late_t, w_hr_t;                         // backward: inputs and outputs exchanged
+  std::int64_t total;
+
+  PackedLayout(const LayerSizes& sizes, bool training) noexcept {
+    const std::int64_t I = sizes.inputs, H = sizes.hidden, P = sizes.outputs;
+    total = 0;
+    w_ih = take(Input::template elements<T>(H, I));
+    b_ih = take(Input::template elements<T>(H, 1));
+    w_early = take(Early::template elements<T>(H, P));
+    b_early = take(Early::template elements<T>(H, 1));
+    w_late = take(late ? Late::template elements<T>(H, H) : 0);
+    b_late = take(late ? Late::template elements<T>(H, 1) : 0);
+    w_hr = take(sizes.projected ? Plain::elements<T>(P, H) : 0);
+    extras = take(Cell::extras * padded<T>(H));
+    w_ih_t = take(training ? Plain::elements<T>(I, Cell::gates * H) : 0);
+    w_early_t = take(training ? Plain::elements<T>(P, early * H) : 0);
+    w_late_t = take(training && late ? Plain::elements<T>(H, late * H) : 0);
+    w_hr_t = take(training && sizes.projected ? Plain::elements<T>(H, P) : 0);
+  }
+
+ private:
+  std::int64_t take(std::int64_t elements) noexcept {
+    const std::int64_t begin = total;
+    total += round_up(elements, 64 / static_cast<std::int64_t>(sizeof(T)));
+    return begin;
+  }
+};
+
+template <class Cell, class T>
+std::int64_t packed_elements(const LayerSizes& sizes, bool training) noexcept {
+  return PackedLayout<Cell, T>(sizes, training).total;
+}
+
+template <class Cell, class T>
+void pack_layer(const LayerSizes& sizes, const LayerWeights<const void*>& weights, bool training,
+                void* packed) noexcept {
+  using Layout = PackedLayout<Cell, T>;
+  constexpr int gates = Cell::gates, early = Layout::early, late = Layout::late;
+  const Layout at(sizes, training);
+  const std::int64_t I = sizes.inputs, H = sizes.hidden, P = sizes.outputs;
+  T* out = static_cast<T*>(packed);
+  const T* w_ih = static_cast<const T*>(weights.w_ih);
+  const T* w_hh = static_cast<const T*>(weights.w_hh);
+  const T* b_ih = static_cast<const T*>(weights.b_ih);
+  const T* b_hh = static_cast<const T*>(weights.b_hh);
+  const T* w_hr = static_cast<const T*>(weights.w_hr);
+
+  pack_panels<gates>(w_ih, H, I, H * I, I, 1, out + at.w_ih);
+  pack_panels<early>(w_hh, H, P, H * P, P, 1, out + at.w_early);
+  std::memset(out + at.b_ih, 0, static_cast<std::size_t>(at.w_early - at.b_ih) * sizeof(T));
+  std::memset(out + at.b_early, 0, static_cast<std::size_t>(at.w_late - at.b_early) * sizeof(T));
+  if (b_ih) pack_panels<gates>(b_ih, H, 1, H, 1, 1, out + at.b_ih);
+  if (b_hh) pack_panels<early>(b_hh, H, 1, H, 1, 1, out + at.b_early);
+  if constexpr (late > 0) {
+    pack_panels<late>(w_hh + early * H * P, H, H, H * P, P, 1, out + at.w_late);
+    std::memset(out + at.b_late, 0, static_cast<std::size_t>(at.w_hr - at.b_late) * sizeof(T));
+    if (b_hh) pack_panels<late>(b_hh + early * H, H, 1, H, 1, 1, out + at.b_late);
+  }
+  if (sizes.projected) pack_panels<1>(w_hr, P, H, 0, H, 1, out + at.w_hr);
+  for (int extra = 0; extra < Cell::extras; ++extra) {
+    T* to = out + at.extras + extra * padded<T>(H);
+    std::memset(to, 0, static_cast<std::size_t>(padded<T>(H)) * sizeof(T));
+    std::memcpy(to, weights.extra[extra], static_cast<std::size_t>(H) * sizeof(T));
+  }
+  if (!training) return;
+  pack_panels<1>(w_ih, I, gates * H, 0, 1, I, out + at.w_ih_t);
+  pack_panels<1>(w_hh, P, early * H, 0, 1, P, out + at.w_early_t);
+  if constexpr (late > 0) pack_panels<1>(w_hh + early * H * P, H, late * H, 0, 1, P, out + at.w_late_t);
+  if (sizes.projected) pack_panels<1>(w_hr, H, P, 0, 1, H, out + at.w_hr_t);
+}
+
+}  // namespace
+}  // namespace rnnkern

@@ -1,0 +1,362 @@
+// The time loops: forward and backpropagation through time of one layer-direction, generic over cells.
+//
+// All workers of a call run these functions side by side. They divide either the rows of the batch (sequences do not
+// depend on each other: no barrier) or the hidden units (a barrier a step and product). A block is as many steps as
+// keep their gates in cache: forward makes the input's share of the gates for a block in one product and then runs
+// its steps; backward runs the steps of a block and then adds its share of every gradient that is a sum over rows.
+#pragma once
+
+#include "cells.h"
+#include "gemm.h"
+
+namespace rnnkern {
+namespace {
+
+struct Range {
+  std::int64_t begin, end;
+};
+
+// Part `index` of [0, count) in `parts` parts of whole `grain`s.
+RNNKERN_INLINE Range share(std::int64_t count, int index, int parts, std::int64_t grain = 1) noexcept {
+  const std::int64_t grains = divide_up(count, grain);
+  const std::int64_t begin = grains * index / parts * grain, end = grains * (index + 1) / parts * grain;
+  return {begin < count ? begin : count, end < count ? end : count};
+}
+
+// Hands out scratch memory from front to back, 64-byte aligned; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) noexcept : base_(static_cast<char*>(base)) {}
+  template <class E>
+  E* take(std::int64_t count) noexcept {
+    const std::int64_t begin = used_;
+    used_ += round_up(count * static_cast<std::int64_t>(sizeof(E)), 64);
+    return base_ ? reinterpret_cast<E*>(base_ + begin) : nullptr;
+  }
+  std::int64_t used() const noexcept { return used_; }
+
+ private:
+  char* base_;
+  std::int64_t used_ = 0;
+};
+
+// What both directions of time need to know of a call, seen by one worker.
+template <class Cell, class T>
+struct Context {
+  using V = Vec<T>;
+  static constexpr int lanes = kLanes<T>;
+
+  const Stack& stack;
+  const Worker& worker;
+  std::int64_t block = 0;  // blocks begun so far in this call; the same on all workers at the same place
+
+  bool by_units() const noexcept { return stack.split == Split::units && worker.count > 1; }
+  void wait() const noexcept {
+    if (worker.count > 1) worker.wait(worker.team);
+  }
+  void wait_if_units() const noexcept {
+    if (by_units()) worker.wait(worker.team);
+  }
+  Range rows() const noexcept { return by_units() ? Range{0, stack.batch} : rows_to_own(); }
+  Range rows_to_own() const noexcept { return share(stack.batch, worker.index, worker.count); }
+  Range panels(std::int64_t count) const noexcept {
+    return by_units() ? share(count, worker.index, worker.count) : Range{0, count};
+  }
+  std::int64_t length(std::int64_t b) const noexcept { return stack.lengths ? stack.lengths[b] : stack.steps; }
+
+  // Does row b enter step t from zeros?
+  bool cut(bool reverse, std::int64_t t, std::int64_t b) const noexcept {
+    if (!stack.resets) return false;
+    const std::int64_t link = reverse ? t + 1 : t;
+    return (!reverse || link < length(b)) && stack.resets[link * stack.batch + b] != 0;
+  }
+
+  // Begins a block; true when the call was given up. Worker 0 says so a block ahead, and between two blocks there is
+  // either a barrier or nothing that waits, so that no worker is left alone at a barrier.
+  bool give_up() noexcept {
+    if (worker.index == 0 && stack.poll && !__atomic_load_n(stack.stop, __ATOMIC_RELAXED) &&
+        stack.poll(stack.poll_context))
+      __atomic_store_n(stack.stop, block + 1, __ATOMIC_RELEASE);
+    const std::int64_t stop = __atomic_load_n(stack.stop, __ATOMIC_ACQUIRE);
+    const bool over = stop != 0 && block >= stop;
+    ++block;
+    return over;
+  }
+};
+
+template <class T>
+void copy_row(T* to, const T* from, std::int64_t count, std::int64_t padded_count) noexcept {
+  if (from)
+    std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(T));
+  else
+    std::memset(to, 0, static_cast<std::size_t>(count) * sizeof(T));
+  std::memset(to + count, 0, static_cast<std::size_t>(padded_count - count) * sizeof(T));
+}
+
+// Values of a saved row while the step works: the input's share of the gates is overwritten by what is saved.
+template <class Cell>
+constexpr int kSlots = Cell::saved > Cell::gates ? Cell::saved : Cell::gates;
+
+template <class Cell, class T>
+struct ForwardScratch {
+  T* h[2];      // [B, padded P]: the state before and after a step
+  T* c;         // [B, padded H]
+  T* hidden;    // [B, padded H]: h before the projection, or the scaled h of a late product
+  T* zeros;     // [padded H]
+  T* gates;     // [block_steps, B, slots, padded H]
+  // Of one worker: rows of a block, rows of a step.
+  const T** block_inputs;
+  T** block_gates;
+  const T **h_prev, **c_prev, **hidden_rows;
+  T** step_gates;
+  std::int64_t* batch_index;
+
+  ForwardScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
+    std::int64_t padded_h = 0, padded_p = 0;
+    bool own_gates = false, two_products = Cell::late_gates > 0;
+    for (int i = 0; i < stack.layer_count * stack.directions; ++i) {
+      const Layer& layer = stack.layers[i];
+      padded_h = padded<T>(layer.sizes.hidden);
+      padded_p = padded<T>(layer.sizes.outputs);
+      own_gates |= layer.saved == nullptr;
+      two_products |= layer.sizes.projected;
+    }
+    const std::int64_t B = stack.batch, rows = stack.block_steps * B;
+    for (T*& one : h) one = arena.take<T>(B * padded_p);
+    c = arena.take<T>(Cell::states > 1 ? B * padded_h : 0);
+    hidden = arena.take<T>(two_products ? B * padded_h : 0);
+    zeros = arena.take<T>(padded_h);
+    gates = arena.take<T>(own_gates ? rows * kSlots<Cell> * padded_h : 0);
+    for (int i = 0; i < stack.max_threads; ++i) {
+      const auto inputs = arena.take<const T*>(rows);
+      const auto gate_rows = arena.take<T*>(rows);
+      const auto h_rows = arena.take<const T*>(B), c_rows = arena.take<const T*>(B);
+      const auto hidden_of_rows = arena.take<const T*>(B);
+      const auto step_rows = arena.take<T*>(B);
+      const auto indices = arena.take<std::int64_t>(B);
+      if (i != worker_index) continue;
+      block_inputs = inputs, block_gates = gate_rows, h_prev = h_rows, c_prev = c_rows;
+      hidden_rows = hidden_of_rows, step_gates = step_rows, batch_index = indices;
+    }
+  }
+};
+
+template <class Cell, class T>
+class ForwardLayer : Context<Cell, T> {
+  using Base = Context<Cell, T>;
+  using Base::stack, Base::worker, Base::lanes;
+  using V = Vec<T>;
+  using Layout = PackedLayout<Cell, T>;
+  static constexpr int slots = kSlots<Cell>;
+  static_assert(Cell::saved == 0 || Cell::saved >= Cell::gates, "the gates' input share needs the saved row");
+
+ public:
+  ForwardLayer(const Base& context, const Layer& layer, const ForwardScratch<Cell, T>& scratch) noexcept
+      : Base(context),
+        layer_(layer),
+        s_(scratch),
+        at_(layer.sizes, false),
+        packed_(static_cast<const T*>(layer.packed)),
+        H_(layer.sizes.hidden),
+        P_(layer.sizes.outputs),
+        padded_h_(padded<T>(H_)),
+        padded_p_(padded<T>(P_)),
+        keep_(layer.saved != nullptr && Cell::saved > 0) {}
+
+  // Returns the number of blocks begun in the call so far.
+  std::int64_t run() noexcept {
+    enter();
+    for (std::int64_t first = 0; first < stack.steps; first += stack.block_steps) {
+      if (this->give_up()) break;
+      const std::int64_t count = first + stack.block_steps < stack.steps ? stack.block_steps : stack.steps - first;
+      block_first_ = first;
+      add_input_share(count);
+      this->wait_if_units();
+      for (std::int64_t i = first; i < first + count; ++i) {
+        step(time(i));
+        now_ = 1 - now_;
+        this->wait_if_units();
+      }
+    }
+    leave();
+    return this->block;
+  }
+
+ private:
+  std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? stack.steps - 1 - step : step; }
+
+  void enter() noexcept {
+    const Range own = this->rows_to_own();
+    for (std::int64_t b = own.begin; b < own.end; ++b) {
+      const T* h = static_cast<const T*>(layer_.initial[0]);
+      copy_row(s_.h[0] + b * padded_p_, h ? h + b * P_ : nullptr, P_, padded_p_);
+      if constexpr (Cell::states > 1) {
+        const T* c = static_cast<const T*>(layer_.initial[1]);
+        copy_row(s_.c + b * padded_h_, c ? c + b * H_ : nullptr, H_, padded_h_);
+      }
+    }
+    if (worker.index == 0) std::memset(s_.zeros, 0, static_cast<std::size_t>(padded_h_) * sizeof(T));
+    this->wait();
+  }
+
+  void leave() noexcept {
+    const Range own = this->rows_to_own();
+    for (std::int64_t b = own.begin; b < own.end; ++b) {
+      copy_row(static_cast<T*>(layer_.last[0]) + b * P_, s_.h[now_] + b * padded_p_, P_, P_);
+      if constexpr (Cell::states > 1)
+        copy_row(static_cast<T*>(layer_.last[1]) + b * H_, s_.c + b * padded_h_, H_, H_);
+    }
+  }
+
+  T* gates(std::int64_t t, std::int64_t b) const noexcept {
+    if (keep_) return static_cast<T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
+    const std::int64_t step = time(t) - block_first_;
+    return s_.gates + (step * stack.batch + b) * slots * padded_h_;
+  }
+
+  // gates = x W_ih^T + b_ih for the active rows of `count` steps, in one product.
+  void add_input_share(std::int64_t count) noexcept {
+    using Shape = typename Layout::Input;
+    const Range own = this->rows();
+    std::int64_t rows = 0;
+    for (std::int64_t i = block_first_; i < block_first_ + count; ++i) {
+      const std::int64_t t = time(i);
+      for (std::int64_t b = own.begin; b < own.end; ++b) {
+        if (t >= this->length(b)) continue;
+        s_.block_inputs[rows] = static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
+        s_.block_gates[rows++] = gates(t, b);
+      }
+    }
+    const Range panels = this->panels(Shape::template panels<T>(H_));
+    product<T, Shape::vectors>(
+        rows, s_.block_inputs, layer_.sizes.inputs, packed_ + at_.w_ih, packed_ + at_.b_ih, panels.begin, panels.end,
+        [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+          for (int sub = 0; sub < Shape::subs; ++sub) {
+            const std::int64_t unit = (panel * Shape::subs + sub) * lanes;
+            if (unit >= padded_h_) break;
+            for (int gate = 0; gate < Cell::gates; ++gate)
+              store(s_.block_gates[i] + gate * padded_h_ + unit, sum[gate * Shape::subs + sub]);
+          }
+        });
+  }
+
+  void step(std::int64_t t) noexcept {
+    const std::int64_t rows = list_rows(t);
+    using Early = typename Layout::Early;
+    const Range panels = this->panels(Early::template panels<T>(H_));
+    product<T, Early::vectors>(
+        rows, s_.h_prev, P_, packed_ + at_.w_early, packed_ + at_.b_early, panels.begin, panels.end,
+        [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+          for (int sub = 0; sub < Early::subs; ++sub) {
+            const std::int64_t unit = (panel * Early::subs + sub) * lanes;
+            if (unit >= padded_h_) break;
+            V r[Cell::gates];
+            for (int gate = 0; gate < Layout::early; ++gate) r[gate] = sum[gate * Early::subs + sub];
+            if constexpr (Cell::late_gates > 0)
+              prepare(i, unit, r);
+            else
+              finish(t, i, unit, r);
+          }
+        });
+    if constexpr (Cell::late_gates > 0) {
+      using Late = typename Layout::Late;
+      this->wait_if_units();
+      const Range late = this->panels(Late::template panels<T>(H_));
+      product<T, Late::vectors>(rows, s_.hidden_rows, H_, packed_ + at_.w_late, packed_ + at_.b_late, late.begin,
+                                late.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                  for (int sub = 0; sub < Late::subs; ++sub) {
+                                    const std::int64_t unit = (panel * Late::subs + sub) * lanes;
+                                    if (unit >= padded_h_) break;
+                                    V r[Cell::gates] = {};
+                                    for (int gate = 0; gate < Cell::late_gates; ++gate)
+                                      r[Layout::early + gate] = sum[gate * Late::subs + sub];
+                                    finish(t, i, unit, r);
+                                  }
+                                });
+    }
+    if (layer_.sizes.projected) {
+      this->wait_if_units();
+      const Range plain = this->panels(Plain::panels<T>(P_));
+      product<T, Plain::vectors>(
+          rows, s_.hidden_rows, H_, packed_ + at_.w_hr, static_cast<const T*>(nullptr), plain.begin, plain.end,
+          [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+            for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) { store_h(t, i, unit, sum[v]); });
+          });
+    }
+  }
+
+  // Lists the active rows of step t and carries the state of the others over it; their y is zero.
+  std::int64_t list_rows(std::int64_t t) noexcept {
+    const Range own = this->rows();
+    const T* h = s_.h[now_];
+    std::int64_t rows = 0;
+    for (std::int64_t b = own.begin; b < own.end; ++b) {
+      if (t >= this->length(b)) {
+        if (this->by_units() && b % worker.count != worker.index) continue;
+        std::memcpy(s_.h[1 - now_] + b * padded_p_, h + b * padded_p_, static_cast<std::size_t>(P_) * sizeof(T));
+        std::memset(output(t, b), 0, static_cast<std::size_t>(P_) * sizeof(T));
+        continue;
+      }
+      const bool cut = this->cut(layer_.reverse, t, b);
+      s_.h_prev[rows] = cut ? s_.zeros : h + b * padded_p_;
+      if constexpr (Cell::states > 1) s_.c_prev[rows] = cut ? s_.zeros : s_.c + b * padded_h_;
+      s_.hidden_rows[rows] = s_.hidden + b * padded_h_;
+      s_.step_gates[rows] = gates(t, b);
+      s_.batch_index[rows++] = b;
+    }
+    return rows;
+  }
+
+  T* output(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<T*>(layer_.y) + (t * stack.batch + b) * layer_.y_stride;
+  }
+
+  // In a cell with late gates the saved row holds, while the step works, what `prepare` has saved of the early gates
+  // and still the input's share of the late ones.
+  RNNKERN_INLINE void prepare(std::int64_t i, std::int64_t unit, const V* r) const noexcept {
+    if constexpr (Cell::late_gates > 0) {
+      T* row = s_.step_gates[i] + unit;
+      V x[Cell::gates], saved[slots], scaled;
+      for (int gate = 0; gate < Layout::early; ++gate) x[gate] = load<V>(row + gate * padded_h_);
+      const V prev = load<V>(s_.h_prev[i] + unit);
+      Cell::prepare(x, r, &prev, &scaled, saved);
+      for (int gate = 0; gate < Layout::early; ++gate) store(row + gate * padded_h_, saved[gate]);
+      store(s_.hidden + s_.batch_index[i] * padded_h_ + unit, scaled);
+    }
+  }
+
+  RNNKERN_INLINE void finish(std::int64_t t, std::int64_t i, std::int64_t unit, const V* r) const noexcept {
+    T* row = s_.step_gates[i] + unit;
+    V x[Cell::gates], extra[kMaxExtras], prev[kMaxStates], next[kMaxStates], saved[slots];
+    for (int gate = 0; gate < Cell::gates; ++gate) saved[gate] = x[gate] = load<V>(row + gate * padded_h_);
+    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_ + at_.extras + e * padded_h_ + unit);
+    if constexpr (!Cell::projects) prev[0] = load<V>(s_.h_prev[i] + unit);
+    if constexpr (Cell::states > 1) prev[1] = load<V>(s_.c_prev[i] + unit);
+    Cell::forward(x, r, extra, prev, next, saved);
+    if (keep_)
+      for (int v = 0; v < Cell::saved; ++v) store(row + v * padded_h_, saved[v]);
+    if constexpr (Cell::states > 1) store(s_.c + s_.batch_index[i] * padded_h_ + unit, next[1]);
+    if (layer_.sizes.projected)
+      store(s_.hidden + s_.batch_index[i] * padded_h_ + unit, next[0]);
+    else
+      store_h(t, i, unit, next[0]);
+  }
+
+  RNNKERN_INLINE void store_h(std::int64_t t, std::int64_t i, std::int64_t unit, V h) const noexcept {
+    const std::int64_t b = s_.batch_index[i];
+    store(s_.h[1 - now_] + b * padded_p_ + unit, h);
+    store_some<V>(output(t, b) + unit, h, P_ - unit < lanes ? static_cast<int>(P_ - unit) : lanes);
+  }
+
+  const Layer& layer_;
+  const ForwardScratch<Cell, T>& s_;
+  const Layout at_;
+  const T* packed_;
+  const std::int64_t H_, P_, padded_h_, padded_p_;
+  const bool keep_;
+  int now_ = 0;                   // which of s_.h is the state before the step
+  std::int64_t block_first_ = 0;  // steps done before this block
+};
+
+}  // namespace
+}  // namespace rnnkern

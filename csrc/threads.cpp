@@ -1,0 +1,224 @@
+// The team: helpers that spin briefly between calls and then sleep, and the barrier of those that take part in a call.
+#include "threads.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <initializer_list>
+#include <new>
+#include <thread>
+
+#include "cores.h"
+
+namespace rnnkern {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+using std::chrono::nanoseconds;
+
+constexpr int kMaxThreads = 1024;
+constexpr int kSpins = 200;                      // a few microseconds, more than a balanced step makes a thread wait
+constexpr microseconds kIdle{50};                // a helper without work sleeps after this
+constexpr nanoseconds kWorthWaking{100'000};     // waking a sleeping helper costs the caller up to 10 us
+constexpr nanoseconds kLongestCheckIn{100'000};  // a woken helper takes 10 to 50 us to arrive
+constexpr std::size_t kCacheLine = 64;
+
+// Waiting that costs nothing while it is short, and leaves the core to whoever else needs it when it is long.
+class Patience {
+ public:
+  void wait() noexcept {
+    if (spins_ == kSpins) {
+      std::this_thread::yield();
+      return;
+    }
+    ++spins_;
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+ private:
+  int spins_ = 0;
+};
+
+// The seats of a call: how many helpers it still wants in all, and how many have checked in. Equal means closed. A
+// helper that finds them closed touches nothing of the call.
+struct Seats {
+  std::uint32_t packed;
+  static Seats of(std::uint32_t wanted, std::uint32_t taken) noexcept { return {wanted << 16 | taken}; }
+  std::uint32_t wanted() const noexcept { return packed >> 16; }
+  std::uint32_t taken() const noexcept { return packed & 0xffff; }
+  bool closed() const noexcept { return wanted() == taken(); }
+};
+
+// Never destroyed: helpers may sleep in it when the process exits.
+class Team {
+ public:
+  bool acquire() noexcept { return !busy_.exchange(true, std::memory_order_acquire); }
+  void release() noexcept { busy_.store(false, std::memory_order_release); }
+
+  // The caller has acquired the team.
+  void run(Task task, void* context, int helpers, nanoseconds expected) noexcept {
+    hire(helpers);
+    task_ = task;
+    context_ = context;
+    arrivals_.store(0, std::memory_order_relaxed);
+    finished_.store(0, std::memory_order_relaxed);
+    const std::uint32_t taken = seat(helpers, expected);
+    task(context, Worker{0, static_cast<int>(taken) + 1, this, barrier});
+    for (Patience patience; finished_.load(std::memory_order_acquire) != taken;) patience.wait();
+    last_end_ = Clock::now();
+  }
+
+ private:
+  // Starts threads until there are as many; where the system refuses, the team stays smaller.
+  void hire(int helpers) noexcept {
+    if (hired_ >= helpers) return;
+    sigset_t blocked, before;  // signals are for the threads of the interpreter, except those a fault sends to itself
+    sigfillset(&blocked);
+    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&blocked, fault);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    try {
+      for (; hired_ < helpers; ++hired_) std::thread([this] { help(); }).detach();
+    } catch (...) {
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  // Offers the seats and waits for helpers to take them; returns how many have come. Those asleep are woken if the call
+  // is long, or if calls come so close together that a helper once awake stays so.
+  std::uint32_t seat(int helpers, nanoseconds expected) noexcept {
+    const Clock::time_point start = Clock::now();
+    const bool wake = expected >= kWorthWaking || start - last_end_ < kIdle;
+    int awake = hired_ - sleeping_.load();
+    const int wanted = std::min(helpers, wake ? hired_ : awake);
+    seats_.store(Seats::of(static_cast<std::uint32_t>(wanted), 0).packed);
+    for (; awake < wanted; ++awake) seats_.notify_one();
+    // A quarter of the call is well spent on a helper that comes, a twentieth is not much lost on one that does not.
+    const Clock::time_point deadline = start + std::min(kLongestCheckIn, expected / (missed_ % 8 == 0 ? 4 : 20));
+    Seats seats{seats_.load(std::memory_order_acquire)};
+    for (Patience patience; !seats.closed() && Clock::now() < deadline;) {
+      patience.wait();
+      seats.packed = seats_.load(std::memory_order_acquire);
+    }
+    while (!seats.closed() &&
+           !seats_.compare_exchange_weak(seats.packed, Seats::of(seats.taken(), seats.taken()).packed)) {
+    }
+    missed_ = static_cast<int>(seats.taken()) < wanted ? missed_ + 1 : 0;
+    return seats.taken();
+  }
+
+  [[noreturn]] void help() noexcept {
+    for (;;) {
+      Seats seats = await_call();
+      if (seats.closed() || !seats_.compare_exchange_strong(seats.packed, seats.packed + 1)) continue;
+      const int index = static_cast<int>(seats.taken()) + 1;
+      Patience patience;
+      while (seats.packed = seats_.load(std::memory_order_acquire), !seats.closed()) patience.wait();
+      task_(context_, Worker{index, static_cast<int>(seats.taken()) + 1, this, barrier});
+      finished_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  // Returns with the seats of a new call, which may be closed again by the time it is acted on.
+  Seats await_call() noexcept {
+    Seats seats{seats_.load(std::memory_order_acquire)};
+    const Clock::time_point deadline = Clock::now() + kIdle;
+    for (Patience patience; seats.closed() && Clock::now() < deadline;) {
+      patience.wait();
+      seats.packed = seats_.load(std::memory_order_acquire);
+    }
+    if (!seats.closed()) return seats;
+    sleeping_.fetch_add(1);
+    seats_.wait(seats.packed);
+    sleeping_.fetch_sub(1);
+    return Seats{seats_.load(std::memory_order_acquire)};
+  }
+
+  static void barrier(void* team) noexcept { static_cast<Team*>(team)->wait_for_all(); }
+
+  // Arrivals only count up during a call; the n-th barrier is open once they reach n times the threads.
+  void wait_for_all() noexcept {
+    const std::uint64_t count = Seats{seats_.load(std::memory_order_relaxed)}.taken() + 1;
+    const std::uint64_t before = arrivals_.fetch_add(1, std::memory_order_acq_rel);
+    const std::uint64_t open = (before / count + 1) * count;
+    for (Patience patience; arrivals_.load(std::memory_order_acquire) < open;) patience.wait();
+  }
+
+  std::atomic<bool> busy_ = false;
+  int hired_ = 0;  // the next five: written by the caller that has acquired the team, before it offers the seats
+  Task task_ = nullptr;
+  void* context_ = nullptr;
+  unsigned missed_ = 0;  // calls since all helpers came
+  Clock::time_point last_end_{};
+  alignas(kCacheLine) std::atomic<std::uint32_t> seats_ = 0;
+  std::atomic<int> sleeping_ = 0;
+  alignas(kCacheLine) std::atomic<std::uint64_t> arrivals_ = 0;
+  std::atomic<std::uint32_t> finished_ = 0;
+};
+
+std::atomic<Team*> the_team = nullptr;
+
+// A forked child has none of the parent's helpers: it leaves the parent's team as it is and makes its own.
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { the_team.store(nullptr); });
+
+// Null only when there is no memory.
+Team* get_team() noexcept {
+  Team* team = the_team.load(std::memory_order_acquire);
+  if (team != nullptr) return team;
+  Team* fresh = new (std::nothrow) Team;
+  if (the_team.compare_exchange_strong(team, fresh)) return fresh;
+  delete fresh;
+  return team;
+}
+
+int default_threads() noexcept {
+  int threads = usable_cores();
+  for (const char* name : {"RNNKERN_NUM_THREADS", "OMP_NUM_THREADS"}) {
+    const char* value = std::getenv(name);
+    const long bound = value == nullptr ? 0 : std::strtol(value, nullptr, 10);
+    if (bound >= 1) threads = static_cast<int>(std::min<long>(threads, bound));
+  }
+  return std::min(threads, kMaxThreads);
+}
+
+std::atomic<int> thread_limit = default_threads();
+
+}  // namespace
+
+int num_threads() noexcept { return thread_limit.load(std::memory_order_relaxed); }
+
+void set_num_threads(int count) noexcept {
+  thread_limit.store(std::clamp(count, 1, kMaxThreads), std::memory_order_relaxed);
+}
+
+void run_team(Task task, void* context, int max_threads, std::int64_t expected_ns) noexcept {
+  Team* team = nullptr;
+  if (max_threads > 1) {
+    max_threads = std::min(max_threads, num_threads());
+    if (max_threads > 1) team = get_team();
+  }
+  if (team == nullptr || !team->acquire()) {
+    task(context, Worker{0, 1, nullptr, [](void*) noexcept {}});
+    return;
+  }
+  team->run(task, context, max_threads - 1, nanoseconds(expected_ns));
+  team->release();
+}
+
+}  // namespace rnnkern
+
+// For threadpoolctl, which finds them by name in the loaded module.
+extern "C" {
+[[gnu::visibility("default")]] int rnnkern_get_num_threads() { return rnnkern::num_threads(); }
+[[gnu::visibility("default")]] void rnnkern_set_num_threads(int count) { rnnkern::set_num_threads(count); }
+}

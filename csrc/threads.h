@@ -1,0 +1,23 @@
+// The team of threads that shares the work of one call.
+#pragma once
+
+#include <cstdint>
+
+#include "worker.h"
+
+namespace rnnkern {
+
+// Runs task(context, worker) once on each of worker.count <= max_threads threads, the calling one among them, and
+// returns when all are done. Helpers that are asleep are woken and given a short time, a fraction of expected_ns, to
+// arrive; the call goes on without those that have not. A call that finds the team at work for another caller runs on
+// its own thread alone. Results must therefore not depend on worker.count.
+void run_team(Task task, void* context, int max_threads, std::int64_t expected_ns) noexcept;
+
+// The upper bound on the threads of a call, at least 1. At first min(physical cores, scheduling affinity, cgroup CPU
+// quota, RNNKERN_NUM_THREADS, OMP_NUM_THREADS).
+int num_threads() noexcept;
+
+// Values below 1 count as 1.
+void set_num_threads(int count) noexcept;
+
+}  // namespace rnnkern

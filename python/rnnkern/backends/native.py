@@ -1,0 +1,133 @@
+"""The compiled kernels; see csrc/. This module allocates what they fill."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cells import Cell
+from ..stack import Stack
+
+_native: Any
+try:
+    _native = importlib.import_module("rnnkern._rnnkern_native")
+except ImportError as error:
+    _native, _import_error = None, str(error)
+else:
+    if _native.unknown_max_isa():
+        _built = ", ".join(isa for isa, _ in _native.isas())
+        raise ValueError(f"RNNKERN_MAX_ISA: expected one of {_built}, got {_native.unknown_max_isa()!r}")
+
+__all__ = [
+    "backward",
+    "build_failure",
+    "forward",
+    "linear_backward",
+    "linear_forward",
+    "name",
+    "native_module",
+    "pack",
+    "unavailable",
+]
+
+Array = NDArray[Any]
+State = tuple[Array, ...]
+
+name = "native"
+
+
+def native_module() -> Any:
+    """The compiled module, None where it is missing."""
+    return _native
+
+
+def build_failure() -> str | None:
+    """The last lines the compiler printed when the package was installed without its kernels, else None."""
+    path = Path(__file__).parent.parent / "_build_failure.txt"
+    return path.read_text() if path.exists() else None
+
+
+def unavailable() -> str | None:
+    """Why the compiled kernels are not there, with what the compiler said; None if they are."""
+    if _native is not None:
+        return None
+    said = build_failure()
+    reason = f"the install found no working C++ compiler, which said:\n{said}\n" if said else f"{_import_error}; "
+    return reason + "install g++ and the Python headers, then: python -m pip install --force-reinstall rnnkern"
+
+
+def _with_extras(cell: Cell, arrays: Mapping[str, Array]) -> dict[str, Any]:
+    """The compiled module takes the extras of a cell by position."""
+    if not cell.extras:
+        return dict(arrays)
+    matrices: dict[str, Any] = {key: value for key, value in arrays.items() if key not in cell.extras}
+    return matrices | {"extras": tuple(arrays[extra] for extra in cell.extras)}
+
+
+def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -> Any:
+    """See `backends`."""
+    return _native.Packed(
+        stack.cell.name,
+        stack.dtype,
+        stack.input_size,
+        stack.hidden_size,
+        stack.proj_size,
+        stack.num_layers,
+        list(stack.directions),
+        [_with_extras(stack.cell, one) for one in weights],
+        training,
+    )
+
+
+def forward(
+    stack: Stack,
+    packed: Any,
+    x: Array,
+    state: State,
+    lengths: Array | None,
+    resets: Array | None,
+    masks: Sequence[Array] | None,
+    y: Array,
+    training: bool,
+) -> tuple[State, Any]:
+    """See `backends`."""
+    last = tuple([np.empty_like(s) for s in state])
+    return last, packed.forward(x, state, lengths, resets, masks, y, last)
+
+
+def backward(
+    stack: Stack,
+    packed: Any,
+    saved: Any,
+    lengths: Array | None,
+    resets: Array | None,
+    masks: Sequence[Array] | None,
+    dy: Array | None,
+    dstate: State,
+    need_x: bool,
+) -> tuple[Array | None, State, list[dict[str, Array]]]:
+    """See `backends`; lengths, resets and masks are those that `saved` already holds."""
+    dx = np.empty(saved.input_shape, stack.dtype) if need_x else None
+    dinitial = tuple([np.empty_like(d) for d in dstate])
+    shapes = [sizes.weight_shapes(packed.bias, stack.proj_size > 0) for sizes in stack.layers]
+    gradients = [{key: np.empty(shape, stack.dtype) for key, shape in one.items()} for one in shapes]
+    packed.backward(saved, dy, dstate, dx, dinitial, [_with_extras(stack.cell, one) for one in gradients])
+    return dx, dinitial, gradients
+
+
+def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> None:
+    """See `backends`."""
+    _native.linear_forward(x, weight, bias, y)
+
+
+def linear_backward(x: Array, weight: Array, dy: Array, need_x: bool) -> tuple[Array | None, Array, Array]:
+    """See `backends`."""
+    dx = np.empty_like(x) if need_x else None
+    dweight, dbias = np.empty_like(weight), np.empty(len(weight), weight.dtype)
+    _native.linear_backward(x, weight, dy, dx, dweight, dbias)
+    return dx, dweight, dbias
