@@ -25,6 +25,34 @@ constexpr int kTileSums = kTileRows<vectors> * vectors > kSingleRowPanels<vector
                               ? kTileRows<vectors> * vectors
                               : kSingleRowPanels<vectors> * vectors;
 
+// sums[r][v] += left(r) * right[v]. The shorter side waits in registers, the longer one passes through a single one:
+// with the other order GCC spills an accumulator of 4 rows by 3 vectors, and the tile runs at half speed.
+template <class T, int rows, int vectors, class Left>
+RNNKERN_INLINE void add_outer(Left&& left, const T* right, Vec<T> (&sums)[rows][vectors]) noexcept {
+  using V = Vec<T>;
+  if constexpr (rows < vectors) {
+    V input[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) input[r] = set<V>(left(r));
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const V weight = load<V>(right + v * kLanes<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) sums[r][v] = fma(input[r], weight, sums[r][v]);
+    }
+  } else {
+    V weight[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) weight[v] = load<V>(right + v * kLanes<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const V input = set<V>(left(r));
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sums[r][v] = fma(input, weight[v], sums[r][v]);
+    }
+  }
+}
+
 // sums [panels][rows][vectors] = start + a w; a: `rows` pointers to `depth` elements; w: `panels` panels
 // `panel_stride` elements apart; start [panels][vectors * lanes] or null for zeros.
 template <class T, int vectors, int rows, int panels>
@@ -39,19 +67,10 @@ RNNKERN_INLINE void accumulate(const T* const* a, std::int64_t depth, const T* w
       for (int r = 0; r < rows; ++r) s[p][r][v] = first;
     }
   for (int r = 0; r < rows; ++r) row[r] = a[r];
-  for (std::int64_t k = 0; k < depth; ++k, w += vectors * kLanes<T>) {
-    V input[rows];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) input[r] = set<V>(row[r][k]);
+  for (std::int64_t k = 0; k < depth; ++k, w += vectors * kLanes<T>)
 #pragma GCC unroll 4
     for (int p = 0; p < panels; ++p)
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        const V weight = load<V>(w + p * panel_stride + v * kLanes<T>);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) s[p][r][v] = fma(input[r], weight, s[p][r][v]);
-      }
-  }
+      add_outer<T, rows, vectors>([&](int r) RNNKERN_INLINE_LAMBDA { return row[r][k]; }, w + p * panel_stride, s[p]);
   for (int p = 0; p < panels; ++p)
     for (int r = 0; r < rows; ++r)
       for (int v = 0; v < vectors; ++v) *sums++ = s[p][r][v];
@@ -187,15 +206,7 @@ RNNKERN_INLINE void add_outer_tile(std::int64_t count, const T* const* left, std
     for (int v = 0; v < vectors; ++v) s[r][v] = sums[r][v];
   for (std::int64_t i = 0; i < count; ++i, right += vectors * kLanes<T>) {
     const T* row = left[i] + j;
-    V input[tile_rows];
-#pragma GCC unroll 8
-    for (int r = 0; r < tile_rows; ++r) input[r] = set<V>(row[r]);
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      const V value = load<V>(right + v * kLanes<T>);
-#pragma GCC unroll 8
-      for (int r = 0; r < tile_rows; ++r) s[r][v] = fma(input[r], value, s[r][v]);
-    }
+    add_outer<T, tile_rows, vectors>([&](int r) RNNKERN_INLINE_LAMBDA { return row[r]; }, right, s);
   }
   for (int r = 0; r < tile_rows; ++r)
     for (int v = 0; v < vectors; ++v) sums[r][v] = s[r][v];
