@@ -1,0 +1,37 @@
+"""Recurrent networks from NumPy: fused forward and backpropagation through time for RNN, LSTM and GRU."""
+
+from .backends import BackendUnavailableError, backend_names
+from .config import num_threads, set_num_threads, show_config
+from .functional import Grads, Tape, backward, forward
+from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
+from .train import SGD, Adam, Linear, clip_grad_norm, clip_grad_value, cross_entropy, mse
+from .weights import load, save
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "SGD",
+    "Adam",
+    "BackendUnavailableError",
+    "Frozen",
+    "Grads",
+    "Linear",
+    "Recurrent",
+    "Stream",
+    "Tape",
+    "backend_names",
+    "backward",
+    "clip_grad_norm",
+    "clip_grad_value",
+    "cross_entropy",
+    "forward",
+    "num_threads",
+    "set_num_threads",
+    "show_config",
+    "load",
+    "mse",
+    "save",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,263 @@
+"""The friendly checks: what a caller may pass, and its conversion to the layout of the backends."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .stack import Stack, State
+
+__all__ = [
+    "Signature",
+    "as_array",
+    "as_floats",
+    "as_parameter",
+    "check_names",
+    "check_out",
+    "flag",
+    "float_dtype",
+    "integer",
+    "probability",
+    "seed_or_none",
+]
+
+Array = NDArray[Any]
+
+
+def describe(value: object) -> str:
+    """What came, for the end of an error message."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} of shape {value.shape}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    """An integer (not a bool) in [least, most]."""
+    expected = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}") from None
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name}: expected {expected}, got {number}")
+    return number
+
+
+def flag(name: str, value: object) -> bool:
+    """A bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
+    return bool(value)
+
+
+def probability(name: str, value: object) -> float:
+    """A real number in [0, 1]."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name}: expected a number from 0 to 1, got {describe(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+    return float(value)
+
+
+def seed_or_none(value: object) -> int | None:
+    """None, or a non-negative integer of any size."""
+    return None if value is None else integer("seed", value, 0)
+
+
+def float_dtype(value: DTypeLike) -> np.dtype[Any]:
+    """float32 or float64 in the byte order of the machine."""
+    try:
+        dtype = np.dtype(value)
+    except TypeError:
+        raise TypeError(f"dtype: expected float32 or float64, got {describe(value)}") from None
+    if value is None or dtype not in (np.float32, np.float64):
+        raise ValueError(f"dtype: expected float32 or float64, got {value!r}")
+    return dtype
+
+
+def as_array(name: str, value: object) -> Array:
+    """The array of an array, an array-like or an object with `__dlpack__` on the CPU, not copied where possible."""
+    if not isinstance(value, np.ndarray | np.generic) and hasattr(value, "__dlpack__"):
+        try:
+            return np.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(f"{name}: expected an array on the CPU, got {type(value).__name__}: {error}") from error
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # nested lists of different lengths
+        raise ValueError(f"{name}: expected an array, got {type(value).__name__}: {error}") from None
+
+
+def as_floats(name: str, value: object, dtype: np.dtype[Any]) -> Array:
+    """A C-contiguous, aligned array of dtype: the value itself where it is one, else one copy."""
+    if type(value) is np.ndarray and value.dtype == dtype and value.flags.c_contiguous and value.flags.aligned:
+        return value
+    array = as_array(name, value)
+    if array.dtype.names is not None or not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise TypeError(f"{name}: expected numbers that convert to {dtype}, got {describe(array)}")
+    return np.require(array, dtype, ["C", "ALIGNED"])
+
+
+def as_parameter(name: str, value: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """`as_floats` of one exact shape."""
+    array = as_floats(name, value, dtype)
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected {dtype} of shape {shape}, got {describe(array)}")
+    return array
+
+
+def check_names(argument: str, given: Mapping[str, Any], expected: Iterable[str]) -> None:
+    """The keys of a mapping are exactly the expected names."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{argument}: expected a mapping of names to arrays, got {describe(given)}")
+    names = list(expected)
+    missing = [name for name in names if name not in given]
+    unknown = [str(name) for name in given if name not in names]
+    if missing or unknown:
+        came = " and ".join(
+            f"{kind} {', '.join(which)}" for kind, which in (("without", missing), ("with unknown", unknown)) if which
+        )
+        raise ValueError(f"{argument}: expected the names {', '.join(names)}; got a mapping {came}")
+
+
+def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: Iterable[object]) -> Array:
+    """An array that a result may be written into."""
+    if type(out) is not np.ndarray or out.dtype != dtype:
+        raise TypeError(f"{_out(shape, dtype)}, got {describe(out)}")
+    if out.shape != shape:
+        raise ValueError(f"{_out(shape, dtype)}, got {describe(out)}")
+    flags = out.flags
+    if not flags.carray:  # C-contiguous, aligned and writable in one
+        came = "a read-only one" if not flags.writeable else f"strides {out.strides}, aligned: {flags.aligned}"
+        raise ValueError(f"{_out(shape, dtype)}, got {came}")
+    for other in inputs:
+        if isinstance(other, np.ndarray) and np.may_share_memory(out, other):
+            raise ValueError(f"{_out(shape, dtype)} that shares no memory with an input, got one that does")
+    return out
+
+
+def _out(shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
+    return f"out: expected writable, C-contiguous {dtype} of shape {shape}"
+
+
+class Signature:
+    """The shapes of a stack's arguments and results, and the way between them and the layout of the backends.
+
+    Backends take x (T, B, I), states (L*D, B, .), lengths int64 (B,) and resets bool (T, B).
+    """
+
+    def __init__(self, stack: Stack, batch_first: bool = False) -> None:
+        self.stack = stack
+        self.batch_first = batch_first
+        self.dtype = stack.dtype
+        self.input_size = stack.input_size
+        self.output_size = stack.output_size
+        self.state_names = stack.cell.states
+        self.state_count = stack.num_layers * len(stack.directions)
+        self.state_sizes = tuple(shape[-1] for shape in stack.state_shapes(1))
+
+    def arguments(
+        self, x: object, state: object, lengths: object, resets: object
+    ) -> tuple[Array, State, Array | None, Array | None, bool]:
+        """x, state, lengths and resets as backends take them, and whether x came unbatched."""
+        x = as_floats("x", x, self.dtype)
+        unbatched = x.ndim == 2
+        if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
+            dimensions = "B, T" if self.batch_first else "T, B"
+            raise ValueError(
+                f"x: expected shape ({dimensions}, {self.input_size}) or (T, {self.input_size}), got {x.shape}"
+            )
+        if unbatched or self.batch_first:
+            x = self.from_caller(x, unbatched)
+        steps, batch, _ = x.shape
+        return (
+            x,
+            self.zeros(batch) if state is None else self.state("state", state, batch, unbatched),
+            None if lengths is None else self._lengths(lengths, steps, batch, unbatched),
+            None if resets is None else self._resets(resets, steps, batch, unbatched),
+            unbatched,
+        )
+
+    def zeros(self, batch: int) -> State:
+        """A state of zeros."""
+        return tuple([np.zeros((self.state_count, batch, size), self.dtype) for size in self.state_sizes])
+
+    def state(self, name: str, value: Any, batch: int, unbatched: bool = False, halves: bool = False) -> State:
+        """A state as a tuple of arrays (L*D, B, .); None, and each of several where `halves`, stands for zeros."""
+        count = self.state_count
+        if value is None:
+            return self.zeros(batch)
+        if len(self.state_sizes) == 1:
+            values: Sequence[Any] = (value,)
+            names: tuple[str, ...] = (name,)
+        else:
+            expected = f"{name}: expected a tuple ({', '.join(self.state_names)})"
+            if not isinstance(value, tuple | list):
+                raise TypeError(f"{expected}, got {describe(value)}")
+            if len(value) != len(self.state_sizes):
+                raise ValueError(f"{expected}, got {len(value)} elements")
+            values = value
+            names = tuple(f"{name}[{index}]" for index in range(len(value)))
+        result = []
+        for one, one_name, size in zip(values, names, self.state_sizes, strict=True):
+            if one is None and halves:
+                result.append(np.zeros((count, batch, size), self.dtype))
+                continue
+            shape = (count, size) if unbatched else (count, batch, size)
+            result.append(as_parameter(one_name, one, shape, self.dtype).reshape(count, batch, size))
+        return tuple(result)
+
+    def _lengths(self, lengths: object, steps: int, batch: int, unbatched: bool) -> Array:
+        if unbatched:
+            raise ValueError(f"lengths: expected None with unbatched x, got {describe(lengths)}")
+        array = as_array("lengths", lengths)
+        if isinstance(lengths, list | tuple) and not len(lengths):
+            array = array.astype(np.int64)
+        expected = f"lengths: expected integers of shape ({batch},)"
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{expected}, got {describe(array)}")
+        if array.shape != (batch,):
+            raise ValueError(f"{expected}, got {describe(array)}")
+        if batch and (array.min() < 0 or array.max() > steps):
+            raise ValueError(f"lengths: expected values from 0 to {steps}, got {array.min()} to {array.max()}")
+        return array.astype(np.int64)
+
+    def _resets(self, resets: object, steps: int, batch: int, unbatched: bool) -> Array:
+        array = as_array("resets", resets)
+        shape = (steps,) if unbatched else (batch, steps) if self.batch_first else (steps, batch)
+        expected = f"resets: expected bool of shape {shape}"
+        if array.dtype != np.bool_:
+            raise TypeError(f"{expected}, got {describe(array)}")
+        if array.shape != shape:
+            raise ValueError(f"{expected}, got {describe(array)}")
+        return np.array(array[:, None] if unbatched else self.time_major(array), order="C")
+
+    def time_major(self, array: Array) -> Array:
+        """A batched array of the caller with time first; a view."""
+        return array.swapaxes(0, 1) if self.batch_first else array
+
+    def output_shape(self, steps: int, batch: int, unbatched: bool) -> tuple[int, ...]:
+        """Shape of y for the caller."""
+        if unbatched:
+            return (steps, self.output_size)
+        return (batch, steps, self.output_size) if self.batch_first else (steps, batch, self.output_size)
+
+    def from_caller(self, array: Array, unbatched: bool) -> Array:
+        """x, y or one of their gradients as backends take it: (T, B, .), C-contiguous, copied where it must be."""
+        return array[:, None] if unbatched else np.ascontiguousarray(self.time_major(array))
+
+    def to_caller(self, array: Array, unbatched: bool) -> Array:
+        """The way back from (T, B, .)."""
+        return array[:, 0] if unbatched else np.ascontiguousarray(self.time_major(array))
+
+    def state_to_caller(self, state: State, unbatched: bool) -> Array | tuple[Array, ...]:
+        """The array of a cell with one state, else the tuple."""
+        if unbatched:
+            state = tuple(one[:, 0] for one in state)
+        return state[0] if len(state) == 1 else state

@@ -1,0 +1,357 @@
+"""One run of a stack and its gradients: the tape, what `backward` returns, and the functional pair of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import backends
+from .arguments import Signature, as_array, as_parameter, check_out, describe, flag
+from .cells import CELLS, Cell
+from .stack import LayerSizes, Stack, State, Weights
+
+__all__ = ["Grads", "Parameters", "Tape", "backward", "forward"]
+
+Array = NDArray[Any]
+Names = Sequence[Mapping[str, str]]  # for each layer-direction: what its w_ih, w_hh, ... are called
+
+
+class Parameters(Mapping[str, Array]):
+    """A read-only mapping of names to arrays; the arrays themselves may be written into."""
+
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        self._arrays = dict(arrays)
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        return f"Parameters({', '.join(f'{name}: {array.shape}' for name, array in self._arrays.items())})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tape:
+    """What one `forward` leaves for `backward`.
+
+    It owns the packed weights of that forward and refers to x, the initial state, y and the final state: parameters
+    may change before `backward`, x and the initial state may not. `backward` only reads it, so it may run twice, or
+    from several threads.
+    """
+
+    signature: Signature
+    backend: ModuleType
+    names: Names
+    packed: Any
+    saved: Any  # None where x has no elements
+    lengths: Array | None
+    resets: Array | None
+    masks: Sequence[Array] | None
+    steps: int
+    batch: int
+    unbatched: bool
+    owner: object = field(default=None)  # the layer, None for the functional pair
+
+    def __repr__(self) -> str:
+        stack = self.signature.stack
+        return f"Tape({stack.cell.name}, T={self.steps}, B={self.batch}, {stack.dtype}, {self.backend.name})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Grads:
+    """Gradients: of x (None with `need_x=False`), of the initial state (structured like it) and of the parameters."""
+
+    x: Array | None
+    state: Any  # an array, or a tuple of one for each state of the cell
+    parameters: Mapping[str, Array]
+
+    def __repr__(self) -> str:
+        x = None if self.x is None else self.x.shape
+        state = tuple(s.shape for s in self.state) if isinstance(self.state, tuple) else self.state.shape
+        return f"Grads(x: {x}, state: {state}, parameters: {', '.join(self.parameters)})"
+
+
+def forward(
+    cell: str,
+    x: Any,
+    weights: Mapping[str, Any],
+    state: Any = None,
+    *,
+    lengths: Any = None,
+    resets: Any = None,
+    reverse: bool = False,
+    save: str = "gates",
+) -> tuple[Array, Any, Tape]:
+    """Run one layer in one direction and keep what `backward` needs.
+
+    Parameters
+    ----------
+    cell
+        A name in the registry of cells, such as `"lstm"`.
+    x
+        (T, B, I), or (T, I) unbatched.
+    weights
+        A mapping with `w_ih` (G*H, I), `w_hh` (G*H, P), and where wanted `b_ih` and `b_hh` (G*H,), the projection
+        `w_hr` (P, H), and the extras of the cell (H,). An absent bias is no bias. The dtype of `w_ih`, float32 or
+        float64, is that of the computation.
+    state
+        h (1, B, P), for an LSTM (h, c) with c (1, B, H), unbatched without B; None is zeros.
+    lengths, resets
+        As for the layers: integers (B,) and bool (T, B).
+    reverse
+        Run from the last step to the first.
+    save
+        What the tape keeps: `"gates"`.
+
+    Returns
+    -------
+    y, state, tape
+        y (T, B, P) and the final state, both read-only, and the tape.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as above; the message names it.
+
+    Examples
+    --------
+    >>> import numpy as np, rnnkern as rk
+    >>> weights = {"w_ih": np.ones((4, 3)), "w_hh": np.zeros((4, 4))}
+    >>> y, h, tape = rk.forward("rnn_tanh", np.ones((5, 2, 3)), weights)
+    >>> y.shape, h.shape
+    ((5, 2, 4), (1, 2, 4))
+    >>> rk.backward(tape, np.ones_like(y)).parameters["w_ih"].shape
+    (4, 3)
+    """
+    check_save(save)
+    entry = CELLS[cell]
+    stack = _stack_of(entry, weights, flag("reverse", reverse))
+    shapes = stack.layers[0].weight_shapes(True, stack.proj_size > 0)
+    given = {
+        name: as_parameter(f"weights[{name!r}]", weights[name], shape, stack.dtype)
+        for name, shape in shapes.items()
+        if name in weights
+    }
+    names = {name: name for name in given}
+    if "b_ih" in given or "b_hh" in given:
+        given = {name: given[name] if name in given else np.zeros(shape, stack.dtype) for name, shape in shapes.items()}
+    signature = Signature(stack)
+    arguments = signature.arguments(x, state, lengths, resets)
+    backend = backends.pick()
+    return run_forward(signature, backend, backend.pack(stack, [given], True), [names], None, arguments, None)
+
+
+def backward(tape: Tape, dy: Any = None, dstate: Any = None) -> Grads:
+    """Gradients of one `forward`; Werbos 1990, "Backpropagation through time".
+
+    Parameters
+    ----------
+    tape
+        What `forward` returned.
+    dy
+        Gradient of y, in its shape; None where the loss does not see y.
+    dstate
+        Gradient of the final state, structured like it; None, or None in place of h or c, where the loss does not
+        see it.
+
+    Returns
+    -------
+    Grads
+        `x`, `state` (of the initial state) and `parameters`, with the keys and shapes of `weights`.
+    """
+    check_tape(tape, None)
+    return run_backward(tape, dy, dstate, True, None)
+
+
+def _stack_of(cell: Cell, weights: Mapping[str, Any], reverse: bool) -> Stack:
+    """The sizes that the weights of a single layer-direction imply."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights: expected a mapping of names to arrays, got {describe(weights)}")
+    known = list(LayerSizes(cell, 1, 1, 1, False).weight_shapes(True, cell.projects))
+    optional = {"b_ih", "b_hh", "w_hr"}
+    unknown = [str(name) for name in weights if name not in known]
+    missing = [name for name in known if name not in weights and name not in optional]
+    if unknown or missing:
+        raise ValueError(
+            f"weights: expected {', '.join(known)} ({', '.join(sorted(optional & set(known)))} optional), got "
+            f"{', '.join(map(str, weights)) or 'nothing'}"
+        )
+    w_ih, w_hh = (as_array(f"weights[{name!r}]", weights[name]) for name in ("w_ih", "w_hh"))
+    dtype = w_ih.dtype.newbyteorder("=")
+    if dtype not in (np.float32, np.float64):
+        raise TypeError(f"weights['w_ih']: expected float32 or float64, got {w_ih.dtype}")
+    gates = len(cell.gates)
+    if w_ih.ndim != 2 or not w_ih.size or w_ih.shape[0] % gates:
+        raise ValueError(f"weights['w_ih']: expected shape ({gates}*H, I), got {w_ih.shape}")
+    rows, input_size = w_ih.shape
+    hidden_size = rows // gates
+    proj_size = 0
+    if "w_hr" in weights:
+        proj_size = w_hh.shape[1] if w_hh.ndim == 2 else 0
+        if not 0 < proj_size < hidden_size:
+            raise ValueError(
+                f"weights['w_hh']: expected shape ({rows}, P) with 0 < P < {hidden_size} beside w_hr, got {w_hh.shape}"
+            )
+    return Stack(cell, input_size, hidden_size, proj_size, 1, (reverse,), dtype)
+
+
+def check_save(save: object) -> None:
+    """`save` is one of what there is."""
+    if save != "gates":
+        raise ValueError(f"save: expected 'gates', got {describe(save)}")
+
+
+def check_tape(tape: object, owner: object) -> None:
+    """The tape is one, and of this layer (None: of the functional pair)."""
+    if not isinstance(tape, Tape):
+        raise TypeError(f"tape: expected the tape that forward returned, got {describe(tape)}")
+    if tape.owner is not owner:
+        expected, came = ("rnnkern.forward" if one is None else f"a forward of {one!r}" for one in (owner, tape.owner))
+        raise ValueError(f"tape: expected one of {expected}, got one of {came}" + " (another)" * (expected == came))
+
+
+def dropout_masks(stack: Stack, steps: int, batch: int, dropout: float, seed: int) -> list[Array]:
+    """0 or 1/(1-p), with probabilities p and 1-p: (T, B, D*P) for each layer but the last.
+
+    Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    generator = np.random.Generator(np.random.Philox(seed))
+    kept = stack.dtype.type(0 if dropout == 1 else 1 / (1 - dropout))
+    shape = (steps, batch, stack.output_size)
+    return [(generator.random(shape, np.float32) >= dropout) * kept for _ in range(stack.num_layers - 1)]
+
+
+def run_inference(
+    signature: Signature,
+    backend: ModuleType,
+    packed: Any,
+    x: Any,
+    state: Any,
+    lengths: Any,
+    resets: Any,
+    out: Any,
+    parameters: Sequence[Weights] = (),
+) -> tuple[Array, Any]:
+    """y and the final state; keeps nothing. `parameters`: what `out` may not overlap beside the arguments."""
+    inputs, states, lengths_, resets_, unbatched = signature.arguments(x, state, lengths, resets)
+    steps, batch, _ = inputs.shape
+    if out is None:
+        y = np.empty((steps, batch, signature.output_size), signature.dtype)
+    else:
+        given = (x, inputs, *(state if isinstance(state, tuple | list) else (state,)), *states, lengths, resets)
+        held = (array for weights in parameters for array in weights.values())
+        check_out(out, signature.output_shape(steps, batch, unbatched), signature.dtype, (*given, *held))
+        y = signature.from_caller(out, unbatched)
+    if inputs.size:
+        states, _ = backend.forward(signature.stack, packed, inputs, states, lengths_, resets_, None, y, False)
+    elif state is not None:
+        states = tuple(one.copy() for one in states)
+    if out is not None:
+        if signature.batch_first and not unbatched and not np.may_share_memory(out, y):
+            signature.time_major(out)[...] = y
+        return out, signature.state_to_caller(states, unbatched)
+    if unbatched or signature.batch_first:
+        y = signature.to_caller(y, unbatched)
+    return y, signature.state_to_caller(states, unbatched)
+
+
+def run_forward(
+    signature: Signature,
+    backend: ModuleType,
+    packed: Any,
+    names: Names,
+    masks: Sequence[Array] | None,
+    arguments: tuple[Array, State, Array | None, Array | None, bool],
+    owner: object,
+) -> tuple[Array, Any, Tape]:
+    """y and the final state, read-only, and the tape. `arguments` are those of `Signature.arguments`."""
+    x, state, lengths, resets, unbatched = arguments
+    steps, batch, _ = x.shape
+    y = np.empty((steps, batch, signature.output_size), signature.dtype)
+    final, saved = tuple(one.copy() for one in state), None
+    if x.size:
+        final, saved = backend.forward(signature.stack, packed, x, state, lengths, resets, masks, y, True)
+    for array in (y, *final):
+        array.flags.writeable = False
+    tape = Tape(signature, backend, names, packed, saved, lengths, resets, masks, steps, batch, unbatched, owner)
+    shown = signature.to_caller(y, unbatched)
+    shown.flags.writeable = False
+    return shown, signature.state_to_caller(final, unbatched), tape
+
+
+def run_backward(tape: Tape, dy: Any, dstate: Any, need_x: bool, into: Grads | None) -> Grads:
+    """Gradients of one forward; with `into` added to those."""
+    signature, steps, batch, unbatched = tape.signature, tape.steps, tape.batch, tape.unbatched
+    stack = signature.stack
+    if dy is not None:
+        shape = signature.output_shape(steps, batch, unbatched)
+        dy = signature.from_caller(as_parameter("dy", dy, shape, signature.dtype), unbatched)
+    dfinal = signature.state("dstate", dstate, batch, unbatched, halves=True)
+    if into is not None:
+        _check_into(tape, into, need_x)
+    if tape.saved is None:
+        dx: Array | None = np.zeros((steps, batch, signature.input_size), signature.dtype) if need_x else None
+        initial = tuple(one.copy() for one in dfinal)
+        gradients = []
+        for sizes in stack.layers:
+            shapes = sizes.weight_shapes(True, stack.proj_size > 0)
+            gradients.append({name: np.zeros(shape, stack.dtype) for name, shape in shapes.items()})
+    else:
+        dx, initial, gradients = tape.backend.backward(
+            stack, tape.packed, tape.saved, tape.lengths, tape.resets, tape.masks, dy, dfinal, need_x
+        )
+    grads = Grads(
+        None if dx is None else signature.to_caller(dx, unbatched),
+        signature.state_to_caller(initial, unbatched),
+        Parameters(
+            {name: one[key] for names, one in zip(tape.names, gradients, strict=True) for key, name in names.items()}
+        ),
+    )
+    if into is None:
+        return grads
+    held, new = _by_name(into), _by_name(grads)
+    for name in new:
+        held[name] += new[name]
+    return into
+
+
+def _by_name(grads: Grads) -> dict[str, Array]:
+    """All arrays of the gradients that are there, by the names error messages use."""
+    arrays = {} if grads.x is None else {"x": grads.x}
+    state = grads.state if isinstance(grads.state, tuple) else (grads.state,)
+    arrays |= {f"state[{index}]": one for index, one in enumerate(state)}
+    return arrays | {f"parameters[{name!r}]": one for name, one in grads.parameters.items()}
+
+
+def _check_into(tape: Tape, into: object, need_x: bool) -> None:
+    """`into` holds writable arrays of the shapes that this backward gives, so that adding cannot fail half way."""
+    if not isinstance(into, Grads):
+        raise TypeError(f"into: expected the Grads of an earlier backward, got {describe(into)}")
+    signature, stack = tape.signature, tape.signature.stack
+    shapes: dict[str, tuple[int, ...]] = {}
+    if need_x:
+        *leading, _ = signature.output_shape(tape.steps, tape.batch, tape.unbatched)
+        shapes["x"] = (*leading, signature.input_size)
+    for index, size in enumerate(signature.state_sizes):
+        batch = () if tape.unbatched else (tape.batch,)
+        shapes[f"state[{index}]"] = (signature.state_count, *batch, size)
+    for names, sizes in zip(tape.names, stack.layers, strict=True):
+        weight_shapes = sizes.weight_shapes(True, stack.proj_size > 0)
+        shapes |= {f"parameters[{name!r}]": weight_shapes[key] for key, name in names.items()}
+    held = _by_name(into)
+    for name, shape in shapes.items():
+        array = held.get(name)
+        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != stack.dtype:
+            raise ValueError(f"into.{name}: expected {stack.dtype} of shape {shape}, got {describe(array)}")
+        if not array.flags.writeable:
+            raise ValueError(f"into.{name}: expected a writable array, got a read-only one")

@@ -1,0 +1,629 @@
+"""The layers: a stack of one cell with its parameters, its frozen snapshot for inference, and the stream."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from . import backends
+from .arguments import (
+    Signature,
+    as_floats,
+    as_parameter,
+    check_names,
+    check_out,
+    describe,
+    flag,
+    float_dtype,
+    integer,
+    probability,
+    seed_or_none,
+)
+from .cells import CELLS
+from .functional import (
+    Grads,
+    Parameters,
+    Tape,
+    check_save,
+    check_tape,
+    dropout_masks,
+    run_backward,
+    run_forward,
+    run_inference,
+)
+from .stack import Stack, State, Weights
+
+__all__ = ["GRU", "LSTM", "RNN", "Frozen", "Recurrent", "Stream"]
+
+Array = NDArray[Any]
+
+PARAMETER_NAMES = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh", "w_hr": "weight_hr"}
+
+
+def parameter_names(stack: Stack, bias: bool) -> list[dict[str, str]]:
+    """For each layer-direction, what its weights are called: weight_ih_l0, ..., weight_ih_l0_reverse, ..."""
+    directions = len(stack.directions)
+    return [
+        {
+            key: f"{PARAMETER_NAMES.get(key, key)}_l{index // directions}" + ("_reverse" if sizes.reverse else "")
+            for key in sizes.weight_shapes(bias, stack.proj_size > 0)
+        }
+        for index, sizes in enumerate(stack.layers)
+    ]
+
+
+def _check_size(stack: Stack) -> None:
+    """The parameters fit into memory; asked before any is made, from two layers, however many there are."""
+    directions = len(stack.directions)
+    first, *more = replace(stack, num_layers=min(stack.num_layers, 2)).layers[::directions]
+    counts = [
+        sum(math.prod(shape) for shape in sizes.weight_shapes(True, stack.proj_size > 0).values())
+        for sizes in (first, *more)
+    ]
+    size = directions * (counts[0] + (stack.num_layers - 1) * counts[-1]) * stack.dtype.itemsize
+    if size > np.iinfo(np.intp).max:
+        raise ValueError(
+            "input_size, hidden_size, num_layers: expected parameters of less than 2**63 bytes, got "
+            f"{stack.input_size}, {stack.hidden_size}, {stack.num_layers}, which make {size}"
+        )
+    np.empty(size, np.uint8)  # MemoryError here and not after minutes of drawing values
+
+
+class Recurrent:
+    """A stack of layers of any cell of the registry; `RNN`, `LSTM` and `GRU` choose the cell.
+
+    Parameters
+    ----------
+    cell
+        Name of the cell, such as `"lstm"`.
+    input_size, hidden_size
+        I and H, positive.
+    num_layers
+        L; layer l > 0 reads the output of the layer below.
+    bias
+        Whether there are `bias_ih` and `bias_hh`.
+    batch_first
+        Whether x, y and resets have the batch before the time.
+    dropout
+        Probability, in [0, 1], with which `forward` zeroes an element between two layers; the rest is scaled by
+        1 / (1 - dropout). Without effect on a single layer and on inference.
+    bidirectional
+        Whether each layer also runs from the last step to the first (D = 2).
+    proj_size
+        P, the size h is projected to, for the cells that have a projection; 0 for none.
+    dtype
+        float32 or float64.
+    backend
+        A name of `rnnkern.backend_names()`; `"auto"` takes the best present.
+    seed
+        Of the initial parameters, U(-1/sqrt(H), 1/sqrt(H)), and of the dropout masks of calls without a seed.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as above; the message names it.
+    BackendUnavailableError
+        A backend asked for by name cannot run.
+
+    Examples
+    --------
+    >>> import numpy as np, rnnkern as rk
+    >>> layer = rk.Recurrent("gru", 3, 4, seed=0)
+    >>> y, h = layer(np.zeros((5, 2, 3)))
+    >>> y.shape, h.shape
+    ((5, 2, 4), (1, 2, 4))
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        dtype: DTypeLike = "float32",
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        entry = CELLS[cell]
+        hidden_size = integer("hidden_size", hidden_size, 1)
+        proj_size = integer("proj_size", proj_size, 0, hidden_size - 1)
+        if proj_size and not entry.projects:
+            raise ValueError(f"proj_size: expected 0 for the cell {cell!r}, which has no projection, got {proj_size}")
+        stack = Stack(
+            entry,
+            integer("input_size", input_size, 1),
+            hidden_size,
+            proj_size,
+            integer("num_layers", num_layers, 1),
+            (False, True) if flag("bidirectional", bidirectional) else (False,),
+            float_dtype(dtype),
+        )
+        _check_size(stack)
+        self._signature = Signature(stack, flag("batch_first", batch_first))
+        self._bias = flag("bias", bias)
+        self._dropout = probability("dropout", dropout)
+        self._chosen_backend = backend
+        self._backend = backends.pick(backend)
+        self._generator = np.random.default_rng(seed_or_none(seed))
+        self._names = parameter_names(stack, self._bias)
+        bound = 1 / math.sqrt(hidden_size)
+        self._parameters = Parameters(
+            {
+                names[key]: self._generator.uniform(-bound, bound, shape).astype(stack.dtype)
+                for names, sizes in zip(self._names, stack.layers, strict=True)
+                for key, shape in sizes.weight_shapes(self._bias, proj_size > 0).items()
+            }
+        )
+
+    cell = property(attrgetter("_signature.stack.cell.name"), doc="Name of the cell.")
+    input_size = property(attrgetter("_signature.stack.input_size"), doc="I.")
+    hidden_size = property(attrgetter("_signature.stack.hidden_size"), doc="H.")
+    num_layers = property(attrgetter("_signature.stack.num_layers"), doc="L.")
+    bias = property(attrgetter("_bias"), doc="Whether there are biases.")
+    batch_first = property(attrgetter("_signature.batch_first"), doc="Whether the batch comes before the time.")
+    dropout = property(attrgetter("_dropout"), doc="Probability of a zero between two layers.")
+    proj_size = property(attrgetter("_signature.stack.proj_size"), doc="P, or 0 without a projection.")
+    dtype = property(attrgetter("_signature.dtype"), doc="The NumPy dtype of parameters and results.")
+    backend = property(attrgetter("_backend.name"), doc="Name of the backend in use.")
+
+    @property
+    def parameters(self) -> Mapping[str, Array]:
+        """A read-only mapping of names to writable C-contiguous arrays; the next call sees what is written there."""
+        return self._parameters
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether each layer also runs in reverse."""
+        return len(self._signature.stack.directions) == 2
+
+    def __call__(
+        self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, out: Array | None = None
+    ) -> tuple[Array, Any]:
+        """Inference: no dropout, and nothing kept for `backward`.
+
+        Parameters
+        ----------
+        x
+            (T, B, I), (B, T, I) with `batch_first`, (T, I) unbatched: an array, an array-like or a CPU object with
+            `__dlpack__`. Copied only where it is not a C-contiguous array of the layer's dtype.
+        state
+            h (L*D, B, P), for an LSTM (h, c) with c (L*D, B, H), whatever `batch_first`; unbatched without B. Index
+            l*D + d. None is zeros.
+        lengths
+            Integers (B,) from 0 to T, in any order: steps of each row; not with unbatched x. x beyond is not read, y
+            there is zero; the final state is that of the row's last step, in reverse that of step 0.
+        resets
+            Bool (T, B), (B, T) with `batch_first`, (T,) unbatched. True at t cuts the link from t-1 to t in every
+            layer and direction: what follows starts from a zero state.
+        out
+            Where to write y: of its exact shape and dtype, writable, C-contiguous, apart from every input.
+
+        Returns
+        -------
+        y, state
+            y (T, B, D*P), zeros past a row's end, and the final state, structured like the initial one.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument is not as above; the message names it.
+        """
+        weights = self._weights()
+        packed = self._backend.pack(self._signature.stack, weights, False)
+        return run_inference(self._signature, self._backend, packed, x, state, lengths, resets, out, weights)
+
+    def forward(
+        self,
+        x: Any,
+        state: Any = None,
+        *,
+        lengths: Any = None,
+        resets: Any = None,
+        save: str = "gates",
+        seed: int | None = None,
+    ) -> tuple[Array, Any, Tape]:
+        """Training: with dropout, and with a tape for `backward`.
+
+        Parameters
+        ----------
+        x, state, lengths, resets
+            As for a call. The tape refers to x and the state where they were not copied: leave them as they are until
+            `backward` has run. Lengths and resets are copied.
+        save
+            What the tape keeps: `"gates"`.
+        seed
+            Of the dropout masks (Philox); None draws one from the layer's own generator.
+
+        Returns
+        -------
+        y, state, tape
+            y and the final state as from a call, but read-only, since the tape refers to them, and the tape.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument is not as above; the message names it.
+
+        Examples
+        --------
+        >>> import numpy as np, rnnkern as rk
+        >>> layer = rk.LSTM(3, 4, seed=0)
+        >>> y, (h, c), tape = layer.forward(np.ones((5, 2, 3)))
+        >>> grads = layer.backward(tape, dy=np.ones_like(y))
+        >>> grads.x.shape, grads.parameters["weight_hh_l0"].shape
+        ((5, 2, 3), (16, 4))
+        """
+        check_save(save)
+        seed = seed_or_none(seed)
+        signature, stack = self._signature, self._signature.stack
+        arguments = signature.arguments(x, state, lengths, resets)
+        masks = None
+        if self._dropout and stack.num_layers > 1:
+            steps, batch, _ = arguments[0].shape
+            if seed is None:
+                seed = int(self._generator.integers(2**63))
+            masks = dropout_masks(stack, steps, batch, self._dropout, seed)
+        packed = self._backend.pack(stack, self._weights(), True)
+        return run_forward(signature, self._backend, packed, self._names, masks, arguments, self)
+
+    def backward(
+        self, tape: Tape, dy: Any = None, dstate: Any = None, *, need_x: bool = True, into: Grads | None = None
+    ) -> Grads:
+        """Gradients of one `forward`; Werbos 1990, "Backpropagation through time".
+
+        Parameters
+        ----------
+        tape
+            From `forward` of this layer. It is only read: backward may run twice, or from several threads, and the
+            parameters may have changed since.
+        dy
+            Gradient of y, in its shape; None where the loss does not see y. Not read past a row's end.
+        dstate
+            Gradient of the final state, structured like it; None, or None in place of h or c, where the loss does not
+            see it.
+        need_x
+            Whether the gradient of x is wanted.
+        into
+            Gradients of an earlier backward of the same shapes; these are added to them, in place.
+
+        Returns
+        -------
+        Grads
+            `x`, shaped like x; `state`, of the initial state; `parameters`, with the keys of `layer.parameters`. With
+            `into`, that object.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument is not as above; the message names it.
+        """
+        check_tape(tape, self)
+        return run_backward(tape, dy, dstate, flag("need_x", need_x), into)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of the parameters by name."""
+        return {name: array.copy() for name, array in self._parameters.items()}
+
+    def load_state_dict(self, weights: Mapping[str, Any]) -> None:
+        """Copy values into the parameters: all of them, or none when a name, shape or dtype is wrong.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A name is missing or unknown, or an array does not fit; the message names it.
+        """
+        check_names("weights", weights, self._parameters)
+        checked = {
+            name: as_parameter(f"weights[{name!r}]", weights[name], array.shape, array.dtype).copy()
+            for name, array in self._parameters.items()
+        }
+        for name, array in self._parameters.items():
+            array[...] = checked[name]
+
+    def freeze(self, weights: None = None) -> Frozen:
+        """A packed snapshot of the parameters for inference; later changes of the parameters do not reach it.
+
+        Parameters
+        ----------
+        weights
+            What the weights are stored in: None, the layer's dtype.
+        """
+        if weights is not None:
+            raise ValueError(f"weights: expected None (the dtype of the layer), got {describe(weights)}")
+        copies = [{key: array.copy() for key, array in one.items()} for one in self._weights()]
+        return Frozen(self._signature, self._chosen_backend, copies, repr(self))
+
+    def _weights(self) -> list[dict[str, Array]]:
+        """The parameters as backends take them, one mapping for each layer-direction."""
+        return [{key: self._parameters[name] for key, name in names.items()} for names in self._names]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_backend"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend = backends.pick(self._chosen_backend)
+
+    def __repr__(self) -> str:
+        """The call that makes such a layer, without the options left at their defaults."""
+        arguments = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            if name == "seed":
+                continue
+            value = self._chosen_backend if name == "backend" else getattr(self, name)
+            if isinstance(value, np.dtype):
+                value = value.name
+            if parameter.default is parameter.empty:
+                arguments.append(repr(value))
+            elif value != parameter.default:
+                arguments.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+
+class RNN(Recurrent):
+    """Elman 1990: h' = f(W_ih x + b_ih + W_hh h + b_hh), f one of tanh, relu and sigmoid; as `torch.nn.RNN`.
+
+    See `Recurrent` for the parameters.
+
+    Examples
+    --------
+    >>> import numpy as np, rnnkern as rk
+    >>> y, h = rk.RNN(3, 4, nonlinearity="relu", seed=0)(np.ones((5, 3)))
+    >>> y.shape, h.shape
+    ((5, 4), (1, 4))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        dtype: DTypeLike = "float32",
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        prefix = "rnn_"
+        if not isinstance(nonlinearity, str):
+            raise TypeError(f"nonlinearity: expected a name (str), got {describe(nonlinearity)}")
+        if prefix + nonlinearity not in CELLS:
+            known = ", ".join(name.removeprefix(prefix) for name in CELLS if name.startswith(prefix))
+            raise ValueError(f"nonlinearity: expected one of {known}, got {nonlinearity!r}")
+        super().__init__(
+            prefix + nonlinearity, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            dtype=dtype, backend=backend, seed=seed,
+        )  # fmt: skip
+        self.nonlinearity = nonlinearity
+
+
+class LSTM(Recurrent):
+    """Hochreiter and Schmidhuber 1997 with forget gates (Gers et al. 2000); as `torch.nn.LSTM`.
+
+    i, f, o = sigmoid(W_i* x + b_i* + W_h* h + b_h*), g = tanh(the same); c' = f c + i g, h' = o tanh(c'); with
+    `proj_size` h' = W_hr (o tanh(c')). See `Recurrent` for the parameters.
+
+    Examples
+    --------
+    >>> import numpy as np, rnnkern as rk
+    >>> y, (h, c) = rk.LSTM(3, 4, proj_size=2, seed=0)(np.ones((5, 1, 3)))
+    >>> y.shape, h.shape, c.shape
+    ((5, 1, 2), (1, 1, 2), (1, 1, 4))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        dtype: DTypeLike = "float32",
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            "lstm", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            dtype=dtype, backend=backend, seed=seed,
+        )  # fmt: skip
+
+
+class GRU(Recurrent):
+    """Cho et al. 2014; as `torch.nn.GRU`.
+
+    r, z = sigmoid(W_i* x + b_i* + W_h* h + b_h*), h' = (1-z) n + z h. With `reset_after` (cuDNN, PyTorch)
+    n = tanh(W_in x + b_in + r (W_hn h + b_hn)), else (the paper) n = tanh(W_in x + b_in + W_hn (r h) + b_hn).
+    See `Recurrent` for the parameters.
+
+    Examples
+    --------
+    >>> import numpy as np, rnnkern as rk
+    >>> y, h = rk.GRU(3, 4, bidirectional=True, seed=0)(np.ones((5, 1, 3)))
+    >>> y.shape, h.shape
+    ((5, 1, 8), (2, 1, 4))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        reset_after: bool = True,
+        dtype: DTypeLike = "float32",
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        self.reset_after = flag("reset_after", reset_after)
+        super().__init__(
+            "gru" if self.reset_after else "gru_reset_before",
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            dtype=dtype, backend=backend, seed=seed,
+        )  # fmt: skip
+
+
+class Frozen:
+    """A packed, immutable snapshot of a layer for inference; made by `Recurrent.freeze`.
+
+    Examples
+    --------
+    >>> import numpy as np, rnnkern as rk
+    >>> fast = rk.GRU(3, 4, seed=0).freeze()
+    >>> y, h = fast(np.ones((5, 2, 3), np.float32))
+    >>> stream = fast.stream(batch=2)
+    >>> steps = [stream.step(np.ones((2, 3), np.float32)) for _ in range(5)]
+    >>> bool(np.allclose(y, steps, atol=1e-6))
+    True
+    """
+
+    def __init__(self, signature: Signature, backend: str, weights: Sequence[Weights], layer: str) -> None:
+        self._signature = signature
+        self._chosen_backend = backend
+        self._weights = weights
+        self._layer = layer
+        self._pack()
+
+    backend = property(attrgetter("_backend.name"), doc="Name of the backend in use.")
+    dtype = property(attrgetter("_signature.dtype"), doc="The NumPy dtype of the results.")
+
+    def _pack(self) -> None:
+        self._backend = backends.pick(self._chosen_backend)
+        self._packed = self._backend.pack(self._signature.stack, self._weights, False)
+
+    def __call__(
+        self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, out: Array | None = None
+    ) -> tuple[Array, Any]:
+        """y and the final state; the arguments, results and errors are those of the layer's call."""
+        return run_inference(self._signature, self._backend, self._packed, x, state, lengths, resets, out)
+
+    def stream(self, batch: int = 1) -> Stream:
+        """B sequences fed step by step, from a state of zeros.
+
+        Raises
+        ------
+        ValueError
+            The layer is bidirectional: its reverse direction starts at the end.
+        """
+        return Stream(self, batch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_backend", "_packed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pack()
+
+    def __repr__(self) -> str:
+        return f"{self._layer}.freeze()"
+
+
+class Stream:
+    """B sequences fed step by step through a frozen layer; made by `Frozen.stream`. One thread at a time may use it.
+
+    `step` after `step` gives the bits of the frozen layer's call on the whole sequence with the native backend.
+    """
+
+    def __init__(self, frozen: Frozen, batch: int = 1) -> None:
+        stack = frozen._signature.stack
+        if len(stack.directions) > 1:
+            raise ValueError(f"stream: expected a layer of one direction, got {frozen._layer}")
+        self._frozen = frozen
+        self._batch = integer("batch", batch, 1)
+        self._lock = threading.Lock()
+        self._forward: Callable[..., Any] = frozen._backend.forward
+        self._state: State = frozen._signature.zeros(self._batch)
+
+    def step(self, x_t: Any, out: Array | None = None) -> Array:
+        """The output of the next step.
+
+        Parameters
+        ----------
+        x_t
+            (B, I).
+        out
+            Where to write the output: (B, P), of the layer's dtype, writable, C-contiguous, apart from x_t.
+
+        Returns
+        -------
+        y_t
+            (B, P); `out` where given.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument is not as above; the message names it. The state is as before.
+        RuntimeError
+            Another thread is using the stream.
+        """
+        frozen, batch = self._frozen, self._batch
+        signature = frozen._signature
+        x = as_floats("x_t", x_t, signature.dtype)
+        if x.shape != (batch, signature.input_size):
+            raise ValueError(f"x_t: expected shape {(batch, signature.input_size)}, got {x.shape}")
+        shape = (batch, signature.output_size)
+        y = np.empty(shape, signature.dtype) if out is None else check_out(out, shape, signature.dtype, (x_t, x))
+        self._acquire()
+        try:
+            self._state, _ = self._forward(
+                signature.stack, frozen._packed, x[None], self._state, None, None, None, y[None], False
+            )
+        finally:
+            self._lock.release()
+        return y
+
+    @property
+    def state(self) -> Any:
+        """The state after the last step, h (L, B, P) or (h, c), copied both ways; set to None for zeros."""
+        return self._frozen._signature.state_to_caller(tuple(one.copy() for one in self._state), False)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        new = tuple(one.copy() for one in self._frozen._signature.state("state", value, self._batch))
+        self._acquire()
+        self._state = new
+        self._lock.release()
+
+    def reset(self) -> None:
+        """Start again from a state of zeros."""
+        self.state = None
+
+    def _acquire(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("stream: used by two threads at once; give each thread its own `frozen.stream()`")
+
+    def __getstate__(self) -> tuple[Frozen, int, State]:
+        return self._frozen, self._batch, self._state
+
+    def __setstate__(self, state: tuple[Frozen, int, State]) -> None:
+        frozen, batch, states = state
+        self.__init__(frozen, batch)  # type: ignore[misc]
+        self._state = states
+
+    def __repr__(self) -> str:
+        return f"{self._frozen!r}.stream(batch={self._batch})"

@@ -1,0 +1,440 @@
+"""Seeded problems and the accuracy rule: what tests, benchmarks and bug reports share.
+
+The rule, the same for every backend, cell, dtype and tensor: `max|y - y64| <= 4 (max_k max|y_k - y64| + 4 eps max|y64|
++ 1000 tiny)`. y64 is the reference in more digits than the tested dtype; y_0 to y_3 are naive loops in the tested
+dtype, which say what rounding alone does to this problem. It follows T, H and the weights by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import reference
+from .cells import CELLS
+from .functional import Grads, dropout_masks
+from .layers import Recurrent, parameter_names
+from .reference import EXACT, Arithmetic
+from .stack import Stack, State, Weights, backward_by_layer, forward_by_layer
+
+__all__ = [
+    "Inputs",
+    "Problem",
+    "assert_accurate",
+    "assert_directional",
+    "assert_within_rounding",
+    "infer",
+    "inputs",
+    "layer_of",
+    "numerical_gradients",
+    "run",
+]
+
+Array = NDArray[Any]
+Results = dict[str, Array]  # y, h, c, ..., and the gradients dx, dh, dc, ..., dweight_ih_l0, ...
+
+STEP = 1e-30  # of the complex step: its square is below every dtype's last digit
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes, options and a seed, which say everything about one forward and backward; `inputs` draws the numbers."""
+
+    cell: str = "lstm"
+    T: int = 5
+    B: int = 3
+    I: int = 4
+    H: int = 5
+    dtype: str = "float32"
+    num_layers: int = 1
+    bidirectional: bool = False
+    bias: bool = True
+    proj_size: int = 0
+    dropout: float = 0.0
+    lengths: bool = False
+    resets: bool = False
+    loss: str = "both"  # "steps": through y, "final": through the final state, "both"
+    scale: float = 1.0  # of the weights, beside uniform in [-1/sqrt(H), 1/sqrt(H)]
+    poison: str = ""  # "nan", "inf" or "-inf": one element of x in the middle
+    seed: int = 0
+
+    @property
+    def stack(self) -> Stack:
+        """The sizes as backends take them."""
+        return Stack(
+            CELLS[self.cell],
+            self.I,
+            self.H,
+            self.proj_size,
+            self.num_layers,
+            (False, True) if self.bidirectional else (False,),
+            np.dtype(self.dtype),
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The numbers of a problem, all read-only, in its dtype and the layout of the backends."""
+
+    x: Array
+    state: State
+    weights: list[dict[str, Array]]
+    lengths: Array | None
+    resets: Array | None
+    masks: list[Array] | None
+    dy: Array | None
+    dstate: State | None
+
+
+@lru_cache(maxsize=256)
+def inputs(problem: Problem) -> Inputs:
+    """Draw the numbers of a problem; the same for the same problem."""
+    stack, T, B = problem.stack, problem.T, problem.B
+    generator = np.random.default_rng(problem.seed)
+
+    def normal(*shape: int) -> Array:
+        return generator.normal(size=shape).astype(stack.dtype)
+
+    x = normal(T, B, problem.I)
+    if problem.poison:
+        x[T // 2, B // 2, 0] = float(problem.poison)
+    state = tuple(normal(*shape) for shape in stack.state_shapes(B))
+    bound = problem.scale / np.sqrt(problem.H)
+    weights = [
+        {name: generator.uniform(-bound, bound, shape).astype(stack.dtype) for name, shape in shapes.items()}
+        for shapes in (sizes.weight_shapes(problem.bias, problem.proj_size > 0) for sizes in stack.layers)
+    ]
+    dy, dstate = normal(T, B, stack.output_size), tuple(normal(*shape) for shape in stack.state_shapes(B))
+    lengths = generator.permutation(np.linspace(0, T, B).round().astype(np.int64) if B > 1 else [T // 2])
+    resets = generator.random((T, B)) < 0.3
+    drawn = Inputs(
+        x,
+        state,
+        weights,
+        lengths if problem.lengths else None,
+        resets if problem.resets else None,
+        dropout_masks(stack, T, B, problem.dropout, problem.seed) if problem.dropout else None,
+        None if problem.loss == "final" else dy,
+        None if problem.loss == "steps" else dstate,
+    )
+    for array in (x, *state, *(w for one in weights for w in one.values()), dy, *dstate, lengths, resets):
+        array.flags.writeable = False
+    return drawn
+
+
+def layer_of(problem: Problem, backend: str = "auto") -> Recurrent:
+    """The layer of a problem, with its weights."""
+    layer = Recurrent(
+        problem.cell,
+        problem.I,
+        problem.H,
+        problem.num_layers,
+        problem.bias,
+        dropout=problem.dropout,
+        bidirectional=problem.bidirectional,
+        proj_size=problem.proj_size,
+        dtype=problem.dtype,
+        backend=backend,
+    )
+    names = parameter_names(problem.stack, problem.bias)
+    layer.load_state_dict(
+        {
+            name: one[key]
+            for one, names_of in zip(inputs(problem).weights, names, strict=True)
+            for key, name in names_of.items()
+        }
+    )
+    return layer
+
+
+def state_of(state: State | None) -> Any:
+    """A state, or a gradient of one, as layers take it."""
+    return state[0] if state is not None and len(state) == 1 else state
+
+
+def infer(problem: Problem, backend: str = "auto") -> Results:
+    """y and the final state of inference."""
+    drawn, layer = inputs(problem), layer_of(problem, backend)
+    y, state = layer(drawn.x, state_of(drawn.state), lengths=drawn.lengths, resets=drawn.resets)
+    return {"y": y} | named_states(problem, state)
+
+
+def run(problem: Problem, backend: str = "auto") -> Results:
+    """Everything a forward and a backward of the layer give."""
+    drawn, layer = inputs(problem), layer_of(problem, backend)
+    y, state, tape = layer.forward(
+        drawn.x, state_of(drawn.state), lengths=drawn.lengths, resets=drawn.resets, seed=problem.seed
+    )
+    grads = layer.backward(tape, drawn.dy, state_of(drawn.dstate))
+    return {"y": y} | named_states(problem, state) | named_gradients(problem, grads)
+
+
+def named_states(problem: Problem, state: Any, prefix: str = "") -> Results:
+    """A state by the names of its parts."""
+    parts = state if isinstance(state, tuple) else (state,)
+    return {prefix + name: part for name, part in zip(CELLS[problem.cell].states, parts, strict=True)}
+
+
+def named_gradients(problem: Problem, grads: Grads) -> Results:
+    """Gradients by the names of what they belong to."""
+    x = {} if grads.x is None else {"dx": grads.x}
+    return x | named_states(problem, grads.state, "d") | {f"d{name}": one for name, one in grads.parameters.items()}
+
+
+def assert_accurate(problem: Problem, results: Mapping[str, Array], exact: Mapping[str, Array] | None = None) -> float:
+    """The accuracy rule for every tensor of the results.
+
+    Parameters
+    ----------
+    problem
+        What was run.
+    results
+        What `run` or `infer` gave, or a part of it.
+    exact
+        Used in place of the reference's results, such as `numerical_gradients`.
+
+    Returns
+    -------
+    float
+        The largest error, as a fraction of its bound.
+
+    Raises
+    ------
+    AssertionError
+        A tensor is beyond its bound; the message names it and the problem.
+
+    Examples
+    --------
+    >>> problem = Problem("gru", T=3, B=2, I=2, H=3)
+    >>> assert_accurate(problem, run(problem, "reference")) < 1
+    True
+    """
+    positive = _positive(problem, results)
+    references = exact_results(problem, positive) if exact is None else exact
+    naive = naive_results(problem, positive)
+    return max(
+        assert_within_rounding(name, tested, references[name], [one[name] for one in naive], problem)
+        for name, tested in results.items()
+    )
+
+
+def assert_within_rounding(name: str, tested: Any, exact: Any, naive: Sequence[Any], context: object) -> float:
+    """The accuracy rule for one tensor; `exact` has more digits than `tested`, the naive results have its dtype.
+
+    Returns the error as a fraction of its bound. `context` ends the message of the AssertionError.
+    """
+    tested, exact = np.asarray(tested), np.asarray(exact)
+    where = f"{name} of {context!r}"
+    assert tested.shape == exact.shape, f"shape {tested.shape} instead of {exact.shape}: {where}"
+    with np.errstate(all="ignore"):
+        rounded = exact.astype(tested.dtype)
+    finite = np.isfinite(rounded)
+    special = np.isclose(tested, rounded, rtol=0, atol=0, equal_nan=True) | (finite & np.isfinite(tested))
+    assert special.all(), (
+        f"{tested[~special][0]} instead of {rounded[~special][0]} at {np.argwhere(~special)[0]}: {where}"
+    )
+    if not finite.any():
+        return 0.0
+    limits = np.finfo(tested.dtype)
+    exact = np.where(finite, exact, 0)
+
+    def distance(values: Array) -> Any:
+        return np.abs(np.where(finite & np.isfinite(values), values, exact) - exact)
+
+    spread = max(distance(np.asarray(values)).max() for values in naive)
+    bound = 4 * (spread + 4 * limits.eps * np.abs(exact).max() + 1000 * limits.tiny)
+    error = distance(tested)
+    worst = np.unravel_index(error.argmax(), error.shape)
+    assert error[worst] <= bound, (
+        f"{tested[worst]} instead of {exact[worst]} at {tuple(map(int, worst))}: error {error[worst]:.3g} beyond the "
+        f"bound {bound:.3g}: {where}"
+    )
+    return float(error[worst] / bound)
+
+
+def _positive(problem: Problem, results: Mapping[str, Array]) -> bytes | None:
+    """The pattern y > 0 of the tested results, for cells whose backward reads only their output.
+
+    The derivative of relu jumps at 0, so that an output of one rounding error may have either; both are right.
+    """
+    reads_output = CELLS[problem.cell].saved == ("h",) and "y" in results
+    return np.packbits(results["y"] > 0).tobytes() if reads_output else None
+
+
+@lru_cache(maxsize=512)
+def exact_results(problem: Problem, positive: bytes | None = None) -> Results:
+    """The reference in float64, or in longdouble for a float64 problem."""
+    return _evaluate(problem, np.float64 if problem.dtype == "float32" else np.longdouble, EXACT, positive)
+
+
+@lru_cache(maxsize=512)
+def naive_results(problem: Problem, positive: bytes | None = None) -> list[Results]:
+    """y_0 to y_3: plain; activations moved at random by up to 2 ulp; the same, sums in reverse; another seed."""
+    seed = problem.seed
+    arithmetics = [
+        Arithmetic(product=_sequential),
+        _moved(seed, _sequential),
+        _moved(seed, _sequential_reverse),
+        _moved(seed + 1, _sequential),
+    ]
+    return [_evaluate(problem, problem.dtype, arithmetic, positive) for arithmetic in arithmetics]
+
+
+def _sequential(a: Array, w: Array, reverse: bool = False) -> Array:
+    """a (..., K) times w (N, K), each sum term by term in the order of k."""
+    total = np.zeros((*a.shape[:-1], len(w)), np.result_type(a, w))
+    for k in reversed(range(w.shape[1])) if reverse else range(w.shape[1]):
+        total += a[..., k, None] * w[:, k]
+    return total
+
+
+_sequential_reverse = partial(_sequential, reverse=True)
+
+
+def _moved(seed: int, product: Callable[[Array, Array], Array]) -> Arithmetic:
+    generator = np.random.default_rng(seed)
+
+    def move(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+        def moved(a: Array) -> Array:
+            value = function(a)
+            factor = 1 + generator.uniform(-2, 2, value.shape) * np.finfo(value.dtype).eps
+            moved: Array = value * factor.astype(value.dtype)
+            return moved
+
+        return moved
+
+    return Arithmetic(move(EXACT.sigmoid), move(EXACT.tanh), move(EXACT.relu), product=product)
+
+
+def _evaluate(problem: Problem, dtype: Any, arithmetic: Arithmetic, positive: bytes | None) -> Results:
+    """Forward and backward of the reference in a dtype and an arithmetic."""
+    stack, drawn = problem.stack, inputs(problem)
+    weights = [{name: w.astype(dtype) for name, w in one.items()} for one in drawn.weights]
+    x, masks, state, dy, dstate = _cast(drawn, dtype)
+    y = np.empty((*x.shape[:2], stack.output_size), dtype)
+    with np.errstate(all="ignore"):
+        final, saved = forward_by_layer(
+            partial(reference.forward_layer, arithmetic=arithmetic),
+            stack, weights, x, state, drawn.lengths, drawn.resets, masks, y,
+        )  # fmt: skip
+        if positive is not None:
+            _take_signs(stack, saved, y, positive)
+        dx, initial, gradients = backward_by_layer(
+            partial(reference.backward_layer, arithmetic=arithmetic),
+            stack, weights, saved, drawn.lengths, drawn.resets, masks, dy, dstate,
+        )  # fmt: skip
+    assert dx is not None
+    names = parameter_names(stack, problem.bias)
+    parameters = {
+        f"d{names_of[key]}": one for names_of, ones in zip(names, gradients, strict=True) for key, one in ones.items()
+    }
+    return (
+        {"y": y}
+        | named_states(problem, final)
+        | {"dx": dx}
+        | named_states(problem, initial, "d")
+        | parameters
+    )  # fmt: skip
+
+
+def _cast(drawn: Inputs, dtype: Any) -> tuple[Array, list[Array] | None, State, Array | None, State]:
+    """x, masks, state, dy and dstate in a dtype, dstate None as zeros."""
+    state = tuple(one.astype(dtype) for one in drawn.state)
+    return (
+        drawn.x.astype(dtype),
+        None if drawn.masks is None else [mask.astype(dtype) for mask in drawn.masks],
+        state,
+        None if drawn.dy is None else drawn.dy.astype(dtype),
+        tuple(np.zeros_like(one) for one in state) if drawn.dstate is None else
+        tuple(one.astype(dtype) for one in drawn.dstate),
+    )  # fmt: skip
+
+
+def _take_signs(stack: Stack, saved: Sequence[Any], y: Array, positive: bytes) -> None:
+    """Where the tested y of the last layer has another sign than the saved output, give that the tested sign."""
+    pattern = np.unpackbits(np.frombuffer(positive, np.uint8), count=y.size).reshape(y.shape).astype(bool)
+    directions, P = len(stack.directions), stack.state_size
+    for direction, (_, kept) in enumerate(saved[-directions:]):
+        columns = pattern[:, :, direction * P : (direction + 1) * P]
+        for t, values in enumerate(kept.values):
+            h = values[0]
+            tiny = np.finfo(h.dtype).tiny
+            values[0] = np.where((h > 0) == columns[t], h, np.where(columns[t], tiny, -tiny))
+
+
+def _leaves(problem: Problem, drawn: Inputs) -> dict[str, Array]:
+    """Complex copies of everything a gradient is taken of, by the name of the gradient."""
+    dtype = np.clongdouble
+    names = parameter_names(problem.stack, problem.bias)
+    return (
+        {"dx": drawn.x.astype(dtype)}
+        | named_states(problem, tuple(one.astype(dtype) for one in drawn.state), "d")
+        | {
+            f"d{names_of[key]}": one.astype(dtype)
+            for names_of, ones in zip(names, drawn.weights, strict=True)
+            for key, one in ones.items()
+        }
+    )
+
+
+def _derivative(problem: Problem, drawn: Inputs, leaves: Mapping[str, Array]) -> Any:
+    """Derivative of sum(dy * y) + sum(dstate * state) along the imaginary part of the leaves, over `STEP`."""
+    stack = problem.stack
+    names = parameter_names(stack, problem.bias)
+    weights: list[Weights] = [{key: leaves[f"d{name}"] for key, name in one.items()} for one in names]
+    state = tuple(leaves[f"d{name}"] for name in stack.cell.states)
+    y = np.empty((problem.T, problem.B, stack.output_size), np.clongdouble)
+    final, _ = forward_by_layer(
+        reference.forward_layer, stack, weights, leaves["dx"], state, drawn.lengths, drawn.resets, drawn.masks, y
+    )
+    steps = [] if drawn.dy is None else [(drawn.dy, y)]
+    ends = [] if drawn.dstate is None else list(zip(drawn.dstate, final, strict=True))
+    return sum((np.sum(d * value.imag) for d, value in (*steps, *ends)), np.longdouble(0)) / STEP
+
+
+@cache
+def numerical_gradients(problem: Problem) -> Results:
+    """Every gradient from the forward alone, one complex step an element; for small problems.
+
+    Squire and Trapp 1998, "Using complex variables to estimate derivatives of real functions".
+    """
+    drawn = inputs(problem)
+    leaves = _leaves(problem, drawn)
+    results = {name: np.empty(leaf.shape, np.longdouble) for name, leaf in leaves.items()}
+    for name, leaf in leaves.items():
+        for index in np.ndindex(leaf.shape):
+            value = leaf[index]
+            leaf[index] = value + 1j * STEP
+            results[name][index] = _derivative(problem, drawn, leaves)
+            leaf[index] = value
+    return results
+
+
+def assert_directional(problem: Problem, results: Mapping[str, Array]) -> float:
+    """The gradients of a float64 problem along one random direction agree with a complex step of the forward.
+
+    All elements at once, so for problems of any size. Returns and raises as `assert_accurate`.
+    """
+    drawn = inputs(problem)
+    leaves = _leaves(problem, drawn)
+    generator = np.random.default_rng(problem.seed + 1)
+    direction = {name: generator.normal(size=leaf.shape) for name, leaf in leaves.items()}
+    stepped = {name: leaf + 1j * np.longdouble(STEP) * direction[name] for name, leaf in leaves.items()}
+    exact = _derivative(problem, drawn, stepped)
+
+    def along(gradients: Mapping[str, Array]) -> Any:
+        return sum(np.sum(np.longdouble(1) * gradients[name] * one) for name, one in direction.items())
+
+    naive = [along(one) for one in naive_results(problem, _positive(problem, results))]
+    tested = np.float64(along(results))
+    return assert_within_rounding("directional derivative", tested, exact, naive, problem)
+
+
+def without_dropout(problem: Problem) -> Problem:
+    """The problem that inference solves."""
+    return replace(problem, dropout=0.0)
