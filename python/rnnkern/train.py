@@ -1,0 +1,744 @@
+"""The output side of training from NumPy: `Linear`, losses with their gradients, clipping, SGD and Adam."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import backends
+from .arguments import (
+    as_array,
+    as_floats,
+    as_parameter,
+    check_names,
+    check_out,
+    describe,
+    flag,
+    float_dtype,
+    integer,
+    seed_or_none,
+)
+from .functional import Grads, Parameters
+
+__all__ = ["SGD", "Adam", "Linear", "clip_grad_norm", "clip_grad_value", "cross_entropy", "mse"]
+
+Array = NDArray[Any]
+
+_BLOCK = 1 << 14  # elements an optimizer updates at a time: its temporaries stay in the L2 cache
+
+
+@dataclass(frozen=True, eq=False)
+class _LinearTape:
+    """What `Linear.forward` leaves for `backward`; it refers to x and owns a copy of the weight."""
+
+    owner: Linear
+    x: Array  # (rows, in_features)
+    weight: Array
+    shape: tuple[int, ...]  # leading dimensions of the caller's x
+
+
+class Linear:
+    """The output layer: y = x W^T + b over all steps at once, with the packed product of the recurrent layers.
+
+    Parameters
+    ----------
+    in_features, out_features
+        Elements of x and of y.
+    bias
+        Whether there is a b.
+    dtype
+        float32 or float64.
+    backend
+        As for the recurrent layers.
+    seed
+        Of the initial weights, U(-1/sqrt(in_features), 1/sqrt(in_features)) drawn in float64; None draws a fresh one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option is not as above; the message names it.
+    BackendUnavailableError
+        A named backend cannot run here.
+
+    Examples
+    --------
+    >>> import rnnkern as rk
+    >>> layer = rk.Linear(3, 2, seed=0)
+    >>> y, tape = layer.forward(np.ones((5, 4, 3)))
+    >>> y.shape, layer.backward(tape, np.ones_like(y)).parameters["bias"].tolist()
+    ((5, 4, 2), [20.0, 20.0])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: DTypeLike = "float32",
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        self.in_features = integer("in_features", in_features, 1)
+        self.out_features = integer("out_features", out_features, 1)
+        self.dtype = float_dtype(dtype)
+        self._chosen_backend = backend
+        self._backend = backends.pick(backend)
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self.out_features, self.in_features)}
+        if flag("bias", bias):
+            shapes["bias"] = (self.out_features,)
+        bound = 1 / math.sqrt(self.in_features)
+        generator = np.random.default_rng(seed_or_none(seed))
+        self._parameters = Parameters(
+            {name: generator.uniform(-bound, bound, shape).astype(self.dtype) for name, shape in shapes.items()}
+        )
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        name: str = self._backend.name
+        return name
+
+    @property
+    def parameters(self) -> Mapping[str, Array]:
+        """A read-only mapping of `weight` and `bias` to writable C-contiguous arrays; the next call sees changes."""
+        return self._parameters
+
+    def __repr__(self) -> str:
+        bias = "" if "bias" in self.parameters else ", bias=False"
+        dtype = "" if self.dtype == np.float32 else f", dtype={self.dtype.name!r}"
+        backend = "" if self._chosen_backend == "auto" else f", backend={self._chosen_backend!r}"
+        return f"Linear({self.in_features}, {self.out_features}{bias}{dtype}{backend})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_backend"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend = backends.pick(self._chosen_backend)
+
+    def __call__(self, x: Any, *, out: Array | None = None) -> Array:
+        """y (..., out_features) of x (..., in_features), to `out` where given; keeps nothing."""
+        rows, shape = self._rows(x)
+        if out is None:
+            return self._product(rows).reshape(*shape, self.out_features)
+        check_out(out, (*shape, self.out_features), self.dtype, (x, rows, *self.parameters.values()))
+        self._product(rows, out.reshape(-1, self.out_features))
+        return out
+
+    def forward(self, x: Any) -> tuple[Array, _LinearTape]:
+        """y, read-only, and the tape for `backward`, which refers to x: leave x as it is until then."""
+        rows, shape = self._rows(x)
+        y = self._product(rows).reshape(*shape, self.out_features)
+        y.flags.writeable = False
+        return y, _LinearTape(self, rows, self.parameters["weight"].copy(), shape)
+
+    def backward(self, tape: _LinearTape, dy: Any, *, need_x: bool = True, into: Grads | None = None) -> Grads:
+        """Gradients of one `forward`.
+
+        Parameters
+        ----------
+        tape
+            What this layer's `forward` returned.
+        dy
+            Gradient of y, in its shape.
+        need_x
+            Whether the gradient of x is wanted.
+        into
+            What an earlier `backward` of the same shapes returned: the gradients are added to it.
+
+        Returns
+        -------
+        Grads
+            `x` (None without `need_x`), an empty `state`, and `parameters` with the keys and shapes of the layer's.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument is not as above; the message names it.
+        """
+        if not isinstance(tape, _LinearTape):
+            raise TypeError(f"tape: expected the tape that forward returned, got {describe(tape)}")
+        if tape.owner is not self:
+            raise ValueError(f"tape: expected a tape of {self!r}, got one of another layer, {tape.owner!r}")
+        flag("need_x", need_x)
+        dy = as_parameter("dy", dy, (*tape.shape, self.out_features), self.dtype).reshape(-1, self.out_features)
+        x_shape = (*tape.shape, self.in_features)
+        if into is not None:
+            self._check_into(into, x_shape if need_x else None)
+        if tape.x.size:
+            dx, dweight, dbias = self._backend.linear_backward(tape.x, tape.weight, dy, need_x)
+        else:
+            dx, dweight, dbias = tape.x, np.zeros_like(tape.weight), np.zeros(self.out_features, self.dtype)
+        grads = Grads(
+            dx.reshape(x_shape) if need_x else None,
+            (),
+            Parameters({name: {"weight": dweight, "bias": dbias}[name] for name in self.parameters}),
+        )
+        if into is None:
+            return grads
+        pairs: list[tuple[Any, Any]] = [(into.parameters[name], new) for name, new in grads.parameters.items()]
+        if need_x:
+            pairs.append((into.x, grads.x))
+        for held, new in pairs:
+            held += new
+        return into
+
+    def state_dict(self) -> dict[str, Array]:
+        """A copy of the parameters."""
+        return {name: array.copy() for name, array in self.parameters.items()}
+
+    def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
+        """Copy parameters in; all of them or, with an error, none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A name is missing or unknown, or an array does not fit.
+        """
+        check_names("mapping", mapping, self.parameters)
+        new = {
+            name: as_parameter(f"mapping[{name!r}]", mapping[name], array.shape, self.dtype).copy()
+            for name, array in self.parameters.items()
+        }
+        for name, array in self.parameters.items():
+            array[...] = new[name]
+
+    def _rows(self, x: Any) -> tuple[Array, tuple[int, ...]]:
+        """x as (rows, in_features), and its leading dimensions."""
+        array = as_floats("x", x, self.dtype)
+        if array.ndim < 1 or array.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected shape (..., {self.in_features}), got {array.shape}")
+        return array.reshape(-1, self.in_features), array.shape[:-1]
+
+    def _product(self, rows: Array, y: Array | None = None) -> Array:
+        if y is None:
+            y = np.empty((len(rows), self.out_features), self.dtype)
+        if len(rows):
+            self._backend.linear_forward(rows, self.parameters["weight"], self.parameters.get("bias"), y)
+        return y
+
+    def _check_into(self, into: object, x_shape: tuple[int, ...] | None) -> None:
+        """`into` holds writable arrays of the right shapes, so that adding cannot fail half way."""
+        if not isinstance(into, Grads):
+            raise TypeError(f"into: expected the Grads of an earlier backward, got {describe(into)}")
+        held = [(f"parameters[{name!r}]", into.parameters.get(name), a.shape) for name, a in self.parameters.items()]
+        if x_shape is not None:
+            held.append(("x", into.x, x_shape))
+        for name, array, shape in held:
+            if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != self.dtype:
+                raise ValueError(f"into.{name}: expected {self.dtype} of shape {shape}, got {describe(array)}")
+            if not array.flags.writeable:
+                raise ValueError(f"into.{name}: expected a writable array, got a read-only one")
+
+
+def cross_entropy(
+    logits: ArrayLike, targets: ArrayLike, lengths: ArrayLike | None = None, *, batch_first: bool = False
+) -> tuple[float, Array]:
+    """Softmax cross-entropy, mean over the valid steps, and its gradient.
+
+    Per step: log(sum_k exp(logits_k)) - logits_target, in nats, with the largest logit taken out of the sum first, so
+    that nothing overflows. As `torch.nn.functional.cross_entropy` over the valid steps.
+
+    Parameters
+    ----------
+    logits
+        float32 or float64, (T, B, C), or any leading shape (..., C) where no lengths are given.
+    targets
+        Integers in [0, C) of the leading shape.
+    lengths
+        Integers (B,), 0 <= length <= T. Past a row's end neither logits nor targets are read.
+    batch_first
+        The leading shape is (B, T). Matters only with lengths.
+
+    Returns
+    -------
+    loss : float
+        0 where there is no valid step.
+    dlogits : ndarray
+        Shape and dtype of logits; zero past a row's end.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong dtype, shape or range, naming the argument.
+
+    Examples
+    --------
+    >>> loss, dlogits = cross_entropy(np.zeros((2, 1, 4)), np.array([[3], [0]]))
+    >>> round(loss, 4), dlogits[0, 0].tolist()
+    (1.3863, [0.125, 0.125, 0.125, -0.375])
+    """
+    z = _floats("logits", logits)
+    if z.ndim < 2:
+        raise ValueError(f"logits: expected shape (..., C) of at least 2 dimensions, got {z.shape}")
+    chosen = as_array("targets", targets)
+    if chosen.dtype.kind not in "iu":
+        raise TypeError(f"targets: expected integers, got {chosen.dtype}")
+    if chosen.shape != z.shape[:-1]:
+        raise ValueError(f"targets: expected shape {z.shape[:-1]}, got {chosen.shape}")
+    classes = z.shape[-1]
+    valid = _valid_steps("logits", z, lengths, batch_first)
+    rows = z.reshape(-1, classes) if valid is None else z[valid]
+    chosen = chosen.reshape(-1) if valid is None else chosen[valid]
+    count = len(rows)
+    if count == 0:
+        return 0.0, np.zeros_like(z, order="C")
+    if chosen.min() < 0 or chosen.max() >= classes:
+        worst = chosen.min() if chosen.min() < 0 else chosen.max()
+        raise ValueError(f"targets: expected values in [0, {classes}), got {worst}")
+
+    at_target = (np.arange(count), chosen)
+    with np.errstate(all="ignore"):  # Inf and NaN go through
+        gradient = rows - rows.max(axis=-1, keepdims=True)
+        target_logits = gradient[at_target]
+        np.exp(gradient, out=gradient)
+        total = gradient.sum(axis=-1)
+        loss = np.mean(np.log(total) - target_logits, dtype=np.float64)
+        gradient /= total[:, None] * count
+        gradient[at_target] -= 1 / count
+    return float(loss), _spread(gradient, valid, z)
+
+
+def mse(
+    prediction: ArrayLike, target: ArrayLike, lengths: ArrayLike | None = None, *, batch_first: bool = False
+) -> tuple[float, Array]:
+    """Mean squared error over all elements of the valid steps, and its gradient.
+
+    As `torch.nn.functional.mse_loss` over the valid steps; the mean is taken in float64.
+
+    Parameters
+    ----------
+    prediction
+        float32 or float64, (T, B, C), or any shape where no lengths are given.
+    target
+        Real numbers of the same shape.
+    lengths
+        Integers (B,), 0 <= length <= T. Past a row's end neither prediction nor target is read.
+    batch_first
+        The shape is (B, T, C). Matters only with lengths.
+
+    Returns
+    -------
+    loss : float
+        0 where there is no valid step.
+    dprediction : ndarray
+        Shape and dtype of prediction; zero past a row's end.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong dtype or shape, naming the argument.
+
+    Examples
+    --------
+    >>> loss, dprediction = mse(np.array([1.0, 2.0]), np.array([1.0, 4.0]))
+    >>> loss, dprediction.tolist()
+    (2.0, [0.0, -2.0])
+    """
+    y = _floats("prediction", prediction)
+    wanted = as_array("target", target)
+    if wanted.dtype.kind not in "fiub":
+        raise TypeError(f"target: expected real numbers, got {wanted.dtype}")
+    if wanted.shape != y.shape:
+        raise ValueError(f"target: expected shape {y.shape}, got {wanted.shape}")
+    valid = _valid_steps("prediction", y, lengths, batch_first)
+    with np.errstate(all="ignore"):
+        gradient = np.subtract(y if valid is None else y[valid], wanted if valid is None else wanted[valid])
+        gradient = np.asarray(gradient, dtype=y.dtype)  # a float64 target does not widen the result
+        count = gradient.size
+        if count == 0:
+            return 0.0, np.zeros_like(y, order="C")
+        loss = np.mean(np.square(gradient, dtype=np.float64))
+        gradient *= 2 / count
+    return float(loss), _spread(gradient, valid, y)
+
+
+def clip_grad_norm(grads: Any, max_norm: float) -> float:
+    """Scale all gradients together so that their joint 2-norm is at most `max_norm`, in place.
+
+    The norm is taken over every element of every parameter as one vector. Where it exceeds `max_norm`, everything is
+    multiplied by max_norm / (norm + 1e-6), as in `torch.nn.utils.clip_grad_norm_` (Pascanu et al. 2013).
+
+    Parameters
+    ----------
+    grads
+        What `backward` returns, or a mapping from names to arrays, or a sequence of such.
+    max_norm
+        Positive; infinity only measures.
+
+    Returns
+    -------
+    norm : float
+        The norm before clipping, computed without overflow. Where it is NaN or infinite, nothing was scaled.
+
+    Raises
+    ------
+    TypeError, ValueError
+        grads hold something other than writable real arrays, or max_norm is not positive.
+
+    Examples
+    --------
+    >>> gradients = {"weight": np.array([3.0, 4.0])}
+    >>> clip_grad_norm([gradients], 1.0), gradients["weight"].round(3).tolist()
+    (5.0, [0.6, 0.8])
+    """
+    limit = _positive("max_norm", max_norm, finite=False)
+    arrays = list(_writable(grads))
+    norm = _norm(arrays)
+    scale = limit / (norm + 1e-6)
+    if math.isfinite(norm) and scale < 1:
+        for array in arrays:
+            array *= scale
+    return norm
+
+
+def clip_grad_value(grads: Any, value: float) -> None:
+    """Clip every element of every gradient to [-value, value], in place. NaN stays NaN.
+
+    Parameters
+    ----------
+    grads
+        What `backward` returns, or a mapping from names to arrays, or a sequence of such.
+    value
+        Positive.
+
+    Raises
+    ------
+    TypeError, ValueError
+        grads hold something other than writable real arrays, or value is not positive.
+
+    Examples
+    --------
+    >>> gradients = {"weight": np.array([3.0, -0.5])}
+    >>> clip_grad_value([gradients], 1.0)
+    >>> gradients["weight"].tolist()
+    [1.0, -0.5]
+    """
+    limit = _positive("value", value, finite=False)
+    for array in list(_writable(grads)):
+        np.clip(array, -limit, limit, out=array)
+
+
+class _Optimizer:
+    """Parameters, the checks of their gradients, and the walk over both in blocks.
+
+    Subclasses name the arrays they keep for each parameter (`_moments`) and update one block (`_update`).
+    """
+
+    _moments: tuple[str, ...] = ()
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.lr = lr
+        self.steps = 0
+        self._parameters = _mappings("parameters", parameters)
+        self._names = [f"{index}.{name}" for index, one in enumerate(self._parameters) for name in one]
+        self._values = [self._flat(f"parameters[{i}][{n!r}]", a) for i, n, a in _items(self._parameters)]
+        self._state = {moment: [np.zeros_like(value) for value in self._values] for moment in self._moments}
+
+    @staticmethod
+    def _flat(name: str, array: Array) -> Array:
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            raise TypeError(f"{name}: expected an array of floats, got {getattr(array, 'dtype', type(array).__name__)}")
+        if not (array.flags.c_contiguous and array.flags.writeable):
+            raise ValueError(f"{name}: expected a writable C-contiguous array, to be updated in place")
+        return array.reshape(-1)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate; may be set between steps."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = _positive("lr", value, zero=True)
+
+    def step(self, grads: Any) -> None:
+        """Update the parameters in place.
+
+        Parameters
+        ----------
+        grads
+            As the parameters were given: what `backward` returned for each layer, or mappings of the same names.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The gradients do not fit the parameters; nothing has changed then.
+        """
+        gradients = self._checked(grads)
+        self.steps += 1
+        with np.errstate(all="ignore"):
+            for index, (value, gradient) in enumerate(zip(self._values, gradients, strict=True)):
+                for start in range(0, value.size, _BLOCK):
+                    block = slice(start, start + _BLOCK)
+                    self._update(
+                        value[block], gradient[block], *(self._state[moment][index][block] for moment in self._moments)
+                    )
+
+    def _update(self, value: Array, gradient: Array, *moments: Array) -> None:
+        raise NotImplementedError
+
+    def _checked(self, grads: Any) -> list[Array]:
+        given = _mappings("grads", grads)
+        if len(given) != len(self._parameters):
+            raise ValueError(f"grads: expected {len(self._parameters)}, one for each layer, got {len(given)}")
+        flat = []
+        for index, (one, parameters) in enumerate(zip(given, self._parameters, strict=True)):
+            if set(one) != set(parameters):
+                raise ValueError(f"grads[{index}]: expected the names {sorted(parameters)}, got {sorted(one)}")
+            for name, value in parameters.items():
+                gradient = np.asarray(one[name])
+                if gradient.shape != value.shape or gradient.dtype != value.dtype:
+                    raise ValueError(
+                        f"grads[{index}][{name!r}]: expected {value.dtype} of shape {value.shape}, "
+                        f"got {gradient.dtype} of shape {gradient.shape}"
+                    )
+                flat.append(gradient.reshape(-1))
+        return flat
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of what the optimizer has gathered, to `save` and to load into one with equal parameters.
+
+        The number of steps, and per kept array a mapping from "<layer>.<name>" to it.
+        """
+        return {"steps": self.steps} | {
+            moment: {
+                name: value.reshape(parameter.shape).copy()
+                for name, value, (_, _, parameter) in zip(self._names, values, _items(self._parameters), strict=True)
+            }
+            for moment, values in self._state.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; all of it or, with an error, nothing.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A name is missing or unknown, or a shape or dtype differs.
+        """
+        expected = ("steps", *self._moments)
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
+        if set(state) != set(expected):
+            raise ValueError(f"state: expected the names {sorted(expected)}, got {sorted(state)}")
+        steps = state["steps"]
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"state['steps']: expected an int >= 0, got {steps!r}")
+        copies = []
+        for moment in self._moments:
+            given = state[moment]
+            if not isinstance(given, Mapping) or set(given) != set(self._names):
+                got = sorted(given) if isinstance(given, Mapping) else type(given).__name__
+                raise ValueError(f"state[{moment!r}]: expected the names {sorted(self._names)}, got {got}")
+            for name, target, (_, _, parameter) in zip(
+                self._names, self._state[moment], _items(self._parameters), strict=True
+            ):
+                value = np.asarray(given[name])
+                if value.shape != parameter.shape or value.dtype != parameter.dtype:
+                    raise ValueError(
+                        f"state[{moment!r}][{name!r}]: expected {parameter.dtype} of shape {parameter.shape}, "
+                        f"got {value.dtype} of shape {value.shape}"
+                    )
+                copies.append((target, value.reshape(-1)))
+        for target, value in copies:
+            target[...] = value
+        self.steps = steps
+
+
+class SGD(_Optimizer):
+    """Stochastic gradient descent, with momentum as `torch.optim.SGD` has it: v = momentum v + g, p -= lr v.
+
+    Parameters
+    ----------
+    parameters
+        `layer.parameters`, or a sequence of such, one for each layer: writable C-contiguous arrays by name.
+    lr
+        Learning rate >= 0; the attribute `lr` may be set between steps.
+    momentum
+        In [0, 1).
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter cannot be updated in place, or an option is out of range.
+
+    Examples
+    --------
+    >>> parameters = {"weight": np.array([1.0, 2.0])}
+    >>> SGD(parameters, lr=0.5).step({"weight": np.array([2.0, 0.0])})
+    >>> parameters["weight"].tolist()
+    [0.0, 2.0]
+    """
+
+    def __init__(self, parameters: Any, lr: float, momentum: float = 0.0) -> None:
+        self.momentum = _fraction("momentum", momentum)
+        self._moments = ("velocity",) if self.momentum else ()
+        super().__init__(parameters, lr)
+
+    def _update(self, value: Array, gradient: Array, *moments: Array) -> None:
+        direction = gradient
+        if moments:
+            (direction,) = moments
+            direction *= self.momentum
+            direction += gradient
+        value -= self.lr * direction
+
+
+class Adam(_Optimizer):
+    """Adam (Kingma and Ba 2015) with bias correction, as `torch.optim.Adam`.
+
+    m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p -= lr m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) at step n.
+
+    Parameters
+    ----------
+    parameters
+        `layer.parameters`, or a sequence of such, one for each layer: writable C-contiguous arrays by name.
+    lr
+        Learning rate >= 0; the attribute `lr` may be set between steps.
+    betas
+        b1 and b2, in [0, 1).
+    eps
+        Positive.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter cannot be updated in place, or an option is out of range.
+
+    Examples
+    --------
+    >>> parameters = {"weight": np.array([1.0, 2.0])}
+    >>> Adam(parameters, lr=0.5).step({"weight": np.array([100.0, -0.01])})
+    >>> parameters["weight"].round(3).tolist()
+    [0.5, 2.5]
+    """
+
+    _moments = ("mean", "mean_square")
+
+    def __init__(
+        self, parameters: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise TypeError(f"betas: expected two numbers, got {betas!r}")
+        self.betas = (_fraction("betas[0]", betas[0]), _fraction("betas[1]", betas[1]))
+        self.eps = _positive("eps", eps)
+        super().__init__(parameters, lr)
+
+    def _update(self, value: Array, gradient: Array, *moments: Array) -> None:
+        mean, mean_square = moments
+        b1, b2 = self.betas
+        mean += (1 - b1) * (gradient - mean)
+        mean_square *= b2
+        squared = gradient * gradient
+        squared *= 1 - b2
+        mean_square += squared
+        change = np.sqrt(mean_square)
+        change /= math.sqrt(1 - b2**self.steps)
+        change += self.eps
+        np.divide(mean, change, out=change)
+        change *= self.lr / (1 - b1**self.steps)
+        value -= change
+
+
+def _floats(name: str, value: ArrayLike) -> Array:
+    array = as_array(name, value)
+    if array.dtype not in (np.float32, np.float64):
+        raise TypeError(f"{name}: expected float32 or float64, got {array.dtype}")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _valid_steps(name: str, values: Array, lengths: ArrayLike | None, batch_first: bool) -> Array | None:
+    """Where a step is within its row, bool of the leading shape; None for everywhere."""
+    if lengths is None:
+        return None
+    if values.ndim != 3:
+        raise ValueError(f"lengths: expected {name} of 3 dimensions with them, got {name} of shape {values.shape}")
+    B, T = values.shape[:2] if batch_first else values.shape[1::-1]
+    ends = as_array("lengths", lengths)
+    if ends.dtype.kind not in "iu":
+        raise TypeError(f"lengths: expected integers of shape ({B},), got {describe(ends)}")
+    if ends.shape != (B,):
+        raise ValueError(f"lengths: expected integers of shape ({B},), got {describe(ends)}")
+    if B and (ends.min() < 0 or ends.max() > T):
+        raise ValueError(f"lengths: expected values in [0, {T}], got {ends.min()} to {ends.max()}")
+    inside: Array = np.arange(T) < ends[:, None]
+    return inside if batch_first else inside.T
+
+
+def _spread(rows: Array, valid: Array | None, like: Array) -> Array:
+    """Gradients of the valid steps in the shape of all steps, zero elsewhere."""
+    if valid is None:
+        return rows.reshape(like.shape)
+    full = np.zeros(like.shape, like.dtype)
+    full[valid] = rows
+    return full
+
+
+def _mappings(name: str, values: Any) -> list[Mapping[str, Array]]:
+    """One or several layers' mappings; an object with `.parameters` stands for that."""
+    several = values if isinstance(values, Sequence) else [values]
+    found = []
+    for index, one in enumerate(several):
+        mapping = getattr(one, "parameters", one)
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"{name}[{index}]: expected a mapping of names to arrays, got {type(one).__name__}")
+        found.append(mapping)
+    return found
+
+
+def _items(mappings: Sequence[Mapping[str, Array]]) -> Iterator[tuple[int, str, Array]]:
+    for index, mapping in enumerate(mappings):
+        for name, array in mapping.items():
+            yield index, name, array
+
+
+def _writable(grads: Any) -> Iterator[Array]:
+    for index, name, array in _items(_mappings("grads", grads)):
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            got = getattr(array, "dtype", type(array).__name__)
+            raise TypeError(f"grads[{index}][{name!r}]: expected an array of floats, got {got}")
+        if not array.flags.writeable:
+            raise ValueError(f"grads[{index}][{name!r}]: expected a writable array, to be clipped in place")
+        yield array
+
+
+def _norm(arrays: Sequence[Array]) -> float:
+    """2-norm of all elements; exact in range where their squares are not."""
+    with np.errstate(all="ignore"):
+        # einsum squares and adds in float64 through a small buffer, whatever the dtype and layout.
+        flat = [array.ravel(order="K") for array in arrays]
+        total = sum(float(np.einsum("i,i->", a, a, dtype=np.float64)) for a in flat)
+        if math.isnan(total) or 1e-280 < total < math.inf:
+            return math.sqrt(total)
+        largest = max((float(np.abs(a).max()) for a in flat if a.size), default=0.0)
+        if largest == 0 or math.isinf(largest):
+            return largest
+        return largest * math.sqrt(sum(float(np.square(a / largest, dtype=np.float64).sum()) for a in flat))
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _positive(name: str, value: float, *, zero: bool = False, finite: bool = True) -> float:
+    number = _number(name, value)
+    if not (number > 0 or (zero and number == 0)) or (finite and math.isinf(number)):
+        bounds = f"a {'finite ' if finite else ''}number {'>=' if zero else '>'} 0"
+        raise ValueError(f"{name}: expected {bounds}, got {value}")
+    return number
+
+
+def _fraction(name: str, value: float) -> float:
+    number = _number(name, value)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+    return number

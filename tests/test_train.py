@@ -1,0 +1,457 @@
+"""The output layer, losses, clipping and optimizers: against derivatives, formulas and PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import rnnkern as rk
+
+LENGTHS = [0, 5, 2, 4]  # of rows of 5 steps
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.default_rng(11)
+
+
+def central_difference(function: Callable[[np.ndarray], float], x: np.ndarray, step: float = 1e-5) -> np.ndarray:
+    """Gradient of a function of a float64 array."""
+    gradient = np.empty_like(x)
+    for index in np.ndindex(x.shape):
+        moved = x.copy()
+        moved[index] += step
+        above = function(moved)
+        moved[index] -= 2 * step
+        gradient[index] = (above - function(moved)) / (2 * step)
+    return gradient
+
+
+# Linear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("leading", [(), (1,), (7,), (5, 3), (2, 3, 4), (0,), (3, 0)])
+def test_linear_is_the_affine_map(
+    backend: str, dtype: str, bias: bool, leading: tuple[int, ...], random: np.random.Generator
+) -> None:
+    """y = x W^T + b and its gradients, to the rounding of a sum."""
+    layer = rk.Linear(9, 17, bias, dtype=dtype, backend=backend, seed=0)
+    x, dy = random.standard_normal((*leading, 9)).astype(dtype), random.standard_normal((*leading, 17)).astype(dtype)
+    y, tape = layer.forward(x)
+    grads = layer.backward(tape, dy)
+    weight = layer.parameters["weight"].astype(np.longdouble)
+    rows, dy_rows = x.reshape(-1, 9).astype(np.longdouble), dy.reshape(-1, 17).astype(np.longdouble)
+    expected = {
+        "y": (y, x @ weight.T + (layer.parameters["bias"] if bias else 0), 10),
+        "x": (grads.x, dy @ weight, 17),
+        "weight": (grads.parameters["weight"], dy_rows.T @ rows, len(rows)),
+    }
+    if bias:
+        expected["bias"] = (grads.parameters["bias"], dy_rows.sum(0), len(rows))
+    for got, right, terms in expected.values():
+        assert got.dtype == dtype
+        assert got.shape == right.shape
+        # |error| <= terms * eps * sum of |products|, and no product here exceeds 4 * 4
+        assert np.abs(got - right).max(initial=0) <= 16 * terms * max(terms, 1) * np.finfo(dtype).eps
+    np.testing.assert_array_equal(layer(x), y)
+    assert list(grads.parameters) == list(layer.parameters)
+
+
+def test_linear_writes_to_out_and_adds_into(backend: str, random: np.random.Generator) -> None:
+    """`out` receives y; `into` receives the sum of both gradients."""
+    layer = rk.Linear(3, 2, backend=backend, seed=0)
+    x, dy = random.standard_normal((4, 5, 3), np.float32), random.standard_normal((4, 5, 2), np.float32)
+    out = np.full((4, 5, 2), np.nan, np.float32)
+    assert layer(x, out=out) is out
+    y, tape = layer.forward(x)
+    np.testing.assert_array_equal(out, y)
+    once, twice = layer.backward(tape, dy), layer.backward(tape, dy)
+    assert layer.backward(tape, dy, into=twice) is twice
+    np.testing.assert_array_equal(twice.x, 2 * once.x)
+    for name, gradient in once.parameters.items():
+        np.testing.assert_array_equal(twice.parameters[name], 2 * gradient)
+    without = layer.backward(tape, dy, need_x=False)
+    assert without.x is None
+    assert layer.backward(tape, dy, need_x=False, into=without) is without
+
+
+def test_linear_tape_keeps_the_weights_of_its_forward(backend: str) -> None:
+    """Backward is right although the parameters have changed since, and y cannot be written to."""
+    layer = rk.Linear(3, 2, backend=backend, seed=0)
+    x = np.ones((4, 3), np.float32)
+    y, tape = layer.forward(x)
+    expected = layer.backward(tape, y).x
+    layer.parameters["weight"][...] = np.nan
+    np.testing.assert_array_equal(layer.backward(tape, y).x, expected)
+    with pytest.raises(ValueError, match="read-only"):
+        y += 1
+
+
+def test_linear_starts_as_documented_and_copies() -> None:
+    """Same seed, same weights, within the bound; copies and pickles are layers of their own."""
+    layer, again = rk.Linear(16, 40, seed=3), rk.Linear(16, 40, seed=3)
+    np.testing.assert_array_equal(layer.parameters["weight"], again.parameters["weight"])
+    assert 0.2 < np.abs(layer.parameters["weight"]).max() <= 0.25
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        x = np.ones((2, 16), np.float32)
+        np.testing.assert_array_equal(other(x), layer(x))
+        other.parameters["bias"][...] = 5
+        assert not (layer.parameters["bias"] == 5).any()
+    again.load_state_dict({name: 2 * array for name, array in layer.state_dict().items()})
+    np.testing.assert_array_equal(again.parameters["bias"], 2 * layer.parameters["bias"])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: rk.Linear(0, 2), ValueError, "in_features: expected"),
+        (lambda: rk.Linear(2, 2.0), TypeError, "out_features: expected"),
+        (lambda: rk.Linear(2, 2, 1), TypeError, "bias: expected"),
+        (lambda: rk.Linear(2, 2, dtype="float16"), ValueError, "dtype: expected"),
+        (lambda: rk.Linear(2, 2, backend="none"), ValueError, "backend: expected"),
+        (lambda: rk.Linear(2, 2, seed=-1), ValueError, "seed: expected"),
+        (lambda: rk.Linear(3, 2)(np.ones((4, 2))), ValueError, r"x: expected shape \(..., 3\), got \(4, 2\)"),
+        (lambda: rk.Linear(3, 2)(np.ones((4, 3), complex)), TypeError, "x: expected"),
+        (lambda: rk.Linear(3, 2)(np.ones((4, 3)), out=np.ones((4, 3), np.float32)), ValueError, "out: expected"),
+        (lambda: rk.Linear(3, 2).backward(None, np.ones((4, 2))), TypeError, "tape: expected"),
+        (
+            lambda: rk.Linear(3, 2).backward(rk.Linear(3, 2).forward(np.ones(3))[1], [1, 1]),
+            ValueError,
+            "tape: expected",
+        ),
+        (lambda: rk.Linear(3, 2).load_state_dict({"weight": np.ones((2, 3))}), ValueError, "mapping: expected"),
+    ],
+)
+def test_linear_names_what_is_wrong(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    """Argument, expectation and what came."""
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_linear_checks_backward_before_it_adds() -> None:
+    """A wrong dy or into leaves into as it was."""
+    layer = rk.Linear(3, 2, seed=0)
+    _, tape = layer.forward(np.ones((4, 3), np.float32))
+    grads = layer.backward(tape, np.ones((4, 2), np.float32))
+    before = copy.deepcopy(grads)
+    _, other = layer.forward(np.ones((5, 3), np.float32))
+    for tape_, dy, into, message in (
+        (tape, np.ones((4, 3)), grads, "dy: expected"),
+        (other, np.ones((5, 2)), grads, r"into\.x: expected"),
+        (tape, np.ones((4, 2)), {}, "into: expected"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            layer.backward(tape_, dy, into=into)
+    np.testing.assert_array_equal(grads.x, before.x)
+    np.testing.assert_array_equal(grads.parameters["weight"], before.parameters["weight"])
+
+
+# Losses
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_losses_have_their_derivative(lengths: Any, batch_first: bool, random: np.random.Generator) -> None:
+    """Central differences of the loss in float64; past a row's end nothing is read and the gradient is zero."""
+    shape = (4, 5) if batch_first else (5, 4)
+    logits, values = random.standard_normal((2, *shape, 3))
+    targets = random.integers(3, size=shape)
+    steps = np.arange(5) < np.array(lengths or [5] * 4)[:, None]
+    inside = steps if batch_first else steps.T
+    logits[~inside], values[~inside], targets[~inside] = np.nan, np.nan, -(2**60)
+    for loss, wanted in ((rk.cross_entropy, targets), (rk.mse, values)):
+        value, gradient = loss(logits, wanted, lengths, batch_first=batch_first)
+        assert type(value) is float
+        assert (gradient[~inside] == 0).all()
+        moved = central_difference(lambda x, f=loss, w=wanted: f(x, w, lengths, batch_first=batch_first)[0], logits)
+        np.testing.assert_allclose(gradient[inside], moved[inside], rtol=0, atol=1e-9)
+        # one row alone, weighted by its share, adds up to the whole
+        rows = [logits.swapaxes(0, 1), wanted.swapaxes(0, 1)] if not batch_first else [logits, wanted]
+        parts = [loss(rows[0][b][:n], rows[1][b][:n])[0] * n for b, n in enumerate(lengths or [5] * 4)]
+        assert value == pytest.approx(sum(parts) / inside.sum(), rel=1e-12)
+
+
+def test_losses_agree_with_torch(dtype: str, torch: Any, random: np.random.Generator) -> None:
+    """Value and gradient."""
+    logits = (10 * random.standard_normal((6, 4, 7))).astype(dtype)
+    values, targets = random.standard_normal((6, 4, 7)).astype(dtype), random.integers(7, size=(6, 4))
+    functional = torch.nn.functional
+    for ours, theirs, wanted in (
+        (rk.cross_entropy, lambda z, t: functional.cross_entropy(z.reshape(-1, 7), t.reshape(-1)), targets),
+        (rk.mse, functional.mse_loss, values),
+    ):
+        value, gradient = ours(logits, wanted)
+        z = torch.tensor(logits, requires_grad=True)
+        loss = theirs(z, torch.tensor(wanted))
+        loss.backward()
+        eps = float(np.finfo(dtype).eps)
+        assert value == pytest.approx(loss.item(), rel=20 * eps)
+        assert gradient.dtype == dtype
+        np.testing.assert_allclose(gradient, z.grad.numpy(), rtol=20 * eps, atol=eps)
+
+
+def test_cross_entropy_is_stable() -> None:
+    """Large logits neither overflow nor vanish; -inf is a class that cannot be, NaN stays."""
+    with np.errstate(all="raise"):
+        loss, gradient = rk.cross_entropy(np.array([[1e38, 0, -1e38], [0, 0, -np.inf]], np.float32), [0, 1])
+    assert loss == pytest.approx(math.log(2) / 2)
+    np.testing.assert_allclose(gradient, [[0, 0, 0], [0.25, -0.25, 0]], atol=1e-7)
+    loss, _ = rk.cross_entropy(np.array([[-1000.0, 1000.0]]), np.array([0], np.uint8))
+    assert loss == 2000
+    loss, gradient = rk.cross_entropy(np.array([[np.nan, 0.0], [0.0, 0.0]]), [0, 0])
+    assert math.isnan(loss)
+    assert np.isnan(gradient[0]).all()
+    assert not np.isnan(gradient[1]).any()
+
+
+def test_losses_of_nothing_are_zero() -> None:
+    """No valid step: nothing to learn from, and no NaN."""
+    for shape, lengths in (((0, 2, 3), None), ((4, 0, 3), []), ((4, 2, 3), [0, 0])):
+        for loss, wanted in ((rk.cross_entropy, np.zeros(shape[:2], int)), (rk.mse, np.zeros(shape))):
+            lengths_ = None if lengths is None else np.array(lengths, int)
+            value, gradient = loss(np.full(shape, np.nan, np.float32), wanted, lengths_)
+            assert value == 0
+            np.testing.assert_array_equal(gradient, np.zeros(shape, np.float32))
+
+
+Z, ZT = np.zeros((5, 2, 3)), np.zeros((5, 2), int)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: rk.cross_entropy(np.zeros(3), 0), ValueError, "logits: expected shape"),
+        (lambda: rk.cross_entropy(Z.astype(int), ZT), TypeError, "logits: expected float32 or float64, got int64"),
+        (lambda: rk.cross_entropy(Z, ZT.astype(float)), TypeError, "targets: expected integers, got float64"),
+        (lambda: rk.cross_entropy(Z, ZT[:4]), ValueError, r"targets: expected shape \(5, 2\), got \(4, 2\)"),
+        (lambda: rk.cross_entropy(Z, ZT + 3), ValueError, r"targets: expected values in \[0, 3\), got 3"),
+        (lambda: rk.cross_entropy(Z, ZT - 1), ValueError, r"targets: expected values in \[0, 3\), got -1"),
+        (lambda: rk.cross_entropy(Z[0], ZT[0], [1, 1]), ValueError, "lengths: expected logits of 3 dimensions"),
+        (lambda: rk.cross_entropy(Z, ZT, [1, 2, 3]), ValueError, r"lengths: expected integers of shape \(2,\)"),
+        (lambda: rk.cross_entropy(Z, ZT, [1.0, 2.0]), TypeError, r"lengths: expected integers of shape \(2,\)"),
+        (lambda: rk.cross_entropy(Z, ZT, [1, 6]), ValueError, r"lengths: expected values in \[0, 5\], got 1 to 6"),
+        (lambda: rk.mse(Z, Z[..., :1]), ValueError, "target: expected shape"),
+        (lambda: rk.mse(Z, Z.astype(complex)), TypeError, "target: expected real numbers"),
+        (lambda: rk.mse(Z.astype(complex), Z), TypeError, "prediction: expected"),
+    ],
+)
+def test_losses_name_what_is_wrong(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    """Argument, expectation and what came."""
+    with pytest.raises(error, match=message):
+        call()
+
+
+# Clipping
+
+
+def test_clipping_agrees_with_torch(dtype: str, torch: Any, random: np.random.Generator) -> None:
+    """Norm and values, above and below the bound."""
+    arrays = [random.standard_normal(shape).astype(dtype) for shape in ((40, 30), (7,), (0, 3))]
+    for bound in (1.0, 1e3, math.inf):
+        grads = [{"a": arrays[0].copy(), "b": arrays[1].copy()}, {"c": arrays[2].copy()}]
+        tensors = [torch.zeros(a.shape, dtype=getattr(torch, dtype)) for a in arrays]
+        for tensor, array in zip(tensors, arrays, strict=True):
+            tensor.grad = torch.tensor(array)
+        norm = torch.nn.utils.clip_grad_norm_(tensors, bound).item()
+        eps = float(np.finfo(dtype).eps)
+        assert rk.clip_grad_norm(grads, bound) == pytest.approx(norm, rel=10 * eps)
+        for array, tensor in zip([*grads[0].values(), *grads[1].values()], tensors, strict=True):
+            np.testing.assert_allclose(array, tensor.grad.numpy(), rtol=10 * eps)
+        rk.clip_grad_value(grads, 0.01)
+        torch.nn.utils.clip_grad_value_(tensors, 0.01)
+        np.testing.assert_allclose(grads[0]["a"], tensors[0].grad.numpy(), rtol=10 * eps)
+
+
+def test_the_norm_neither_overflows_nor_underflows(dtype: str) -> None:
+    """Where squares leave the range of the dtype, the norm does not."""
+    info = np.finfo(dtype)
+    for size in (float(info.max) / 4, 1.0, float(info.tiny), float(info.smallest_subnormal)):
+        gradients = {"a": np.array([3, 0], dtype), "b": np.array([[4]], dtype)}
+        for array in gradients.values():
+            array *= size / 5 if size == info.max / 4 else size
+        expected = float(np.hypot(np.longdouble(gradients["a"][0]), np.longdouble(gradients["b"][0, 0])))
+        assert rk.clip_grad_norm([gradients], math.inf) == pytest.approx(expected, rel=1e-15)
+    assert rk.clip_grad_norm([{"a": np.zeros(3, dtype)}], 1) == 0
+    assert rk.clip_grad_norm([], 1) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_norm_that_is_not_finite_scales_nothing(bad: float) -> None:
+    """It is returned for the caller to see."""
+    gradients = {"a": np.array([1.0, bad, 3.0])}
+    before = gradients["a"].copy()
+    assert str(rk.clip_grad_norm([gradients], 1.0)) == str(abs(bad))
+    np.testing.assert_array_equal(gradients["a"], before)
+
+
+def test_clipping_takes_what_backward_returns() -> None:
+    """One Grads, or several."""
+    layer = rk.Linear(3, 2, seed=0)
+    _, tape = layer.forward(np.ones((4, 3), np.float32))
+    grads = layer.backward(tape, np.ones((4, 2), np.float32))
+    norm = rk.clip_grad_norm(grads, 1.0)
+    assert norm == pytest.approx(math.sqrt(8 * 16))
+    assert rk.clip_grad_norm([grads], math.inf) == pytest.approx(1, abs=1e-6)
+    rk.clip_grad_value(grads, 0.1)
+    assert np.abs(grads.parameters["weight"]).max() == np.float32(0.1)
+
+
+def _read_only() -> np.ndarray:
+    array = np.ones(3)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("clip", [rk.clip_grad_norm, rk.clip_grad_value])
+@pytest.mark.parametrize(
+    ("grads", "bound", "error", "message"),
+    [
+        ([{"a": np.ones(3)}], 0, ValueError, "expected a number > 0, got 0"),
+        ([{"a": np.ones(3)}], math.nan, ValueError, "expected a number > 0, got nan"),
+        ([{"a": np.ones(3)}], "1", TypeError, "expected a number, got str"),
+        ([{"a": np.ones(3)}, {"a": _read_only()}], 0.1, ValueError, r"grads\[1\]\['a'\]: expected a writable"),
+        ([{"a": np.ones(3)}, {"a": [1.0]}], 0.1, TypeError, r"grads\[1\]\['a'\]: expected an array of floats"),
+        ([np.ones(3)], 0.1, TypeError, r"grads\[0\]: expected a mapping"),
+    ],
+)
+def test_clipping_names_what_is_wrong(
+    clip: Callable[..., object], grads: Any, bound: Any, error: type[Exception], message: str
+) -> None:
+    """And leaves the gradients alone."""
+    with pytest.raises(error, match=message):
+        clip(grads, bound)
+    first = grads[0]["a"] if isinstance(grads[0], dict) else grads[0]
+    assert (first == 1).all()
+
+
+# Optimizers
+
+OPTIMIZERS = [
+    (rk.SGD, "SGD", {"lr": 0.1}),
+    (rk.SGD, "SGD", {"lr": 0.1, "momentum": 0.9}),
+    (rk.Adam, "Adam", {}),
+    (rk.Adam, "Adam", {"lr": 0.02, "betas": (0.5, 0.7), "eps": 0.1}),
+]
+SHAPES = {"weight": (150, 140), "bias": (3,)}  # the first takes two blocks of an optimizer
+
+
+@pytest.mark.parametrize(("optimizer", "name", "options"), OPTIMIZERS)
+def test_optimizers_agree_with_torch(
+    optimizer: Any, name: str, options: dict[str, Any], dtype: str, torch: Any, random: np.random.Generator
+) -> None:
+    """Step for step, in place."""
+    layers = [
+        {key: random.standard_normal(shape).astype(dtype) for key, shape in SHAPES.items()},
+        {"weight": random.standard_normal((2, 2)).astype(dtype)},
+    ]
+    tensors = [torch.tensor(array) for layer in layers for array in layer.values()]
+    ours, theirs = optimizer(layers, **options), getattr(torch.optim, name)(tensors, **options)
+    for _ in range(5):
+        grads = [{key: random.standard_normal(a.shape).astype(dtype) for key, a in layer.items()} for layer in layers]
+        for tensor, gradient in zip(tensors, (g for one in grads for g in one.values()), strict=True):
+            tensor.grad = torch.tensor(gradient)
+        ours.step(grads)
+        theirs.step()
+    for tensor, array in zip(tensors, (a for layer in layers for a in layer.values()), strict=True):
+        np.testing.assert_allclose(array, tensor.numpy(), rtol=0, atol=50 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(("optimizer", "name", "options"), OPTIMIZERS)
+def test_optimizers_go_on_from_their_state(
+    optimizer: Any, name: str, options: dict[str, Any], tmp_path: Any, random: np.random.Generator
+) -> None:
+    """Saved, loaded and continued is bitwise the same as never stopped."""
+    parameters = {key: random.standard_normal(shape) for key, shape in SHAPES.items()}
+    gradients = [{key: random.standard_normal(shape) for key, shape in SHAPES.items()} for _ in range(4)]
+    first = optimizer(parameters, **options)
+    for one in gradients[:2]:
+        first.step(one)
+    resumed = copy.deepcopy(parameters)
+    rk.save(tmp_path / name, first.state_dict())
+    second = optimizer(resumed, **options)
+    second.load_state_dict(rk.load(tmp_path / name))
+    for one in gradients[2:]:
+        first.step(one)
+        second.step(one)
+    for key, value in parameters.items():
+        np.testing.assert_array_equal(value, resumed[key])
+
+
+def test_a_wrong_step_changes_nothing() -> None:
+    """Gradients are checked before the first parameter moves."""
+    parameters = {"a": np.ones(3), "b": np.ones((2, 2))}
+    optimizer = rk.Adam(parameters)
+    good = {"a": np.ones(3), "b": np.ones((2, 2))}
+    for grads, message in (
+        ([good, good], "grads: expected 1, one for each layer, got 2"),
+        ({"a": np.ones(3)}, r"grads\[0\]: expected the names \['a', 'b'\], got \['a'\]"),
+        (
+            good | {"b": np.ones(4)},
+            r"grads\[0\]\['b'\]: expected float64 of shape \(2, 2\), got float64 of shape \(4,\)",
+        ),
+        (good | {"b": np.ones((2, 2), np.float32)}, r"grads\[0\]\['b'\]: expected float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.step(grads)
+    assert optimizer.state_dict()["steps"] == 0
+    assert (parameters["a"] == 1).all()
+    assert (parameters["b"] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p: rk.SGD(p, -1), ValueError, "lr: expected a finite number >= 0, got -1"),
+        (lambda p: rk.SGD(p, math.inf), ValueError, "lr: expected"),
+        (lambda p: rk.SGD(p, None), TypeError, "lr: expected a number, got NoneType"),
+        (lambda p: rk.SGD(p, 0.1, 1.0), ValueError, r"momentum: expected a number in \[0, 1\), got 1.0"),
+        (lambda p: rk.Adam(p, betas=0.9), TypeError, "betas: expected two numbers"),
+        (lambda p: rk.Adam(p, betas=(0.9, 1)), ValueError, r"betas\[1\]: expected"),
+        (lambda p: rk.Adam(p, eps=0), ValueError, "eps: expected a finite number > 0, got 0"),
+        (lambda p: rk.Adam([p, p["a"]]), TypeError, r"parameters\[1\]: expected a mapping"),
+        (lambda p: rk.Adam({"a": p["a"].T}), ValueError, r"parameters\[0\]\['a'\]: expected a writable C-contiguous"),
+        (
+            lambda p: rk.Adam({"a": p["a"].astype(int)}),
+            TypeError,
+            r"parameters\[0\]\['a'\]: expected an array of floats",
+        ),
+        (lambda p: rk.Adam(p).load_state_dict({"steps": 1}), ValueError, "state: expected the names"),
+        (lambda p: rk.Adam(p).load_state_dict(rk.Adam({"b": p["a"]}).state_dict()), ValueError, r"state\['mean'\]"),
+        (lambda p: rk.SGD(p, 0.1).load_state_dict({"steps": -1}), ValueError, r"state\['steps'\]: expected"),
+    ],
+)
+def test_optimizers_name_what_is_wrong(call: Callable[[Any], object], error: type[Exception], message: str) -> None:
+    """Argument, expectation and what came."""
+    with pytest.raises(error, match=message):
+        call({"a": np.ones((2, 3))})
+
+
+# All together
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_a_network_learns(cell: str, random: np.random.Generator) -> None:
+    """To say which of two symbols came three steps ago, in rows of different lengths."""
+    T, B = 12, 16
+    layer = rk.Recurrent(cell, 2, 12, seed=0)
+    output = rk.Linear(12, 2, seed=1)
+    optimizer = rk.Adam([layer.parameters, output.parameters], lr=0.03)
+    lengths = random.integers(6, T + 1, size=B)
+    loss = math.inf
+    for _ in range(60):
+        symbols = random.integers(2, size=(T, B))
+        y, _, tape = layer.forward(np.eye(2, dtype=np.float32)[symbols], lengths=lengths)
+        logits, output_tape = output.forward(y)
+        targets = np.concatenate([np.zeros((3, B), int), symbols[:-3]])
+        loss, dlogits = rk.cross_entropy(logits, targets, lengths)
+        output_grads = output.backward(output_tape, dlogits)
+        grads = [layer.backward(tape, output_grads.x, need_x=False), output_grads]
+        rk.clip_grad_norm(grads, 1.0)
+        optimizer.step(grads)
+    assert loss < 0.3  # chance is ln 2 over three quarters of the steps
