@@ -1,0 +1,183 @@
+"""The command line: `rnnkern demo | doctor`. A command is one function that adds its parser, listed in `COMMANDS`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import backends, demo, doctor
+from .cells import CELLS
+
+__all__ = ["main"]
+
+PLAIN_INTERVAL = 5.0  # seconds between progress lines where they cannot replace each other
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; wrong usage exits with 2."""
+    parser = argparse.ArgumentParser(prog="rnnkern", description="Fused recurrent networks on the CPU.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
+    options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+    try:
+        code: int = options.run(options)
+    except KeyboardInterrupt:
+        print("rnnkern: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+def add_demo(commands: Any) -> None:
+    """`rnnkern demo`."""
+    defaults = demo.Options()
+    parser = commands.add_parser(
+        "demo",
+        help="train a character-level language model on real text",
+        description="Train a character-level language model with truncated backpropagation through time, measure it "
+        "on held-out text against n-gram models, and let it write. Ctrl-C stops early and keeps what was learned.",
+    )
+    parser.add_argument("--cell", choices=tuple(CELLS), help=f"cell of the layer (default: {demo.DEFAULT_CELL})")
+    parser.add_argument("--hidden", type=_positive_integer, help=f"hidden units (default: {demo.DEFAULT_HIDDEN})")
+    parser.add_argument(
+        "--seconds", type=_positive_number, default=defaults.seconds, help="time to train (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="text to learn, in UTF-8 (default: the help topics of this Python)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the model under --out")
+    parser.add_argument("--seed", type=_natural, default=defaults.seed, help="of the weights and the sample")
+    parser.add_argument(
+        "--out", type=Path, default=defaults.out, metavar="FOLDER", help="for the results (default: %(default)s)"
+    )
+    _add_backend(parser)
+
+    def run(options: argparse.Namespace) -> int:
+        wanted = demo.Options(**{name: value for name, value in vars(options).items() if name != "run"})
+        try:
+            session = demo.prepare(wanted)
+        except (OSError, ValueError, backends.BackendUnavailableError) as error:
+            parser.exit(2, f"rnnkern demo: {' '.join(str(error).split())}\n")
+        with Terminal() as terminal:
+            return demo.run(session, wanted, terminal)
+
+    parser.set_defaults(run=run)
+
+
+def add_doctor(commands: Any) -> None:
+    """`rnnkern doctor`."""
+    parser = commands.add_parser(
+        "doctor",
+        help="say what this installation is made of and test it",
+        description="Print versions, compiler, instruction sets, threads and backends, and test each backend. "
+        "The exit code is 1 when a test fails, or when the backend asked for with --backend or RNNKERN_BACKEND is "
+        "unusable.",
+    )
+    _add_backend(parser)
+
+    def run(options: argparse.Namespace) -> int:
+        asked = options.backend if options.backend != "auto" else os.environ.get("RNNKERN_BACKEND", "auto")
+        return doctor.run(asked, print)
+
+    parser.set_defaults(run=run)
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_doctor)
+
+
+class Terminal:
+    """Lines on stdout and one that follows the work: by rich or a carriage return on a terminal, else now and then."""
+
+    def __init__(self) -> None:
+        self._interactive = sys.stdout.isatty()
+        self._live = _rich_live() if self._interactive else None
+        self._shown = -math.inf  # when a progress line was last written
+        self._width = 0  # of the progress line on the screen
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._clear()
+
+    def say(self, text: str = "") -> None:
+        """Write lines that stay."""
+        self._clear()
+        print(text, flush=True)
+
+    def progress(self, text: str) -> None:
+        """Show one line in place of the last one."""
+        now = time.monotonic()
+        if now - self._shown < (0.1 if self._interactive else PLAIN_INTERVAL):
+            return
+        self._shown = now
+        if self._live is not None:
+            self._live.start()
+            self._live.update(self._live.console.render_str(text, markup=False), refresh=True)
+        elif self._interactive:
+            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be replaced
+            print(f"\r{text:<{self._width}}", end="", flush=True)
+            self._width = len(text)
+        else:
+            print(text, flush=True)
+
+    def _clear(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+        elif self._width:
+            print(f"\r{'':<{self._width}}\r", end="")
+            self._width = 0
+
+
+def _rich_live() -> Any:
+    """rich's live display without its thread, which would take time from the training; None without rich."""
+    try:
+        from rich.live import Live
+    except ImportError:
+        return None
+    return Live(auto_refresh=False, transient=True)
+
+
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend", choices=("auto", *backends.backend_names()), default="auto", help="(default: %(default)s)"
+    )
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def _positive_integer(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+# The names that argparse prints: "argument --hidden: invalid positive integer value: '0'".
+_natural.__name__, _positive_integer.__name__, _positive_number.__name__ = (
+    "non-negative integer",
+    "positive integer",
+    "positive number",
+)

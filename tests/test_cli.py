@@ -1,0 +1,346 @@
+"""The command line: what it prints, what it leaves behind, and its exit codes."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rnnkern as rk
+from rnnkern import backends, cli, demo, doctor, reference
+from rnnkern.cells import CELLS
+from rnnkern.text import Text, read_text, witten_bell_bits
+
+SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog does not mind: it is lazy.\n"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file that is quickly learned."""
+    path = tmp_path / "text.txt"
+    path.write_text(SENTENCE * 60, encoding="utf-8")
+    return path
+
+
+def quick(text: Path, out: Path, *more: str) -> list[str]:
+    """Arguments of a demo that takes a second."""
+    arguments = ["demo", "--seconds", "0.3", "--backend", "reference", "--text", str(text), "--out", str(out)]
+    return [*arguments, *more]
+
+
+def steps(out: Path) -> int:
+    """Updates that the saved model has had."""
+    count: int = rk.load(out / "model.npz")["optimizer"]["steps"]
+    return count
+
+
+def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """What a call that must exit with 2 wrote to stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+# demo
+
+
+def test_demo_reports_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On its own text, with the best backend: the report is complete and the gradients are right."""
+    out = tmp_path / "new" / "folder"
+    assert cli.main(["demo", "--seconds", "1", "--hidden", "16", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for word in (
+        "pydoc_data.topics",
+        "characters/s",
+        "bits per character",
+        "gradient norm",
+        "unigram",
+        "trigram",
+        "sample",
+    ):
+        assert word in printed
+    assert "largest relative error" in printed
+    saved = rk.load(out / "model.npz")
+    assert saved["hidden"] == 16
+    assert saved["layer"]["weight_hh_l0"].shape == (64, 16)
+    assert saved["seconds"] >= 1
+    assert (out / "loss.png").exists() == ("loss.png" in printed)
+
+
+def test_demo_learns_and_resumes(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second run goes on from the first, with its cell and size, and knows the text better."""
+    assert cli.main(quick(text, tmp_path, "--cell", "gru", "--hidden", "12")) == 0
+    first, before = steps(tmp_path), rk.load(tmp_path / "model.npz")["bits"]
+    assert cli.main(quick(text, tmp_path, "--resume")) == 0
+    saved = rk.load(tmp_path / "model.npz")
+    assert f"after {first} updates" in capsys.readouterr().out
+    assert steps(tmp_path) > first
+    assert (saved["cell"], saved["hidden"]) == ("gru", 12)
+    np.testing.assert_array_equal(saved["bits"][:first], before)
+    assert saved["bits"][-1] < before[0]
+
+
+def test_resuming_is_never_having_stopped(text: Path, tmp_path: Path) -> None:
+    """Weights, optimizer, carried state and position: the next updates are bitwise the same."""
+    options = demo.Options(hidden=8, text=str(text), out=tmp_path, backend="reference")
+    session = demo.prepare(options)
+    for _ in range(3):
+        session.update(0.01)
+    rk.save(demo.model_path(options), session.state_dict())
+    other = demo.prepare(demo.Options(resume=True, text=str(text), out=tmp_path, backend="reference"))
+    for _ in range((len(session.streams) - 1) // demo.STEPS):  # once round the streams
+        assert session.update(0.01) == other.update(0.01)
+    assert session.position == other.position == demo.STEPS * 3
+    for name, value in session.layer.parameters.items():
+        np.testing.assert_array_equal(other.layer.parameters[name], value)
+
+
+def test_demo_trains_every_cell(cell: str, text: Path, tmp_path: Path) -> None:
+    """A few updates lower the loss, and the held-out text is scored character by character."""
+    session = demo.prepare(demo.Options(cell=cell, hidden=8, text=str(text), out=tmp_path, backend="reference"))
+    first, _ = session.update(0.02)
+    for _ in range(8):
+        last, norm = session.update(0.02)
+    assert last < first
+    assert norm > 0
+    some, more = demo.held_out_bits(session, 10), demo.held_out_bits(session, 11)
+    assert 0 < 11 * more - 10 * some < 2 * first
+
+
+def test_an_update_without_a_finite_gradient_is_skipped(text: Path, tmp_path: Path) -> None:
+    """The weights survive it."""
+    session = demo.prepare(demo.Options(hidden=4, text=str(text), out=tmp_path, backend="reference"))
+    session.output.parameters["bias"][0] = np.inf
+    before = session.layer.state_dict()
+    _, norm = session.update(0.01)
+    assert not np.isfinite(norm)
+    for name, value in session.layer.parameters.items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_an_interrupt_keeps_what_was_learned(text: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends the training, not the report; the run exits with 0 and can be resumed."""
+    code = "import sys; from rnnkern.cli import main; sys.exit(main())"
+    arguments = quick(text, tmp_path, "--hidden", "8", "--seconds", "600")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("steps"):
+                process.send_signal(signal.SIGINT)
+                break
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "interrupted" in output
+    assert "this model" in output
+    first = steps(tmp_path)
+    assert first >= 1
+    assert cli.main(quick(text, tmp_path, "--resume")) == 0
+    assert steps(tmp_path) > first
+
+
+def test_demo_refuses_what_it_cannot_resume(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another cell, size or text, no model, or a damaged one: one line, and the model stays."""
+    out = tmp_path / "out"
+    assert "model.npz" in error_of(capsys, quick(text, out, "--resume"))
+    assert cli.main(quick(text, out, "--hidden", "4")) == 0
+    capsys.readouterr()
+    model = (out / "model.npz").read_bytes()
+    other = tmp_path / "other.txt"
+    other.write_text(SENTENCE * 50)
+    for arguments, word in (
+        (quick(text, out, "--resume", "--cell", "gru"), "cell"),
+        (quick(text, out, "--resume", "--hidden", "5"), "hidden"),
+        (quick(other, out, "--resume"), "text"),
+    ):
+        assert f"another {word}" in error_of(capsys, arguments)
+    assert (out / "model.npz").read_bytes() == model
+    (out / "model.npz").write_bytes(model[:-100])
+    assert "expected a whole file" in error_of(capsys, quick(text, out, "--resume"))
+
+
+def test_demo_says_in_a_line_what_is_wrong_with_a_file(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2, no traceback."""
+    short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
+    short.write_text("too short")
+    binary.write_bytes(b"\xff\xfe" * 1000)
+    for arguments, message in (
+        (quick(tmp_path / "none.txt", tmp_path), "No such file"),
+        (quick(short, tmp_path), "expected at least"),
+        (quick(binary, tmp_path), "UTF-8"),
+        (quick(text, text / "out"), "Not a directory"),
+    ):
+        error = error_of(capsys, arguments)
+        assert message in error
+        assert error.count("\n") == 1
+    monkeypatch.setattr(reference, "unavailable", lambda: "it is switched off")
+    assert "it is switched off" in error_of(capsys, quick(text, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["train"], "invalid choice: 'train'"),
+        (["demo", "--speed"], "unrecognized arguments: --speed"),
+        (["demo", "--cell", "none"], "invalid choice: 'none'"),
+        (["demo", "--hidden", "0"], "--hidden: invalid positive integer value: '0'"),
+        (["demo", "--seconds", "inf"], "--seconds: invalid positive number value: 'inf'"),
+        (["demo", "--seed", "-1"], "--seed: invalid non-negative integer value: '-1'"),
+        (["doctor", "--backend", "none"], "invalid choice: 'none'"),
+    ],
+)
+def test_wrong_usage_is_explained(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By argparse, with exit code 2."""
+    assert message in error_of(capsys, arguments)
+
+
+# The text and its n-gram models
+
+
+def test_the_trigram_is_the_one_to_beat() -> None:
+    """About 2.47 bits per character on the topics of this Python."""
+    text = read_text()
+    assert len(text.held_out) == (len(text.train) + len(text.held_out)) // 10
+    unigram, trigram = (witten_bell_bits(text.train, text.held_out, n, len(text.alphabet)).mean() for n in (1, 3))
+    assert 4.4 < unigram < 4.9
+    assert 2.3 < trigram < 2.6
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_an_n_gram_model_is_a_distribution(order: int) -> None:
+    """The probabilities of all symbols after any context add up to one."""
+    generator = np.random.default_rng(0)
+    train, context = generator.integers(4, size=200), generator.integers(5, size=6)  # 4 is never in train
+    bits = [witten_bell_bits(train, np.append(context, symbol), order, 5)[-1] for symbol in range(5)]
+    assert sum(2.0 ** -np.array(bits)) == pytest.approx(1)
+
+
+def test_a_text_is_its_symbols() -> None:
+    """Any character counts as one."""
+    text = Text.of("name", "aé\U0001f600\n" * 25)
+    assert text.alphabet == "\naé\U0001f600"
+    assert "".join(text.alphabet[symbol] for symbol in [*text.train, *text.held_out]) == "aé\U0001f600\n" * 25
+
+
+# doctor
+
+
+@pytest.fixture
+def one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the reference, so that nothing is compiled for the test."""
+    monkeypatch.setattr(backends, "ORDER", ("reference",))
+    monkeypatch.delenv("RNNKERN_BACKEND", raising=False)
+
+
+@pytest.mark.usefixtures("one_backend")
+def test_doctor_finds_a_working_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    """Versions, and the verdict of the self-test."""
+    assert cli.main(["doctor", "--backend", "reference"]) == 0
+    printed = capsys.readouterr().out
+    assert np.__version__ in printed
+    assert f"reference    works: forward and backward of {len(CELLS)} of {len(CELLS)} cells" in printed
+
+
+@pytest.mark.usefixtures("one_backend")
+def test_doctor_fails_for_an_unusable_backend(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only when it was asked for, by option or environment."""
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "unavailable", lambda: "it is switched off")
+        assert cli.main(["doctor"]) == 0
+        assert "reference    unavailable: it is switched off" in capsys.readouterr().out
+        assert cli.main(["doctor", "--backend", "reference"]) == 1
+        patch.setenv("RNNKERN_BACKEND", "reference")
+        assert cli.main(["doctor"]) == 1
+    monkeypatch.setenv("RNNKERN_BACKEND", "nonsense")
+    assert cli.main(["doctor"]) == 1
+    assert "none of that name" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_backend")
+def test_doctor_fails_for_a_backend_that_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A difference from the reference, or an exception, is a finding and no crash."""
+    right = reference.forward
+
+    def wrong(*arguments: Any) -> Any:
+        result = right(*arguments)
+        arguments[7][...] += 1  # y
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "forward", wrong)
+        assert cli.main(["doctor"]) == 1
+        assert "FAILED: AssertionError" in capsys.readouterr().out
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(reference, "forward", fail)
+    assert cli.main(["doctor"]) == 1
+    assert "FAILED: RuntimeError: no luck" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_backend")
+def test_doctor_shows_why_the_build_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler's last lines."""
+    failure = tmp_path / "_build_failure.txt"
+    failure.write_text("".join(f"line {n}\n" for n in range(100)))
+    monkeypatch.setattr(doctor, "BUILD_FAILURE", failure)
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "| line 99" in printed
+    assert "line 50" not in printed
+
+
+# The terminal
+
+
+class Screen(io.StringIO):
+    """A stdout that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_follows_the_work_on_a_terminal(rich: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line replaces the other and is gone when a line is to stay."""
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    if not rich:
+        monkeypatch.setattr(cli, "_rich_live", lambda: None)
+    with cli.Terminal() as terminal:
+        terminal.progress("working on it")
+        terminal.say("done")
+    assert "working on it" in screen.getvalue()
+    assert screen.getvalue().rstrip("\x1b[?25h").endswith("done\n")
+
+
+def test_lines_replace_progress_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """A progress line now and then."""
+    with cli.Terminal() as terminal:
+        for count in range(100):
+            terminal.progress(f"step {count}")
+        terminal.say("done")
+    assert capsys.readouterr().out == f"step 0{os.linesep}done{os.linesep}"
