@@ -1,0 +1,88 @@
+"""Fixtures drawn from the registries: every cell, every backend, every ISA of the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
+from types import ModuleType
+
+import pytest
+from rnnkern import backends, config
+from rnnkern.cells import CELLS
+
+# The native backend once on each ISA of the machine. A device backend joins where there is a device; the simulator runs
+# in a process and with tests of its own.
+NATIVE: list[tuple[str, str | None]] = [("native", isa) for isa in config.isas()] or [("native", None)]
+ON_DEVICES = ("numba_cuda",)
+BACKENDS = NATIVE + [
+    (name, None)
+    for name in backends.ORDER
+    if name != "native" and (name not in ON_DEVICES or backends.get(name).unavailable() is None)
+]
+
+
+def label(backend: tuple[str, str | None]) -> str:
+    """The name of a backend and its ISA in the name of a test."""
+    return "-".join(filter(None, backend))
+
+
+def running(backend: tuple[str, str | None]) -> Iterator[str]:
+    """The name of a backend while it runs on its ISA; skips where it cannot run."""
+    name, isa = backend
+    reason = backends.get(name).unavailable()
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    with nullcontext() if isa is None else config.use_isa(isa):
+        yield name
+
+
+@pytest.fixture(params=BACKENDS, ids=label)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of every backend; native once on each ISA."""
+    yield from running(request.param)
+
+
+@pytest.fixture(params=NATIVE, ids=label)
+def native(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native backend on each ISA, for what only it promises."""
+    yield from running(request.param)
+
+
+@pytest.fixture(params=list(CELLS))
+def cell(request: pytest.FixtureRequest) -> str:
+    """The name of every cell."""
+    return str(request.param)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    """Both dtypes."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def torch() -> ModuleType:
+    """PyTorch on one thread; skips where it is not installed."""
+    module: ModuleType = pytest.importorskip("torch", reason="PyTorch is not installed")
+    module.set_num_threads(1)
+    return module
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that name no backend run on the best there is."""
+    config.addinivalue_line("filterwarnings", "ignore:rnnkern runs on the backend")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With CI set, a skip is a failure, so that nothing is left out unseen; devices are not to be had everywhere."""
+    report = yield
+    if os.environ.get("CI") and report.skipped and call.excinfo is not None and not item.get_closest_marker("gpu"):
+        reason = call.excinfo.value
+        if isinstance(reason, pytest.skip.Exception):
+            report.outcome = "failed"
+            report.longrepr = f"skipped, which CI does not allow: {reason}"
+    return report

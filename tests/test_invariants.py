@@ -1,0 +1,277 @@
+"""What holds bit for bit with the native backend, and how layers behave under threads, fork and hard numbers."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import rnnkern as rk
+from rnnkern import backends
+from rnnkern.cells import CELLS
+from rnnkern.testing import Problem, assert_accurate, infer, inputs, layer_of, run, state_of
+
+STACKS = {
+    "plain": {},
+    "all": {"num_layers": 2, "bidirectional": True, "lengths": True, "resets": True},
+}
+
+
+def same(results, expected):
+    """Equal bits, by name."""
+    assert set(results) == set(expected)
+    for name, array in results.items():
+        assert np.array_equal(array, expected[name], equal_nan=True), name
+
+
+def as_results(cell, y, state):
+    """y and a state by their names."""
+    return {"y": y} | dict(zip(CELLS[cell].states, state if isinstance(state, tuple) else (state,), strict=True))
+
+
+def run_rows(problem, backend, chosen):
+    """A problem's layer on some rows of its batch: everything that belongs to rows."""
+    drawn, layer = inputs(problem), layer_of(problem, backend)
+
+    def rows(state):
+        return state_of(tuple(part[:, chosen] for part in state))
+
+    y, state, tape = layer.forward(
+        drawn.x[:, chosen],
+        rows(drawn.state),
+        lengths=None if drawn.lengths is None else drawn.lengths[chosen],
+        resets=None if drawn.resets is None else drawn.resets[:, chosen],
+    )
+    grads = layer.backward(tape, drawn.dy[:, chosen], rows(drawn.dstate))
+    gradients = as_results(problem.cell, grads.x, grads.state)
+    return as_results(problem.cell, y, state) | {f"d{name}": array for name, array in gradients.items()}
+
+
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
+@pytest.mark.parametrize(("B", "H"), [(2, 5), (7, 17), (33, 40)])
+def test_a_row_of_a_batch_is_that_row_run_alone(cell, native, dtype, stack, B, H):
+    """Outputs, states, dx and the state's gradient have the same bits."""
+    problem = Problem(cell, T=5, B=B, I=7, H=H, dtype=dtype, **stack)
+    together = run_rows(problem, native, slice(None))
+    for row in {0, 1, B // 2, B - 1}:
+        alone = run_rows(problem, native, slice(row, row + 1))
+        same(alone, {name: array[:, row : row + 1] for name, array in together.items()})
+
+
+@pytest.mark.parametrize("proj_size", [0, 5])
+def test_a_sequence_in_chunks_is_the_sequence_at_once(cell, native, dtype, proj_size):
+    """Chunks of 1, 7, 64 and T steps give the same bits: forward, dx and the state's gradient."""
+    problem = Problem(
+        cell, T=130, B=3, I=6, H=9, num_layers=2, dtype=dtype, proj_size=proj_size * CELLS[cell].projects, resets=True
+    )
+    drawn, layer = inputs(problem), layer_of(problem, native)
+
+    def in_chunks(length):
+        state, ys, tapes = state_of(drawn.state), [], []
+        pieces = [slice(start, start + length) for start in range(0, problem.T, length)]
+        for piece in pieces:
+            y, state, tape = layer.forward(drawn.x[piece], state, resets=drawn.resets[piece])
+            ys.append(y)
+            tapes.append(tape)
+        dstate, dxs = state_of(drawn.dstate), []
+        for piece, tape in zip(reversed(pieces), reversed(tapes), strict=True):
+            grads = layer.backward(tape, drawn.dy[piece], dstate)
+            dstate = grads.state
+            dxs.append(grads.x)
+        gradients = as_results(cell, np.concatenate(dxs[::-1]), dstate)
+        return as_results(cell, np.concatenate(ys), state) | {f"d{name}": array for name, array in gradients.items()}
+
+    expected = in_chunks(problem.T)
+    for length in (1, 7, 64):
+        same(in_chunks(length), expected)
+
+
+@pytest.mark.parametrize("B", [1, 5])
+def test_a_stream_has_the_bits_of_the_sequence(cell, native, dtype, B):
+    """Step after step of `Stream` is the frozen call is the layer's call is `forward`."""
+    problem = Problem(cell, T=20, B=B, I=6, H=17, num_layers=2, dtype=dtype)
+    drawn, layer = inputs(problem), layer_of(problem, native)
+    frozen = layer.freeze()
+    stream = frozen.stream(B)
+    stream.state = state_of(drawn.state)
+    y, state, _ = layer.forward(drawn.x, state_of(drawn.state))
+    expected = as_results(cell, y, state)
+    same(as_results(cell, *layer(drawn.x, state_of(drawn.state))), expected)
+    same(as_results(cell, *frozen(drawn.x, state_of(drawn.state))), expected)
+    steps = np.stack([stream.step(x_t) for x_t in drawn.x])
+    same(as_results(cell, steps, stream.state), expected)
+
+
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
+@pytest.mark.parametrize("sizes", [(40, 1, 16, 128), (9, 37, 33, 48)], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, sizes):
+    """Gradients of the parameters included; for few rows, where threads share units, and for many."""
+    problem = Problem(cell, *sizes, dtype=dtype, **stack)
+    before = rk.num_threads()
+    try:
+        rk.set_num_threads(1)
+        expected = run(problem, native), infer(problem, native)
+        for threads in (2, 3, 8):
+            rk.set_num_threads(threads)
+            same(run(problem, native), expected[0])
+            same(infer(problem, native), expected[1])
+    finally:
+        rk.set_num_threads(before)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False, "num_layers": 2, "dropout": 0.4},
+        {"num_layers": 2, "bidirectional": True, "lengths": True, "resets": True},
+        {"loss": "final", "bidirectional": True, "lengths": True},
+        {"T": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("projected", [False, True])
+def test_every_cell_and_option_at_small_sizes(cell, native, dtype, options, projected):
+    """What the sanitizers look at."""
+    for B, I, H in ((1, 1, 2), (3, 5, 9), (9, 2, 17)):
+        proj_size = H // 2 * projected * CELLS[cell].projects
+        problem = Problem(cell, **({"T": 4, "B": B, "I": I, "H": H, "proj_size": proj_size, "dtype": dtype} | options))
+        assert_accurate(problem, run(problem, native))
+        assert_accurate(replace(problem, dropout=0.0), infer(problem, native))
+
+
+@pytest.mark.sanitize
+def test_eight_threads_may_use_one_layer(cell, native):
+    """Forward, backward and inference at once, with the bits of a thread alone."""
+    problem = Problem(cell, T=20, B=4, I=8, H=24, num_layers=2)
+    eight_threads_agree(problem, native)
+
+
+def test_eight_threads_may_use_one_layer_of_any_backend(cell, backend):
+    """The same for every backend."""
+    eight_threads_agree(Problem(cell, T=6, B=3), backend)
+
+
+def eight_threads_agree(problem, backend):
+    """Each of eight threads gets what one thread gets."""
+    drawn, layer = inputs(problem), layer_of(problem, backend)
+    frozen = layer.freeze()
+
+    def work(_):
+        y, _, tape = layer.forward(drawn.x, state_of(drawn.state))
+        grads = layer.backward(tape, drawn.dy, state_of(drawn.dstate))
+        frozen_y, _ = frozen(drawn.x, state_of(drawn.state))
+        return {"y": y, "frozen_y": frozen_y, "dx": grads.x, **grads.parameters}
+
+    expected = work(None)
+    with ThreadPoolExecutor(8) as pool:
+        for results in pool.map(work, range(32)):
+            same(results, expected)
+
+
+@pytest.mark.sanitize
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_forked_child_computes(native):
+    """A child of a process that has used its threads makes its own, and gets the same bits."""
+    problem = Problem("lstm", T=20, B=33, I=16, H=64)
+    expected = run(problem, native)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: a process with threads forks
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            same(run(problem, native), expected)
+            code = 0
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 60
+    finished, status = os.waitpid(child, os.WNOHANG)
+    while not finished and time.monotonic() < deadline:
+        time.sleep(0.01)
+        finished, status = os.waitpid(child, os.WNOHANG)
+    if not finished:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert finished, "the child hangs"
+    assert os.waitstatus_to_exitcode(status) == 0
+    same(run(problem, native), expected)
+
+
+def test_a_caller_keeps_its_denormals(cell, backend):
+    """A kernel may flush them while it runs; after it they are there as before, on this thread and a new one."""
+    problem = Problem(cell, T=20, B=9, H=17)
+    run(problem, backend)
+    smallest = np.finfo(np.float32).smallest_subnormal
+
+    def halves_of_normals():
+        return (np.full(64, np.finfo(np.float32).tiny) / np.float32(2) > smallest).all()
+
+    assert halves_of_normals()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(halves_of_normals).result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_denormals_cost_no_time(cell, native, training):
+    """100,000 steps after an impulse, where states decay to nothing, take at most 1.2 times those of noise."""
+    T = 100_000
+    layer = rk.Recurrent(cell, 4, 8, bias=False, seed=0, backend=native)
+    for array in layer.parameters.values():
+        array *= 0.5  # so that every cell forgets
+    impulse = np.zeros((T, 1, 4), np.float32)
+    impulse[0] = 1
+    noise = np.random.default_rng(0).normal(size=impulse.shape).astype(np.float32)
+    dy = np.zeros((T, 1, 8), np.float32)
+    dy[-1] = 1
+    frozen = layer.freeze()
+
+    def seconds(x):
+        start = time.thread_time()  # on a busy machine the wall clock measures the others
+        if training:
+            _, _, tape = layer.forward(x)
+            layer.backward(tape, dy)
+        else:
+            frozen(x)
+        return time.thread_time() - start
+
+    before = rk.num_threads()
+    rk.set_num_threads(1)
+    times = [(seconds(impulse), seconds(noise)) for _ in range(15)]
+    rk.set_num_threads(before)
+    best_impulse, best_noise = (min(column) for column in zip(*times, strict=True))
+    assert best_impulse <= 1.2 * best_noise
+
+
+@pytest.mark.slow
+def test_a_million_steps(native):
+    """Lengths have no cliff: the last steps are those of a run that starts in the middle."""
+    layer = rk.GRU(1, 3, seed=0, backend=native)
+    x = np.random.default_rng(0).normal(size=(1_000_000, 1, 1)).astype(np.float32)
+    y, state, tape = layer.forward(x)
+    _, middle = layer(x[:700_000])
+    end_y, end = layer(x[700_000:], middle)
+    same({"y": y[700_000:], "h": state}, {"y": end_y, "h": end})
+    grads = layer.backward(tape, None, state)
+    assert all(np.isfinite(gradient).all() for gradient in grads.parameters.values())
+
+
+@pytest.mark.slow
+def test_more_gate_elements_than_32_bits_count():
+    """T*B*G*H beyond 2**31, while y takes 2.2 GB: the last row is that row run alone. On the best ISA."""
+    reason = backends.get("native").unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    T, B, H = 1025, 2**16, 8
+    layer = rk.LSTM(1, H, seed=0, backend="native")
+    x = np.zeros((T, B, 1), np.float32)
+    x[:, -1] = np.random.default_rng(0).normal(size=(T, 1))
+    y, (h, c) = layer(x)
+    alone, (h_alone, c_alone) = layer(x[:, -1:])
+    same({"y": y[:, -1:], "h": h[:, -1:], "c": c[:, -1:]}, {"y": alone, "h": h_alone, "c": c_alone})
