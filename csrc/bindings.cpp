@@ -5,7 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <unistd.h>
+
+#include <atomic>
 #include <chrono>
+#include <limits>
+#include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <utility>
@@ -38,21 +44,36 @@ std::string text_of(const Shape& shape) {
 // An array exactly as the kernels need it, or an error that names it.
 py::array checked(const py::handle& object, const std::string& name, const py::dtype& dtype, const Shape& shape,
                   bool writable = false) {
-  const std::string expected = name + ": expected C-contiguous " + py::str(py::handle(dtype)).cast<std::string>() +
-                               " of shape " + text_of(shape) + ", got ";
-  if (!py::isinstance<py::array>(object))
-    throw py::type_error(expected + py::str(py::type::handle_of(object).attr("__name__")).cast<std::string>());
+  const auto expected = [&] {
+    return name + ": expected C-contiguous " + py::str(py::handle(dtype)).cast<std::string>() + " of shape " +
+           text_of(shape) + ", got ";
+  };
+  if (!py::isinstance<py::array>(object)) throw py::type_error(expected() + Py_TYPE(object.ptr())->tp_name);
   auto array = py::reinterpret_borrow<py::array>(object);
   const Shape got(array.shape(), array.shape() + array.ndim());
   if (!array.dtype().equal(dtype))
-    throw py::type_error(expected + py::str(py::handle(array.dtype())).cast<std::string>() + " of shape " + text_of(got));
-  if (got != shape) throw py::value_error(expected + "shape " + text_of(got));
+    throw py::type_error(expected() + py::str(py::handle(array.dtype())).cast<std::string>() + " of shape " +
+                         text_of(got));
+  if (got != shape) throw py::value_error(expected() + "shape " + text_of(got));
   constexpr int c_contiguous = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_;
   constexpr int aligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
   if (!(array.flags() & c_contiguous) || !(array.flags() & aligned))
-    throw py::value_error(expected + "other strides or a misaligned buffer");
-  if (writable && !array.writeable()) throw py::value_error(expected + "a read-only array");
+    throw py::value_error(expected() + "other strides or a misaligned buffer");
+  if (writable && !array.writeable()) throw py::value_error(expected() + "a read-only array");
   return array;
+}
+
+// The `count` elements of a sequence. A class of the caller's may run any code when it is asked for one, and change
+// arrays with it: so whoever takes elements takes all of them before the first array is checked.
+std::vector<py::object> elements(const py::object& object, const std::string& name, std::size_t count) {
+  const std::string expected = name + ": expected a sequence of " + std::to_string(count) + " elements, got ";
+  if (!py::isinstance<py::sequence>(object)) throw py::type_error(expected + Py_TYPE(object.ptr())->tp_name);
+  const auto sequence = py::reinterpret_borrow<py::sequence>(object);
+  const std::size_t size = sequence.size();
+  if (size != count) throw py::value_error(expected + std::to_string(size));
+  std::vector<py::object> all;
+  for (std::size_t i = 0; i < count; ++i) all.emplace_back(sequence[i]);
+  return all;
 }
 
 std::int64_t times(std::int64_t a, std::int64_t b) {
@@ -66,25 +87,49 @@ struct Buffer {
   py::array owner;
   void* data = nullptr;
 
-  explicit Buffer(std::int64_t bytes) : owner(py::dtype::of<std::uint8_t>(), Shape{bytes + 64}) {
+  explicit Buffer(std::int64_t bytes) {
+    if (bytes > std::numeric_limits<std::int64_t>::max() - 64) throw std::bad_alloc();
+    owner = py::array(py::dtype::of<std::uint8_t>(), Shape{bytes + 64});
     const auto address = reinterpret_cast<std::uintptr_t>(owner.mutable_data());
     data = reinterpret_cast<void*>((address + 63) & ~std::uintptr_t{63});
   }
 };
 
-// Looks for Ctrl-C once a call has taken 0.1 s, and every 0.05 s from then on.
-struct SignalPoll {
-  using Clock = std::chrono::steady_clock;
-  Clock::time_point next = Clock::now() + std::chrono::milliseconds(100);
+// While one lives, other Python threads run; but for a look for Ctrl-C once 0.1 s have passed, and every 0.05 s from
+// then on.
+class WithoutGil {
+ public:
+  WithoutGil() noexcept : thread_(PyEval_SaveThread()) {}
+  ~WithoutGil() { take(); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
 
-  static bool poll(void* context) {
-    auto& self = *static_cast<SignalPoll*>(context);
+  static bool poll(void* context) noexcept {
+    auto& self = *static_cast<WithoutGil*>(context);
     const auto now = Clock::now();
-    if (now < self.next) return false;
-    self.next = now + std::chrono::milliseconds(50);
-    const py::gil_scoped_acquire gil;
-    return PyErr_CheckSignals() != 0;
+    if (now < self.next_) return false;
+    self.next_ = now + std::chrono::milliseconds(50);
+    self.take();
+    const bool interrupted = PyErr_CheckSignals() != 0;
+    self.thread_ = PyEval_SaveThread();
+    return interrupted;
   }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  // Python before 3.14 unwinds a daemon thread that wants the GIL while the interpreter shuts down. Here that would
+  // abort the process in the first noexcept function: the thread sleeps instead until the process is gone, as in 3.14.
+  void take() noexcept {
+    try {
+      PyEval_RestoreThread(thread_);
+    } catch (...) {
+      for (;;) pause();
+    }
+  }
+
+  PyThreadState* thread_;
+  Clock::time_point next_ = Clock::now() + std::chrono::milliseconds(100);
 };
 
 const CellEntry& find_cell(const KernelTable& table, const std::string& name) {
@@ -102,7 +147,7 @@ py::dtype float_dtype(const py::object& object) {
 
 // What a training forward leaves for backward; the arrays stay as they are.
 struct Saved {
-  const void* packed_id = nullptr;        // the Packed that made it
+  std::uint64_t packed_id = 0;  // of the Packed that made it
   std::int64_t steps = 0, batch = 0;
   std::vector<py::array> inputs, outputs;  // of each layer
   std::vector<py::array> initial;          // h, c: (L*D, B, ...)
@@ -122,7 +167,7 @@ struct Saved {
 class Packed {
  public:
   Packed(const std::string& cell, const py::object& dtype, std::int64_t input_size, std::int64_t hidden_size,
-         std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::sequence& weights,
+         std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::object& weights,
          bool training)
       : entry_(find_cell(*active().table, cell)),
         dtype_(float_dtype(dtype)),
@@ -141,25 +186,26 @@ class Packed {
       throw py::value_error("proj_size: expected 0, since cell '" + cell + "' takes no projection");
     if (reverse_.empty() || reverse_.size() > 2) throw py::value_error("directions: expected one or two");
     const auto count = static_cast<std::size_t>(num_layers) * reverse_.size();
-    if (weights.size() != count)
-      throw py::value_error("weights: expected " + std::to_string(count) + " layer-directions, got " +
-                            std::to_string(weights.size()));
+    const auto given = elements(weights, "weights", count);
     for (std::size_t i = 0; i < count; ++i)
-      add(i < reverse_.size() ? input_size : times(outputs_, static_cast<std::int64_t>(reverse_.size())),
-          py::reinterpret_borrow<py::object>(py::object(weights[i])), "weights[" + std::to_string(i) + "]");
+      add(i < reverse_.size() ? input_size : times(outputs_, static_cast<std::int64_t>(reverse_.size())), given[i],
+          "weights[" + std::to_string(i) + "]");
   }
 
   // Fills y and last; returns what backward needs when the weights were packed for training, else None.
-  py::object forward(const py::object& x, const py::sequence& state, const py::object& lengths,
-                     const py::object& resets, const py::object& masks, const py::object& y,
-                     const py::sequence& last) const {
+  py::object forward(const py::object& x, const py::object& state, const py::object& lengths, const py::object& resets,
+                     const py::object& masks, const py::object& y, const py::object& last) const {
+    const auto state_objects = elements(state, "state", state_count()),
+               last_objects = elements(last, "last", state_count());
+    std::vector<py::object> mask_objects;
+    if (!masks.is_none()) mask_objects = elements(masks, "masks", static_cast<std::size_t>(layer_count()) - 1);
     Saved saved;
-    saved.packed_id = this;
+    saved.packed_id = id_;
     const py::array input = checked_input(x, saved);
     const std::int64_t T = saved.steps, B = saved.batch;
-    read_rows(saved, lengths, resets, masks);
-    saved.initial = states(state, "state", B, false);
-    const std::vector<py::array> finals = states(last, "last", B, true);
+    read_rows(saved, lengths, resets, mask_objects);
+    saved.initial = states(state_objects, "state", B, false);
+    const std::vector<py::array> finals = states(last_objects, "last", B, true);
     const py::array output = checked(y, "y", dtype_, {T, B, width()}, true);
     if (T == 0 || B == 0) {
       for (std::size_t i = 0; i < finals.size(); ++i) copy(saved.initial[i], finals[i]);
@@ -175,9 +221,9 @@ class Packed {
     for (std::int64_t layer = 0; layer < layer_count(); ++layer) {
       const bool is_last = layer + 1 == layer_count();
       // Without training nothing is kept: two buffers take turns.
-      saved.outputs.push_back(is_last                   ? output
+      saved.outputs.push_back(is_last                  ? output
                               : training_ || layer < 2 ? py::array(dtype_, Shape{T, B, width()})
-                                                        : saved.outputs[static_cast<std::size_t>(layer) - 2]);
+                                                       : saved.outputs[static_cast<std::size_t>(layer) - 2]);
       if (is_last) break;
       if (!saved.masks.empty()) {
         masked.emplace_back(dtype_, Shape{T, B, width()});
@@ -201,22 +247,27 @@ class Packed {
   }
 
   // Fills dx (unless None), dinitial and gradients (a mapping like weights for each layer-direction).
-  void backward(const Saved& saved, const py::object& dy, const py::sequence& dlast, const py::object& dx,
-                const py::sequence& dinitial, const py::sequence& gradients) const {
-    if (saved.packed_id != this) throw py::value_error("saved: expected what forward of these weights returned");
+  void backward(const Saved& saved, const py::object& dy, const py::object& dlast, const py::object& dx,
+                const py::object& dinitial, const py::object& gradients) const {
+    if (saved.packed_id != id_) throw py::value_error("saved: expected what forward of these weights returned");
+    const auto dlast_objects = elements(dlast, "dlast", state_count()),
+               dinitial_objects = elements(dinitial, "dinitial", state_count()),
+               dicts = elements(gradients, "gradients", layers_.size());
+    std::vector<std::vector<py::object>> gradient_objects;
+    for (std::size_t i = 0; i < dicts.size(); ++i)
+      gradient_objects.push_back(weight_objects(dicts[i], gradient_name(i), layers_[i].sizes, biased_[i]));
     const std::int64_t T = saved.steps, B = saved.batch, I = layers_[0].sizes.inputs;
-    const std::vector<py::array> dfinal = states(dlast, "dlast", B, false), dstart = states(dinitial, "dinitial", B, true);
+    check_unchanged(saved);
+    const std::vector<py::array> dfinal = states(dlast_objects, "dlast", B, false),
+                                 dstart = states(dinitial_objects, "dinitial", B, true);
     std::optional<py::array> output_gradient, input_gradient;
     if (!dy.is_none()) output_gradient = checked(dy, "dy", dtype_, {T, B, width()});
     if (!dx.is_none()) input_gradient = checked(dx, "dx", dtype_, {T, B, I}, true);
-    if (gradients.size() != layers_.size())
-      throw py::value_error("gradients: expected " + std::to_string(layers_.size()) + " layer-directions, got " +
-                            std::to_string(gradients.size()));
     std::vector<Layer> layers = T > 0 && B > 0 ? describe(saved) : layers_;
     std::vector<py::array> keep;
     for (std::size_t i = 0; i < layers.size(); ++i)
-      layers[i].gradients = weight_pointers<void*>(py::object(gradients[i]), "gradients[" + std::to_string(i) + "]",
-                                                   layers[i].sizes, biased_[i], true, keep);
+      layers[i].gradients =
+          weight_pointers<void*>(gradient_objects[i], gradient_name(i), layers[i].sizes, biased_[i], true, keep);
     for (auto& one : keep) std::memset(one.mutable_data(), 0, static_cast<std::size_t>(one.nbytes()));
     if (T == 0 || B == 0) {
       for (std::size_t i = 0; i < dstart.size(); ++i) copy(dfinal[i], dstart[i]);
@@ -237,7 +288,8 @@ class Packed {
         one.dinitial[s] = row(dstart[s], i);
       }
       if (layer + 1 == static_cast<std::size_t>(layer_count()))
-        one.dy = output_gradient ? offset(output_gradient->data(), static_cast<std::int64_t>(direction) * outputs_) : nullptr;
+        one.dy = output_gradient ? offset(output_gradient->data(), static_cast<std::int64_t>(direction) * outputs_)
+                                 : nullptr;
       else
         one.dy = offset(between[layer % 2].data(), static_cast<std::int64_t>(direction) * outputs_);
       one.dy_stride = width();
@@ -260,6 +312,8 @@ class Packed {
 
  private:
   std::int64_t width() const { return times(outputs_, static_cast<std::int64_t>(reverse_.size())); }
+  std::size_t state_count() const { return static_cast<std::size_t>(entry_.states); }
+  static std::string gradient_name(std::size_t i) { return "gradients[" + std::to_string(i) + "]"; }
   std::int64_t layer_count() const { return static_cast<std::int64_t>(layers_.size() / reverse_.size()); }
   const void* offset(const void* data, std::int64_t elements) const {
     return static_cast<const char*>(data) + elements * dtype_.itemsize();
@@ -267,20 +321,20 @@ class Packed {
   void* row(const py::array& array, std::size_t i) const {  // array (L*D, B, n): its part of layer-direction i
     return static_cast<char*>(const_cast<void*>(array.data())) + static_cast<std::int64_t>(i) * array.strides(0);
   }
-  static void copy(const py::array& from, const py::array& to) {
-    std::memcpy(const_cast<void*>(to.data()), from.data(), static_cast<std::size_t>(from.nbytes()));
+  static void copy(const py::array& from, const py::array& to) {  // the caller's arrays: they may be the same
+    std::memmove(const_cast<void*>(to.data()), from.data(), static_cast<std::size_t>(from.nbytes()));
   }
 
   void add(std::int64_t inputs, const py::object& weights, const std::string& name) {
     Layer layer{};
     layer.sizes = {inputs, hidden_, outputs_, projected_};
     layer.reverse = reverse_[layers_.size() % reverse_.size()];
-    if (!py::isinstance<py::dict>(weights)) throw py::type_error(name + ": expected a dict of arrays");
-    const bool biased = weights.contains("b_ih");
+    const bool biased = checked_dict(weights, name).contains("b_ih");
     if (!biased_.empty() && biased != biased_[0])
       throw py::value_error(name + ": expected biases in all layer-directions or in none");
+    const auto objects = weight_objects(weights, name, layer.sizes, biased);
     std::vector<py::array> keep;
-    const auto pointers = weight_pointers<const void*>(weights, name, layer.sizes, biased, false, keep);
+    const auto pointers = weight_pointers<const void*>(objects, name, layer.sizes, biased, false, keep);
     packed_.emplace_back(times(kernels_.packed_elements(layer.sizes, training_), dtype_.itemsize()));
     kernels_.pack(layer.sizes, pointers, training_, packed_.back().data);
     layer.packed = packed_.back().data;
@@ -288,47 +342,60 @@ class Packed {
     biased_.push_back(biased);
   }
 
-  // Pointers into a dict of arrays, checked; bias says whether b_ih and b_hh must be there.
-  template <class Pointer>
-  LayerWeights<Pointer> weight_pointers(const py::object& object, const std::string& name, const LayerSizes& sizes,
-                                        bool bias, bool writable, std::vector<py::array>& keep) const {
+  static py::dict checked_dict(const py::object& object, const std::string& name) {
     if (!py::isinstance<py::dict>(object)) throw py::type_error(name + ": expected a dict of arrays");
-    const auto dict = py::reinterpret_borrow<py::dict>(object);
-    std::size_t taken = 0;
-    const auto take = [&](const std::string& key, const Shape& shape) -> Pointer {
+    return py::reinterpret_borrow<py::dict>(object);
+  }
+
+  // What a dict of weights holds, in the order of LayerWeights; bias says whether b_ih and b_hh must be there.
+  std::vector<py::object> weight_objects(const py::object& object, const std::string& name, const LayerSizes& sizes,
+                                         bool bias) const {
+    const py::dict dict = checked_dict(object, name);
+    std::vector<std::string> keys{"w_ih", "w_hh"};
+    if (bias) keys.insert(keys.end(), {"b_ih", "b_hh"});
+    if (sizes.projected) keys.emplace_back("w_hr");
+    if (entry_.extras > 0) keys.emplace_back("extras");
+    std::vector<py::object> objects;
+    for (const auto& key : keys) {
       if (!dict.contains(key)) throw py::value_error(name + ": expected an array named '" + key + "', got none");
-      ++taken;
-      keep.push_back(checked(py::object(dict[py::str(key)]), name + "['" + key + "']", dtype_, shape, writable));
+      objects.emplace_back(dict[py::str(key)]);
+    }
+    if (dict.size() != keys.size()) throw py::value_error(name + ": has an array that the cell does not know");
+    if (entry_.extras > 0) {
+      const auto extras = elements(objects.back(), name + "['extras']", static_cast<std::size_t>(entry_.extras));
+      objects.pop_back();
+      objects.insert(objects.end(), extras.begin(), extras.end());
+    }
+    return objects;
+  }
+
+  // Pointers into `weight_objects`, checked.
+  template <class Pointer>
+  LayerWeights<Pointer> weight_pointers(const std::vector<py::object>& objects, const std::string& name,
+                                        const LayerSizes& sizes, bool bias, bool writable,
+                                        std::vector<py::array>& keep) const {
+    std::size_t next = 0;
+    const auto take = [&](const std::string& key, const Shape& shape) -> Pointer {
+      keep.push_back(checked(objects[next++], name + "[" + key + "]", dtype_, shape, writable));
       return const_cast<void*>(keep.back().data());
     };
     const std::int64_t rows = times(entry_.gates, sizes.hidden);
     LayerWeights<Pointer> pointers{};
-    pointers.w_ih = take("w_ih", {rows, sizes.inputs});
-    pointers.w_hh = take("w_hh", {rows, sizes.outputs});
+    pointers.w_ih = take("'w_ih'", {rows, sizes.inputs});
+    pointers.w_hh = take("'w_hh'", {rows, sizes.outputs});
     if (bias) {
-      pointers.b_ih = take("b_ih", {rows});
-      pointers.b_hh = take("b_hh", {rows});
+      pointers.b_ih = take("'b_ih'", {rows});
+      pointers.b_hh = take("'b_hh'", {rows});
     }
-    if (sizes.projected) pointers.w_hr = take("w_hr", {sizes.outputs, sizes.hidden});
-    if (entry_.extras > 0) {
-      if (!dict.contains("extras")) throw py::value_error(name + ": expected 'extras', a tuple of arrays");
-      const py::object extras = dict["extras"];
-      if (!py::isinstance<py::tuple>(extras) || py::len(extras) != static_cast<std::size_t>(entry_.extras))
-        throw py::value_error(name + "['extras']: expected a tuple of " + std::to_string(entry_.extras) + " arrays");
-      ++taken;
-      for (int e = 0; e < entry_.extras; ++e) {
-        keep.push_back(checked(py::object(extras[py::int_(e)]), name + "['extras'][" + std::to_string(e) + "]", dtype_,
-                               {sizes.hidden}, writable));
-        pointers.extra[e] = const_cast<void*>(keep.back().data());
-      }
-    }
-    if (taken != dict.size()) throw py::value_error(name + ": has an array that the cell does not know");
+    if (sizes.projected) pointers.w_hr = take("'w_hr'", {sizes.outputs, sizes.hidden});
+    for (int e = 0; e < entry_.extras; ++e) pointers.extra[e] = take("'extras'][" + std::to_string(e), {sizes.hidden});
     return pointers;
   }
 
   py::array checked_input(const py::object& x, Saved& saved) const {
     const std::int64_t I = layers_[0].sizes.inputs;
-    if (!py::isinstance<py::array>(x)) throw py::type_error("x: expected an array of shape (T, B, " + std::to_string(I) + ")");
+    if (!py::isinstance<py::array>(x))
+      throw py::type_error("x: expected an array of shape (T, B, " + std::to_string(I) + ")");
     const auto array = py::reinterpret_borrow<py::array>(x);
     if (array.ndim() != 3)
       throw py::value_error("x: expected 3 dimensions (T, B, I), got " + std::to_string(array.ndim()));
@@ -337,35 +404,41 @@ class Packed {
     return checked(x, "x", dtype_, {saved.steps, saved.batch, I});
   }
 
-  void read_rows(Saved& saved, const py::object& lengths, const py::object& resets, const py::object& masks) const {
+  void read_rows(Saved& saved, const py::object& lengths, const py::object& resets,
+                 const std::vector<py::object>& masks) const {
     const std::int64_t T = saved.steps, B = saved.batch;
     if (!lengths.is_none()) {
       const py::array given = checked(lengths, "lengths", py::dtype::of<std::int64_t>(), {B});
-      saved.lengths = py::array(py::dtype::of<std::int64_t>(), Shape{B}, given.data());  // what was checked is what runs
+      saved.lengths =
+          py::array(py::dtype::of<std::int64_t>(), Shape{B}, given.data());  // what was checked is what runs
       const auto* values = static_cast<const std::int64_t*>(saved.lengths->data());
       for (std::int64_t b = 0; b < B; ++b)
         if (values[b] < 0 || values[b] > T)
-          throw py::value_error("lengths: expected 0 <= length <= " + std::to_string(T) + ", got " + std::to_string(values[b]));
+          throw py::value_error("lengths: expected 0 <= length <= " + std::to_string(T) + ", got " +
+                                std::to_string(values[b]));
     }
     if (!resets.is_none()) {
       const py::array given = checked(resets, "resets", py::dtype::of<bool>(), {T, B});
       saved.resets = py::array(py::dtype::of<bool>(), Shape{T, B}, given.data());
     }
-    if (masks.is_none()) return;
-    if (!py::isinstance<py::sequence>(masks) ||
-        py::len(masks) != static_cast<std::size_t>(layer_count() - 1))
-      throw py::value_error("masks: expected a sequence of " + std::to_string(layer_count() - 1) + " arrays");
-    for (std::size_t i = 0; i + 1 < static_cast<std::size_t>(layer_count()); ++i)
-      saved.masks.push_back(checked(py::object(masks[py::int_(i)]), "masks[" + std::to_string(i) + "]", dtype_, {T, B, width()}));
+    for (std::size_t i = 0; i < masks.size(); ++i)
+      saved.masks.push_back(checked(masks[i], "masks[" + std::to_string(i) + "]", dtype_, {T, B, width()}));
   }
 
-  std::vector<py::array> states(const py::sequence& given, const std::string& name, std::int64_t B, bool writable) const {
-    if (given.size() != static_cast<std::size_t>(entry_.states))
-      throw py::value_error(name + ": expected " + std::to_string(entry_.states) + " arrays, got " +
-                            std::to_string(given.size()));
+  // What `saved` refers to and the caller holds too is still what it was: its shape may have been set since.
+  void check_unchanged(const Saved& saved) const {
+    const std::int64_t T = saved.steps, B = saved.batch;
+    checked(saved.inputs[0], "x", dtype_, {T, B, layers_[0].sizes.inputs});
+    if (!saved.outputs.empty()) checked(saved.outputs.back(), "y", dtype_, {T, B, width()});
+    for (std::size_t i = 0; i < saved.masks.size(); ++i)
+      checked(saved.masks[i], "masks[" + std::to_string(i) + "]", dtype_, {T, B, width()});
+  }
+
+  std::vector<py::array> states(const std::vector<py::object>& given, const std::string& name, std::int64_t B,
+                                bool writable) const {
     std::vector<py::array> arrays;
     for (std::size_t i = 0; i < given.size(); ++i)
-      arrays.push_back(checked(py::object(given[i]), name + "[" + std::to_string(i) + "]", dtype_,
+      arrays.push_back(checked(given[i], name + "[" + std::to_string(i) + "]", dtype_,
                                {static_cast<std::int64_t>(layers_.size()), B, i == 0 ? outputs_ : hidden_}, writable));
     return arrays;
   }
@@ -377,7 +450,8 @@ class Packed {
       const std::size_t layer = i / reverse_.size(), direction = i % reverse_.size();
       layers[i].x = saved.inputs[layer].data();
       layers[i].x_stride = layers[i].sizes.inputs;
-      layers[i].y = const_cast<void*>(offset(saved.outputs[layer].data(), static_cast<std::int64_t>(direction) * outputs_));
+      layers[i].y =
+          const_cast<void*>(offset(saved.outputs[layer].data(), static_cast<std::int64_t>(direction) * outputs_));
       layers[i].y_stride = width();
       for (std::size_t s = 0; s < saved.initial.size(); ++s) layers[i].initial[s] = row(saved.initial[s], i);
     }
@@ -391,7 +465,6 @@ class Packed {
                                  dtype_.itemsize(), backward});
     std::vector<const void*> masks;
     for (const auto& mask : saved.masks) masks.push_back(mask.data());
-    SignalPoll signals;
     std::int64_t stop = 0;
     Stack stack{};
     stack.steps = saved.steps;
@@ -406,18 +479,21 @@ class Packed {
     stack.split = plan.split;
     stack.block_steps = plan.block_steps;
     stack.max_threads = plan.threads;
-    stack.poll = SignalPoll::poll;
-    stack.poll_context = &signals;
+    stack.poll = WithoutGil::poll;
     stack.stop = &stop;
     const Buffer scratch(kernels_.scratch_bytes(stack, backward));
     stack.scratch = scratch.data;
     {
-      const py::gil_scoped_release release;
+      WithoutGil gil;
+      stack.poll_context = &gil;
       run_team(backward ? kernels_.backward : kernels_.forward, &stack, plan.threads, plan.expected_ns);
     }
     if (stop != 0) throw py::error_already_set();
   }
 
+  static inline std::atomic<std::uint64_t> next_id_ = 1;
+
+  const std::uint64_t id_ = next_id_++;  // an address may be that of an earlier one
   const CellEntry& entry_;
   py::dtype dtype_;
   const CellKernels& kernels_;
@@ -439,8 +515,9 @@ void run_linear(Linear& call, const py::dtype& dtype, bool backward) {
   const int threads = flops < 1e6 ? 1 : num_threads();
   const Buffer scratch(kernels.scratch_bytes(call, threads));
   call.scratch = scratch.data;
-  const py::gil_scoped_release release;
-  run_team(backward ? kernels.backward : kernels.forward, &call, threads, static_cast<std::int64_t>(flops / 30 / threads));
+  const WithoutGil gil;
+  run_team(backward ? kernels.backward : kernels.forward, &call, threads,
+           static_cast<std::int64_t>(flops / 30 / threads));
 }
 
 struct LinearArrays {
@@ -456,6 +533,8 @@ struct LinearArrays {
     if (x.ndim() != 2 || weight.ndim() != 2) throw py::value_error("x, weight: expected two dimensions");
     dtype = float_dtype(x.dtype());
     call.rows = x.shape(0), call.inputs = weight.shape(1), call.outputs = weight.shape(0);
+    // An array without elements may have more rows than there is memory.
+    if (call.inputs < 1 || call.outputs < 1) throw py::value_error("weight: expected at least one row and one column");
     checked(x, "x", dtype, {call.rows, call.inputs});
     checked(weight, "weight", dtype, {call.outputs, call.inputs});
     call.x = x.data(), call.weight = weight.data();
@@ -503,6 +582,22 @@ py::array activation(const std::string& name, const py::array& x) {
   throw py::value_error("name: the compiled module has no activation '" + name + "'");
 }
 
+std::unique_ptr<Packed> pack(const std::string& cell, const py::object& dtype, std::int64_t input_size,
+                             std::int64_t hidden_size, std::int64_t proj_size, std::int64_t num_layers,
+                             std::vector<bool> directions, const py::object& weights, bool training) {
+  return std::make_unique<Packed>(cell, dtype, input_size, hidden_size, proj_size, num_layers, std::move(directions),
+                                  weights, training);
+}
+
+// Forbids what would make an instance of a type without a constructor having run, or take one for another: `__new__`,
+// subclasses, assignment to `__class__`. Members can no longer be added to the type afterwards.
+void seal(const py::object& type) {
+  auto* object = reinterpret_cast<PyTypeObject*>(type.ptr());
+  object->tp_new = nullptr;
+  object->tp_flags |= Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE;
+  PyType_Modified(object);
+}
+
 py::list cell_descriptions() {
   py::list cells;
   const KernelTable& table = *active().table;
@@ -528,40 +623,52 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   if (!active().supported) throw py::import_error("this CPU lacks the instructions rnnkern was compiled for");
   m.doc() = "The compiled kernels. Arguments are checked strictly; rnnkern.layers is the friendly side.";
 
-  py::class_<Saved>(m, "Saved", "What a training forward keeps for backward.")
-      .def_property_readonly("nbytes", &Saved::nbytes, "Bytes of saved gates.")
-      .def_property_readonly("input_shape", &Saved::input_shape, "Shape (T, B, I) of x.");
+  // Properties take references: a member function would be called on a null pointer for None.
+  seal(py::class_<Saved>(m, "Saved", "What a training forward keeps for backward.", py::is_final())
+           .def_property_readonly(
+               "nbytes", [](const Saved& self) { return self.nbytes(); }, "Bytes of saved gates.")
+           .def_property_readonly(
+               "input_shape", [](const Saved& self) { return self.input_shape(); }, "Shape (T, B, I) of x."));
 
-  py::class_<Packed>(m, "Packed", "The weights of a stack, packed for the ISA that was active when it was made.")
-      .def(py::init<const std::string&, const py::object&, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                    std::vector<bool>, const py::sequence&, bool>(),
-           py::arg("cell"), py::arg("dtype"), py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size"),
-           py::arg("num_layers"), py::arg("directions"), py::arg("weights"), py::arg("training"))
-      .def("forward", &Packed::forward, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"),
-           py::arg("masks"), py::arg("y"), py::arg("last"))
-      .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("dx"),
-           py::arg("dinitial"), py::arg("gradients"))
-      .def_property_readonly("isa", &Packed::isa)
-      .def_property_readonly("bias", &Packed::bias)
-      .def_property_readonly("nbytes", &Packed::nbytes);
+  seal(py::class_<Packed>(m, "Packed", "The weights of a stack, packed for the ISA that was active when it was made.",
+                          py::is_final())
+           .def("forward", &Packed::forward, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"),
+                py::arg("masks"), py::arg("y"), py::arg("last"))
+           .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("dx"),
+                py::arg("dinitial"), py::arg("gradients"))
+           .def_property_readonly("isa", [](const Packed& self) { return self.isa(); })
+           .def_property_readonly("bias", [](const Packed& self) { return self.bias(); })
+           .def_property_readonly("nbytes", [](const Packed& self) { return self.nbytes(); }));
+
+  m.def("pack", &pack, py::arg("cell"), py::arg("dtype"), py::arg("input_size"), py::arg("hidden_size"),
+        py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("weights"), py::arg("training"));
 
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"));
   m.def("linear_backward", &linear_backward, py::arg("x"), py::arg("weight"), py::arg("dy"), py::arg("dx"),
         py::arg("dweight"), py::arg("dbias"));
   m.def("activation", &activation, py::arg("name"), py::arg("x"), "One of the kernels' activations, for tests.");
   m.def("cells", &cell_descriptions, "What the compiled module knows of each cell.");
-  m.def("isas", [] {
-    std::vector<std::pair<std::string, bool>> all;
-    for (const Isa& isa : isas()) all.emplace_back(isa.name, isa.supported);
-    return all;
-  }, "Compiled ISAs, best first, and whether this CPU runs each.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::pair<std::string, bool>> all;
+        for (const Isa& isa : isas()) all.emplace_back(isa.name, isa.supported);
+        return all;
+      },
+      "Compiled ISAs, best first, and whether this CPU runs each.");
   m.def("isa", [] { return std::string(active().name); }, "The ISA in use.");
-  m.def("use_isa", [](const std::string& name) {
-    if (!use(name)) throw py::value_error("isa: expected one this CPU runs (see isas()), got '" + name + "'");
-  }, py::arg("name"), "Packs weights for another ISA from now on.");
-  m.def("lanes", [](const py::object& dtype) {
-    return float_dtype(dtype).itemsize() == 4 ? active().table->lanes_f32 : active().table->lanes_f64;
-  }, py::arg("dtype"), "Elements of a vector of the ISA in use.");
+  m.def(
+      "use_isa",
+      [](const std::string& name) {
+        if (!use(name)) throw py::value_error("isa: expected one this CPU runs (see isas()), got '" + name + "'");
+      },
+      py::arg("name"), "Packs weights for another ISA from now on.");
+  m.def(
+      "lanes",
+      [](const py::object& dtype) {
+        return float_dtype(dtype).itemsize() == 4 ? active().table->lanes_f32 : active().table->lanes_f64;
+      },
+      py::arg("dtype"), "Elements of a vector of the ISA in use.");
   m.def("unknown_max_isa", &unknown_max_isa, "RNNKERN_MAX_ISA where it names no compiled ISA, else empty.");
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", [](int count) { set_num_threads(count); }, py::arg("count"));

@@ -24,7 +24,7 @@ using std::chrono::microseconds;
 using std::chrono::nanoseconds;
 
 constexpr int kMaxThreads = 1024;
-constexpr int kSpins = 200;                      // a few microseconds, more than a balanced step makes a thread wait
+constexpr int kSpins = 50;                       // 1 to 2 us, longer than threads with equal shares wait for each other
 constexpr microseconds kIdle{50};                // a helper without work sleeps after this
 constexpr nanoseconds kWorthWaking{100'000};     // waking a sleeping helper costs the caller up to 10 us
 constexpr nanoseconds kLongestCheckIn{100'000};  // a woken helper takes 10 to 50 us to arrive

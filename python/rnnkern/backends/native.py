@@ -71,7 +71,7 @@ def _with_extras(cell: Cell, arrays: Mapping[str, Array]) -> dict[str, Any]:
 
 def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -> Any:
     """See `backends`."""
-    return _native.Packed(
+    return _native.pack(
         stack.cell.name,
         stack.dtype,
         stack.input_size,
