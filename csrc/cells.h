@@ -102,6 +102,45 @@ struct Lstm : CellDefaults {
   }
 };
 
+// Gers and Schmidhuber 2000: the gates see the cell state through peepholes, o the new one; gates i f g o.
+struct LstmPeephole : CellDefaults {
+  static constexpr const char* name = "lstm_peephole";
+  static constexpr int gates = 4, states = 2, saved = 5, extras = 3;  // saved: i f g o c; extras: p_i p_f p_o
+  static constexpr bool projects = true;
+
+  template <class V>
+  RNNKERN_INLINE static void forward(const V* x, const V* r, const V* extra, const V* prev, V* next,
+                                     V* saved) noexcept {
+    const V i = sigmoid(x[0] + r[0] + extra[0] * prev[1]);
+    const V f = sigmoid(x[1] + r[1] + extra[1] * prev[1]);
+    const V g = tanh(x[2] + r[2]);
+    const V c = f * prev[1] + i * g;
+    const V o = sigmoid(x[3] + r[3] + extra[2] * c);
+    saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o, saved[4] = c;
+    next[0] = o * tanh(c);
+    next[1] = c;
+  }
+  template <class V>
+  RNNKERN_INLINE static void backward(const V* saved, const V* extra, const V* prev, V, const V* dnew, V* dx, V*,
+                                      V* dprev, V* dextra) noexcept {
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3], c = saved[4], tanh_c = tanh(c);
+    dx[3] = dnew[0] * tanh_c * (o * (1 - o));
+    const V dc = dnew[1] + dnew[0] * o * (1 - tanh_c * tanh_c) + dx[3] * extra[2];
+    dx[0] = dc * g * (i * (1 - i));
+    dx[1] = dc * prev[1] * (f * (1 - f));
+    dx[2] = dc * i * (1 - g * g);
+    dprev[0] = zero<V>();
+    dprev[1] = dc * f + dx[0] * extra[0] + dx[1] * extra[1];
+    dextra[0] = dx[0] * prev[1];
+    dextra[1] = dx[1] * prev[1];
+    dextra[2] = dx[3] * c;
+  }
+  template <class V>
+  RNNKERN_INLINE static V hidden(const V* saved) noexcept {
+    return Lstm::hidden(saved);
+  }
+};
+
 // Cho et al. 2014 with the reset gate after the product (cuDNN, PyTorch); gates r z n.
 struct Gru : CellDefaults {
   static constexpr const char* name = "gru";
@@ -173,7 +212,7 @@ struct CellList {
   static constexpr int count = sizeof...(C);
 };
 
-using Cells = CellList<RnnTanh, RnnRelu, RnnSigmoid, Lstm, Gru, GruResetBefore>;  // write the struct above, name it here
+using Cells = CellList<RnnTanh, RnnRelu, RnnSigmoid, Lstm, LstmPeephole, Gru, GruResetBefore>;  // write the struct above, name it here
 
 }  // namespace
 }  // namespace rnnkern

@@ -150,6 +150,49 @@ def _lstm(math: Math) -> CellMath:
     return CellMath(forward, backward)
 
 
+def _lstm_peephole(math: Math) -> CellMath:
+    """Gers and Schmidhuber 2000: the gates see the cell state through peepholes, the output gate the new one."""
+    one, zero, sigmoid, tanh = math.one, math.zero, math.sigmoid, math.tanh
+
+    def forward(x: Any, r: Any, extra: Any, prev: Any, new: Any, saved: Any) -> None:
+        i = sigmoid(x[0] + r[0] + extra[0] * prev[1])
+        f = sigmoid(x[1] + r[1] + extra[1] * prev[1])
+        g = tanh(x[2] + r[2])
+        c = f * prev[1] + i * g
+        o = sigmoid(x[3] + r[3] + extra[2] * c)
+        saved[0] = i
+        saved[1] = f
+        saved[2] = g
+        saved[3] = o
+        saved[4] = c
+        new[0] = o * tanh(c)
+        new[1] = c
+
+    def backward(saved: Any, extra: Any, prev: Any, dnew: Any, dx: Any, dr: Any, dprev: Any, dextra: Any) -> None:
+        i, f, g, o, c = saved[0], saved[1], saved[2], saved[3], saved[4]
+        tanh_c = tanh(c)
+        do = dnew[0] * tanh_c * (o * (one - o))
+        dc = dnew[1] + dnew[0] * o * (one - tanh_c * tanh_c) + do * extra[2]
+        di = dc * g * (i * (one - i))
+        df = dc * prev[1] * (f * (one - f))
+        dg = dc * i * (one - g * g)
+        dx[0] = di
+        dx[1] = df
+        dx[2] = dg
+        dx[3] = do
+        dr[0] = di
+        dr[1] = df
+        dr[2] = dg
+        dr[3] = do
+        dprev[0] = zero
+        dprev[1] = dc * f + di * extra[0] + df * extra[1]
+        dextra[0] = di * prev[1]
+        dextra[1] = df * prev[1]
+        dextra[2] = do * c
+
+    return CellMath(forward, backward)
+
+
 def _gru(math: Math) -> CellMath:
     """Cho et al. 2014 with the reset gate after the product (cuDNN, PyTorch)."""
     one, sigmoid, tanh = math.one, math.sigmoid, math.tanh
@@ -249,6 +292,15 @@ CELLS: Mapping[str, Cell] = _Registry(
     Cell("rnn_relu", gates=("h",), states=("h",), saved=("h",), math=_rnn("relu")),
     Cell("rnn_sigmoid", gates=("h",), states=("h",), saved=("h",), math=_rnn("sigmoid")),
     Cell("lstm", tuple("ifgo"), ("h", "c"), ("i", "f", "g", "o", "c"), _lstm, projects=True),
+    Cell(
+        "lstm_peephole",
+        tuple("ifgo"),
+        ("h", "c"),
+        ("i", "f", "g", "o", "c"),
+        _lstm_peephole,
+        extras=("p_i", "p_f", "p_o"),
+        projects=True,
+    ),
     Cell("gru", tuple("rzn"), ("h",), ("r", "z", "n", "m"), _gru),
     Cell("gru_reset_before", tuple("rzn"), ("h",), ("r", "z", "n"), _gru_reset_before, late_gates=1),
 )
