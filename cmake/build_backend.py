@@ -1,4 +1,4 @@
-"""PEP 517 backend: scikit-build-core's, and when the native module cannot be built, a pure-Python wheel with the reason.
+"""The PEP 517 backend: scikit-build-core, and a wheel without kernels that says why where they do not compile.
 
 The reason, the last lines of the failed build, is installed as `rnnkern/_build_failure.txt`. `RNNKERN_REQUIRE_NATIVE=1`
 makes the failure fatal. There are no prepare_metadata hooks because the wheel's tag is not known before the build.
@@ -42,7 +42,7 @@ def last_lines(count: int) -> Iterator[deque[bytes]]:
     terminal = os.dup(1), os.dup(2)
 
     def copy() -> None:
-        with open(read_end, "rb") as stream:
+        with os.fdopen(read_end, "rb") as stream:
             for line in stream:
                 lines.append(line)
                 os.write(terminal[0], line)
@@ -84,5 +84,7 @@ def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata
     return native_or_pure(skbuild.build_wheel, wheel_directory, config_settings)
 
 
-def build_editable(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
+def build_editable(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
     return native_or_pure(skbuild.build_editable, wheel_directory, config_settings)

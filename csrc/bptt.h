@@ -11,19 +11,19 @@ namespace {
 
 template <class Cell, class T>
 struct BackwardScratch {
-  T* carry_h;     // [B, padded P]: gradient of h after the step at hand, without dy
-  T* carry_c;     // [B, padded H]
-  T* dx_gates;    // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
-  T* dr_gates;    // the same, recurrent side; dx_gates where the cell has but one
-  T* dextra;      // [block rows, extras * H]
-  T* dh;          // [block rows, padded P]: gradient of the projected h
-  T* hidden;      // [block rows, padded H]: h before the projection, or the scaled h of a late product
-  T* zeros;       // [padded H]
+  T* carry_h;   // [B, padded P]: gradient of h after the step at hand, without dy
+  T* carry_c;   // [B, padded H]
+  T* dx_gates;  // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
+  T* dr_gates;  // the same, recurrent side; dx_gates where the cell has but one
+  T* dextra;    // [block rows, extras * H]
+  T* dh;        // [block rows, padded P]: gradient of the projected h
+  T* hidden;    // [block rows, padded H]: h before the projection, or the scaled h of a late product
+  T* zeros;     // [padded H]
   std::int64_t gate_stride;
   // Of one worker.
-  const T **left, **right;  // [block rows]: of a sum of outer products
-  T** outputs;              // [block rows]
-  T* buffer;                // kOuterBuffer
+  const T **left, **right;                         // [block rows]: of a sum of outer products
+  T** outputs;                                     // [block rows]
+  T* buffer;                                       // kOuterBuffer
   const T **step_h_prev, **step_c_prev, **inputs;  // [B], of a step
   std::int64_t* batch_index;
 
@@ -39,7 +39,8 @@ struct BackwardScratch {
     }
     const std::int64_t B = stack.batch, rows = stack.block_steps * B;
     // One cache line more than whole lines, so that rows do not fall into the same cache set.
-    gate_stride = round_up(Cell::gates * H, 64 / static_cast<std::int64_t>(sizeof(T))) + 64 / static_cast<std::int64_t>(sizeof(T));
+    gate_stride = round_up(Cell::gates * H, 64 / static_cast<std::int64_t>(sizeof(T))) +
+                  64 / static_cast<std::int64_t>(sizeof(T));
     carry_h = arena.take<T>(B * padded_p);
     carry_c = arena.take<T>(Cell::states > 1 ? B * padded_h : 0);
     dx_gates = arena.take<T>(rows * gate_stride);
@@ -159,13 +160,12 @@ class BackwardLayer : Context<Cell, T> {
     if constexpr (Cell::late_gates > 0) {
       for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i) + Layout::early * H_;
       const Range panels = this->panels(Plain::panels<T>(H_));
-      product<T, Plain::vectors>(rows, s_.inputs, Cell::late_gates * H_, packed_ + at_.w_late_t,
-                                 static_cast<const T*>(nullptr), panels.begin, panels.end,
-                                 [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                   for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
-                                     finish_late(i, unit, count, sum[v]);
-                                   });
-                                 });
+      product<T, Plain::vectors>(
+          rows, s_.inputs, Cell::late_gates * H_, packed_ + at_.w_late_t, static_cast<const T*>(nullptr), panels.begin,
+          panels.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+            for_plain_vectors<T>(panel, H_,
+                                 [&](int v, std::int64_t unit, int count) { finish_late(i, unit, count, sum[v]); });
+          });
       this->wait_if_units();
     }
     for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i);
@@ -183,9 +183,7 @@ class BackwardLayer : Context<Cell, T> {
     if (layer_.sizes.projected) this->wait_if_units();
   }
 
-  T* gate_row(T* gates, std::int64_t i) const noexcept {
-    return gates + (row0_ + s_.batch_index[i]) * s_.gate_stride;
-  }
+  T* gate_row(T* gates, std::int64_t i) const noexcept { return gates + (row0_ + s_.batch_index[i]) * s_.gate_stride; }
 
   const T* dy_row(std::int64_t b) const noexcept {
     return static_cast<const T*>(layer_.dy) + (t_ * stack.batch + b) * layer_.dy_stride;
@@ -208,13 +206,12 @@ class BackwardLayer : Context<Cell, T> {
       }
       this->wait_if_units();
       for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * padded_p_;
-      product<T, Plain::vectors>(rows, s_.inputs, P_, packed_ + at_.w_hr_t, static_cast<const T*>(nullptr),
-                                 panels.begin, panels.end,
-                                 [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                   for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
-                                     backward_vector(i, unit, count, sum[v]);
-                                   });
-                                 });
+      product<T, Plain::vectors>(
+          rows, s_.inputs, P_, packed_ + at_.w_hr_t, static_cast<const T*>(nullptr), panels.begin, panels.end,
+          [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+            for_plain_vectors<T>(panel, H_,
+                                 [&](int v, std::int64_t unit, int count) { backward_vector(i, unit, count, sum[v]); });
+          });
       return;
     }
     for (std::int64_t i = 0; i < rows; ++i)
@@ -308,7 +305,8 @@ class BackwardLayer : Context<Cell, T> {
 
     if constexpr (Cell::separate_recurrent) list(end, s_.left, in_gates(s_.dr_gates));
     list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous(0, t, b); });
-    add_outer_products(rows, s_.left, s_.right, own_early.begin, own_early.end, P_, static_cast<T*>(to.w_hh), s_.buffer);
+    add_outer_products(rows, s_.left, s_.right, own_early.begin, own_early.end, P_, static_cast<T*>(to.w_hh),
+                       s_.buffer);
     if (to.b_hh) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_hh));
 
     const auto hidden = [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
@@ -320,9 +318,8 @@ class BackwardLayer : Context<Cell, T> {
       add_outer_products(rows, s_.left, s_.right, begin, own.end, H_, static_cast<T*>(to.w_hh), s_.buffer);
     }
     if (layer_.sizes.projected) {
-      list(end, s_.left, [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
-        return s_.dh + row * padded_p_;
-      });
+      list(end, s_.left,
+           [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* { return s_.dh + row * padded_p_; });
       list(end, s_.right, hidden);
       const Range projected = share(P_, worker.index, worker.count);
       add_outer_products(rows, s_.left, s_.right, projected.begin, projected.end, H_, static_cast<T*>(to.w_hr),

@@ -212,7 +212,8 @@ struct CellList {
   static constexpr int count = sizeof...(C);
 };
 
-using Cells = CellList<RnnTanh, RnnRelu, RnnSigmoid, Lstm, LstmPeephole, Gru, GruResetBefore>;  // write the struct above, name it here
+using Cells = CellList<RnnTanh, RnnRelu, RnnSigmoid, Lstm, LstmPeephole, Gru,
+                       GruResetBefore>;  // write the struct above, name it here
 
 }  // namespace
 }  // namespace rnnkern

@@ -21,9 +21,9 @@ template <int vectors>
 constexpr int kSingleRowPanels = vectors * 3 <= kRegisters - 4 ? 3 : 2;
 
 template <int vectors>
-constexpr int kTileSums = kTileRows<vectors> * vectors > kSingleRowPanels<vectors> * vectors
-                              ? kTileRows<vectors> * vectors
-                              : kSingleRowPanels<vectors> * vectors;
+constexpr int kTileSums =
+    kTileRows<vectors> * vectors > kSingleRowPanels<vectors>* vectors ? kTileRows<vectors> * vectors
+                                                                      : kSingleRowPanels<vectors> * vectors;
 
 // sums[r][v] += left(r) * right[v]. The shorter side waits in registers, the longer one passes through a single one:
 // with the other order GCC spills an accumulator of 4 rows by 3 vectors, and the tile runs at half speed.
@@ -80,8 +80,8 @@ RNNKERN_INLINE void accumulate(const T* const* a, std::int64_t depth, const T* w
 template <int limit, class Body>
 RNNKERN_INLINE void with_rows(std::int64_t rows, Body&& body) noexcept {
   switch (rows) {
-#define RNNKERN_ROWS(n)                                           \
-  case n:                                                         \
+#define RNNKERN_ROWS(n)                                             \
+  case n:                                                           \
     if constexpr (n <= limit) return body.template operator()<n>(); \
     break;
     RNNKERN_ROWS(1)
@@ -100,9 +100,8 @@ RNNKERN_INLINE void with_rows(std::int64_t rows, Body&& body) noexcept {
 template <class T, int vectors>
 __attribute__((noinline)) void tile_of_rows(std::int64_t rows, const T* const* a, std::int64_t depth, const T* w,
                                             const T* start, Vec<T>* sums) noexcept {
-  with_rows<kTileRows<vectors>>(rows, [&]<int n>() RNNKERN_INLINE_LAMBDA {
-    accumulate<T, vectors, n, 1>(a, depth, w, 0, start, sums);
-  });
+  with_rows<kTileRows<vectors>>(
+      rows, [&]<int n>() RNNKERN_INLINE_LAMBDA { accumulate<T, vectors, n, 1>(a, depth, w, 0, start, sums); });
 }
 
 template <class T, int vectors>

@@ -26,21 +26,21 @@ struct LayerWeights {
 struct Layer {
   LayerSizes sizes;
   bool reverse;
-  const void* packed;                 // see pack.h
-  const void* x;                      // [T*B] rows of I, x_stride elements apart
-  void* y;                            // [T*B] rows of P, y_stride elements apart; forward writes, backward reads
+  const void* packed;  // see pack.h
+  const void* x;       // [T*B] rows of I, x_stride elements apart
+  void* y;             // [T*B] rows of P, y_stride elements apart; forward writes, backward reads
   std::int64_t x_stride, y_stride;
-  const void* initial[kMaxStates];    // h [B, P], others [B, H]
-  void* last[kMaxStates];             // the same shapes; forward writes the states after the last step
-  void* saved;                        // [T, B, Cell::saved, padded H]; null: keep nothing
+  const void* initial[kMaxStates];  // h [B, P], others [B, H]
+  void* last[kMaxStates];           // the same shapes; forward writes the states after the last step
+  void* saved;                      // [T, B, Cell::saved, padded H]; null: keep nothing
   // Backward only.
-  const void* dy;                     // like y, dy_stride elements apart; null: zeros
+  const void* dy;  // like y, dy_stride elements apart; null: zeros
   std::int64_t dy_stride;
-  void* dx;                           // [T*B] rows of I, contiguous; null: not wanted
-  bool add_to_dx;                     // a second direction adds to what the first has written
-  const void* dlast[kMaxStates];      // gradients of `last`
+  void* dx;                       // [T*B] rows of I, contiguous; null: not wanted
+  bool add_to_dx;                 // a second direction adds to what the first has written
+  const void* dlast[kMaxStates];  // gradients of `last`
   void* dinitial[kMaxStates];
-  LayerWeights<void*> gradients;      // zeroed by the caller
+  LayerWeights<void*> gradients;  // zeroed by the caller
 };
 
 enum class Split : int { rows, units };  // what the threads of a call divide among them
@@ -48,19 +48,19 @@ enum class Split : int { rows, units };  // what the threads of a call divide am
 // A stack of L layers of D directions, one call; layer-direction (l, d) is layers[l * D + d].
 struct Stack {
   std::int64_t steps, batch;
-  const std::int64_t* lengths;   // [B] or null
-  const std::uint8_t* resets;    // [T, B] or null
+  const std::int64_t* lengths;  // [B] or null
+  const std::uint8_t* resets;   // [T, B] or null
   int layer_count, directions;
   const Layer* layers;
-  const void* const* masks;      // [L-1] of [T, B, D*P], dropout scale of each output; null: no dropout
-  void* const* masked;           // [L-1] of [T, B, D*P]: forward writes y * mask here, the input of the next layer
+  const void* const* masks;  // [L-1] of [T, B, D*P], dropout scale of each output; null: no dropout
+  void* const* masked;       // [L-1] of [T, B, D*P]: forward writes y * mask here, the input of the next layer
   Split split;
-  std::int64_t block_steps;      // steps whose gates are worked on while they are in cache
+  std::int64_t block_steps;  // steps whose gates are worked on while they are in cache
   int max_threads;
-  void* scratch;                 // scratch_bytes() of this struct, 64-byte aligned
-  bool (*poll)(void*);           // called by worker 0 between blocks; true: give up, the results are not wanted
+  void* scratch;        // scratch_bytes() of this struct, 64-byte aligned
+  bool (*poll)(void*);  // called by worker 0 between blocks; true: give up, the results are not wanted
   void* poll_context;
-  std::int64_t* stop;            // 0 on entry; the number of the first block that is not worked on once poll says so
+  std::int64_t* stop;  // 0 on entry; the number of the first block that is not worked on once poll says so
 };
 
 // y = x W^T + b and its gradients for `rows` rows. weight [outputs, inputs]
@@ -69,7 +69,7 @@ struct Linear {
   const void *x, *weight, *bias;  // bias null: none
   void* y;
   const void* dy;
-  void *dx, *dweight, *dbias;     // dx, dbias null: not wanted; dweight, dbias zeroed by the caller
+  void *dx, *dweight, *dbias;  // dx, dbias null: not wanted; dweight, dbias zeroed by the caller
   void* scratch;
 };
 
@@ -85,7 +85,7 @@ struct CellKernels {
 
 struct LinearKernels {
   std::int64_t (*scratch_bytes)(const Linear&, int max_threads) noexcept;
-  Task forward;   // context: const Linear*; packs the weight on worker 0
+  Task forward;  // context: const Linear*; packs the weight on worker 0
   Task backward;
 };
 

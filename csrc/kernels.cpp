@@ -84,7 +84,8 @@ struct LinearScratch {
   T* buffer;
 
   LinearScratch(Arena& arena, const Linear& call, int worker_index, int max_threads) noexcept {
-    const std::int64_t forward_size = Plain::elements<T>(call.outputs, call.inputs) + Plain::elements<T>(call.outputs, 1);
+    const std::int64_t forward_size =
+        Plain::elements<T>(call.outputs, call.inputs) + Plain::elements<T>(call.outputs, 1);
     const std::int64_t backward_size = Plain::elements<T>(call.inputs, call.outputs);
     packed = arena.take<T>(forward_size > backward_size ? forward_size : backward_size);
     for (int i = 0; i < max_threads; ++i) {
@@ -161,14 +162,21 @@ void apply(const Scalar<V>* x, Scalar<V>* y, std::int64_t n) noexcept {
 
 template <class Cell, class T>
 constexpr CellKernels kernels_of() noexcept {
-  return {packed_elements<Cell, T>, pack_layer<Cell, T>,  saved_elements<Cell, T>,
-          scratch_bytes<Cell, T>,   forward<Cell, T>,     backward<Cell, T>};
+  return {packed_elements<Cell, T>, pack_layer<Cell, T>, saved_elements<Cell, T>,
+          scratch_bytes<Cell, T>,   forward<Cell, T>,    backward<Cell, T>};
 }
 
 template <class Cell>
 constexpr CellEntry entry_of() noexcept {
-  return {Cell::name,     Cell::gates,          Cell::states,            Cell::saved,            Cell::extras,
-          Cell::projects, Cell::late_gates > 0, kernels_of<Cell, float>(), kernels_of<Cell, double>()};
+  return {Cell::name,
+          Cell::gates,
+          Cell::states,
+          Cell::saved,
+          Cell::extras,
+          Cell::projects,
+          Cell::late_gates > 0,
+          kernels_of<Cell, float>(),
+          kernels_of<Cell, double>()};
 }
 
 template <class List>
@@ -191,8 +199,8 @@ namespace RNNKERN_ISA {
 extern const KernelTable table;
 constexpr LinearKernels kLinearF32{linear_scratch_bytes<float>, linear_forward<float>, linear_backward<float>};
 constexpr LinearKernels kLinearF64{linear_scratch_bytes<double>, linear_forward<double>, linear_backward<double>};
-const KernelTable table = {Entries<Cells>::all, Cells::count,     kLinearF32,
-                           kLinearF64,          kActivations,     sizeof kActivations / sizeof *kActivations,
+const KernelTable table = {Entries<Cells>::all, Cells::count,  kLinearF32,
+                           kLinearF64,          kActivations,  sizeof kActivations / sizeof *kActivations,
                            kLanes<float>,       kLanes<double>};
 
 }  // namespace RNNKERN_ISA

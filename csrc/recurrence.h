@@ -99,11 +99,11 @@ constexpr int kSlots = Cell::saved > Cell::gates ? Cell::saved : Cell::gates;
 
 template <class Cell, class T>
 struct ForwardScratch {
-  T* h[2];      // [B, padded P]: the state before and after a step
-  T* c;         // [B, padded H]
-  T* hidden;    // [B, padded H]: h before the projection, or the scaled h of a late product
-  T* zeros;     // [padded H]
-  T* gates;     // [block_steps, B, slots, padded H]
+  T* h[2];    // [B, padded P]: the state before and after a step
+  T* c;       // [B, padded H]
+  T* hidden;  // [B, padded H]: h before the projection, or the scaled h of a late product
+  T* zeros;   // [padded H]
+  T* gates;   // [block_steps, B, slots, padded H]
   // Of one worker: rows of a block, rows of a step.
   const T** block_inputs;
   T** block_gates;
@@ -203,8 +203,7 @@ class ForwardLayer : Context<Cell, T> {
     const Range own = this->rows_to_own();
     for (std::int64_t b = own.begin; b < own.end; ++b) {
       copy_row(static_cast<T*>(layer_.last[0]) + b * P_, s_.h[now_] + b * padded_p_, P_, P_);
-      if constexpr (Cell::states > 1)
-        copy_row(static_cast<T*>(layer_.last[1]) + b * H_, s_.c + b * padded_h_, H_, H_);
+      if constexpr (Cell::states > 1) copy_row(static_cast<T*>(layer_.last[1]) + b * H_, s_.c + b * padded_h_, H_, H_);
     }
   }
 
@@ -228,36 +227,36 @@ class ForwardLayer : Context<Cell, T> {
       }
     }
     const Range panels = this->panels(Shape::template panels<T>(H_));
-    product<T, Shape::vectors>(
-        rows, s_.block_inputs, layer_.sizes.inputs, packed_ + at_.w_ih, packed_ + at_.b_ih, panels.begin, panels.end,
-        [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-          for (int sub = 0; sub < Shape::subs; ++sub) {
-            const std::int64_t unit = (panel * Shape::subs + sub) * lanes;
-            if (unit >= padded_h_) break;
-            for (int gate = 0; gate < Cell::gates; ++gate)
-              store(s_.block_gates[i] + gate * padded_h_ + unit, sum[gate * Shape::subs + sub]);
-          }
-        });
+    product<T, Shape::vectors>(rows, s_.block_inputs, layer_.sizes.inputs, packed_ + at_.w_ih, packed_ + at_.b_ih,
+                               panels.begin, panels.end,
+                               [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                 for (int sub = 0; sub < Shape::subs; ++sub) {
+                                   const std::int64_t unit = (panel * Shape::subs + sub) * lanes;
+                                   if (unit >= padded_h_) break;
+                                   for (int gate = 0; gate < Cell::gates; ++gate)
+                                     store(s_.block_gates[i] + gate * padded_h_ + unit, sum[gate * Shape::subs + sub]);
+                                 }
+                               });
   }
 
   void step(std::int64_t t) noexcept {
     const std::int64_t rows = list_rows(t);
     using Early = typename Layout::Early;
     const Range panels = this->panels(Early::template panels<T>(H_));
-    product<T, Early::vectors>(
-        rows, s_.h_prev, P_, packed_ + at_.w_early, packed_ + at_.b_early, panels.begin, panels.end,
-        [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-          for (int sub = 0; sub < Early::subs; ++sub) {
-            const std::int64_t unit = (panel * Early::subs + sub) * lanes;
-            if (unit >= padded_h_) break;
-            V r[Cell::gates];
-            for (int gate = 0; gate < Layout::early; ++gate) r[gate] = sum[gate * Early::subs + sub];
-            if constexpr (Cell::late_gates > 0)
-              prepare(i, unit, r);
-            else
-              finish(t, i, unit, r);
-          }
-        });
+    product<T, Early::vectors>(rows, s_.h_prev, P_, packed_ + at_.w_early, packed_ + at_.b_early, panels.begin,
+                               panels.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                 for (int sub = 0; sub < Early::subs; ++sub) {
+                                   const std::int64_t unit = (panel * Early::subs + sub) * lanes;
+                                   if (unit >= padded_h_) break;
+                                   V r[Cell::gates];
+                                   for (int gate = 0; gate < Layout::early; ++gate)
+                                     r[gate] = sum[gate * Early::subs + sub];
+                                   if constexpr (Cell::late_gates > 0)
+                                     prepare(i, unit, r);
+                                   else
+                                     finish(t, i, unit, r);
+                                 }
+                               });
     if constexpr (Cell::late_gates > 0) {
       using Late = typename Layout::Late;
       this->wait_if_units();

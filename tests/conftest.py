@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
+
 from rnnkern import backends, config
 from rnnkern.cells import CELLS
 

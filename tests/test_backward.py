@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from rnnkern.testing import Problem, assert_accurate, assert_directional, inputs, layer_of, numerical_gradients, run
 
 SIZES = [

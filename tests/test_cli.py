@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import rnnkern as rk
 from rnnkern import backends, cli, demo, doctor, reference
 from rnnkern.cells import CELLS

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+
 import rnnkern as rk
 from rnnkern.cells import CELLS
 

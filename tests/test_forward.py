@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from rnnkern.testing import Problem, assert_accurate, infer, inputs, layer_of, without_dropout
 
 # T, B, I, H: around the edges of vectors (4, 8, 16 lanes) and tiles, never all powers of two.

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import rnnkern as rk
 from rnnkern import config
 from rnnkern.backends.native import native_module

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 import rnnkern as rk
 from rnnkern import backends
 from rnnkern.cells import CELLS

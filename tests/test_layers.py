@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+
 import rnnkern as rk
 from rnnkern import backends
 from rnnkern.cells import CELLS

@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+
 import rnnkern as rk
 from rnnkern.cells import CELLS
 from rnnkern.testing import Problem, assert_accurate, inputs, named_gradients, named_states

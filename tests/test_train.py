@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import rnnkern as rk
 
 LENGTHS = [0, 5, 2, 4]  # of rows of 5 steps

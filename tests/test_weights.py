@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import rnnkern as rk
 
 STATE: dict[str, Any] = {

@@ -26,12 +26,12 @@ __all__ = [
     "clip_grad_value",
     "cross_entropy",
     "forward",
-    "num_threads",
-    "set_num_threads",
-    "show_config",
     "load",
     "mse",
+    "num_threads",
     "save",
+    "set_num_threads",
+    "show_config",
 ]
 
 __version__ = "0.1.0"

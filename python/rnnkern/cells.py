@@ -29,12 +29,19 @@ __all__ = ["CELLS", "Cell", "CellMath", "Math"]
 class Math(Protocol):
     """The elementwise functions and constants a cell is written in; constants have the type of the elements."""
 
-    one: Any
-    zero: Any
-    sigmoid: Callable[[Any], Any]
-    tanh: Callable[[Any], Any]
-    relu: Callable[[Any], Any]
-    relu_gradient: Callable[[Any], Any]  # of y = relu(a): 1 where y > 0, else 0
+    @property
+    def one(self) -> Any: ...
+    @property
+    def zero(self) -> Any: ...
+    @property
+    def sigmoid(self) -> Callable[[Any], Any]: ...
+    @property
+    def tanh(self) -> Callable[[Any], Any]: ...
+    @property
+    def relu(self) -> Callable[[Any], Any]: ...
+    @property
+    def relu_gradient(self) -> Callable[[Any], Any]:
+        """Of h = relu(a), as a function of h: 1 where h > 0, else 0; NaN of NaN."""
 
 
 @dataclass(frozen=True)

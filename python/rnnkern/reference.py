@@ -23,9 +23,9 @@ Array = NDArray[Any]
 
 def _sigmoid(a: Array) -> Array:
     if np.iscomplexobj(a):
-        return 1 / (1 + np.exp(-a))
-    small = np.exp(-np.abs(a))  # in (0, 1]: no overflow on either side
-    return np.where(a < 0, small, 1) / (1 + small)
+        return np.asarray(1 / (1 + np.exp(-a)))
+    small: Array = np.exp(-np.abs(a))  # in (0, 1]: no overflow on either side
+    return np.asarray(np.where(a < 0, small, 1) / (1 + small))
 
 
 def _relu(a: Array) -> Array:

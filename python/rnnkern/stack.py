@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class LayerSizes:
             shapes |= {"b_ih": (rows,), "b_hh": (rows,)}
         if projection:
             shapes["w_hr"] = (self.state_size, self.hidden_size)
-        return shapes | {extra: (self.hidden_size,) for extra in self.cell.extras}
+        return shapes | dict.fromkeys(self.cell.extras, (self.hidden_size,))
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Stack:
     proj_size: int = 0  # P where positive; 0: no projection
     num_layers: int = 1
     directions: tuple[bool, ...] = (False,)  # of each direction: does it run in reverse?
-    dtype: np.dtype[Any] = np.dtype(np.float32)
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))
 
     @property
     def state_size(self) -> int:

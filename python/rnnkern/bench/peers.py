@@ -63,9 +63,7 @@ def torch_eager(workload: Workload, threads: int) -> Run:
     if workload.cell not in modules:
         raise Missing(f"torch.nn has no {workload.cell}")
     torch.set_num_threads(threads)
-    module = modules[workload.cell](
-        workload.I, workload.H, workload.layers, bidirectional=workload.directions == 2
-    )
+    module = modules[workload.cell](workload.I, workload.H, workload.layers, bidirectional=workload.directions == 2)
     weights = layer_of(problem, "reference").state_dict()
     module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     drawn = inputs(problem)
