@@ -84,7 +84,7 @@ def pick(name: str = "auto") -> ModuleType:
         if reason is not None:
             raise BackendUnavailableError(f"backend {name!r} is unavailable: {reason}")
         return module
-    reasons = []
+    reasons: list[str] = []
     for candidate in AUTOMATIC:
         module = get(candidate)
         reason = module.unavailable()

@@ -1,0 +1,43 @@
+"""What the documentation shows is run: the examples of the docstrings and of README.md."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import rnnkern
+
+ROOT = Path(__file__).parent.parent
+NEEDS_CUDA = "numba_cuda_kernels"  # imports numba.cuda, which wants a device or the simulator
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(rnnkern.__path__, "rnnkern.")
+    if not module.name.startswith("rnnkern._") and NEEDS_CUDA not in module.name
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings_give_what_they_show(name):
+    """Every `>>>` of every module."""
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_the_example_of_the_readme_runs():
+    """As printed, and it learns."""
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(program.replace("range(200)", "range(20)"), names)
+    assert names["y_t"].shape == (1, 64)
+    assert float(names["loss"]) < 1
+
+
+def test_the_readme_names_every_cell():
+    """Its table is complete."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [cell for cell in rnnkern.cells.CELLS if f"`{cell}`" not in text] == []
