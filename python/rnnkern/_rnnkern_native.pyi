@@ -1,0 +1,78 @@
+"""
+The compiled kernels. Arguments are checked strictly; rnnkern.layers is the friendly side.
+"""
+from __future__ import annotations
+import collections.abc
+import numpy
+import typing
+__all__: list[str] = ['Packed', 'Saved', 'activation', 'cells', 'compiler', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'num_threads', 'pack', 'set_num_threads', 'unknown_max_isa', 'use_isa']
+class Saved:
+    """
+    What a training forward keeps for backward.
+    """
+    @property
+    def input_shape(self) -> tuple:
+        """
+        Shape (T, B, I) of x.
+        """
+    @property
+    def nbytes(self) -> int:
+        """
+        Bytes of saved gates.
+        """
+class Packed:
+    """
+    The weights of a stack, packed for the ISA that was active when it was made.
+    """
+    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, dx: typing.Any, dinitial: typing.Any, gradients: typing.Any) -> None:
+        ...
+    def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, last: typing.Any) -> typing.Any:
+        ...
+    @property
+    def bias(self) -> bool:
+        ...
+    @property
+    def isa(self) -> str:
+        ...
+    @property
+    def nbytes(self) -> int:
+        ...
+def activation(name: str, x: numpy.ndarray) -> numpy.ndarray:
+    """
+    One of the kernels' activations, for tests.
+    """
+def cells() -> list:
+    """
+    What the compiled module knows of each cell.
+    """
+def isa() -> str:
+    """
+    The ISA in use.
+    """
+def isas() -> list[tuple[str, bool]]:
+    """
+    Compiled ISAs, best first, and whether this CPU runs each.
+    """
+def lanes(dtype: typing.Any) -> int:
+    """
+    Elements of a vector of the ISA in use.
+    """
+def linear_backward(x: typing.Any, weight: typing.Any, dy: typing.Any, dx: typing.Any, dweight: typing.Any, dbias: typing.Any) -> None:
+    ...
+def linear_forward(x: typing.Any, weight: typing.Any, bias: typing.Any, y: typing.Any) -> None:
+    ...
+def num_threads() -> int:
+    ...
+def pack(cell: str, dtype: typing.Any, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], weights: typing.Any, training: bool) -> Packed:
+    ...
+def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def unknown_max_isa() -> str:
+    """
+    RNNKERN_MAX_ISA where it names no compiled ISA, else empty.
+    """
+def use_isa(name: str) -> None:
+    """
+    Packs weights for another ISA from now on.
+    """
+compiler: str = 'GCC 12.2.0'
