@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -343,3 +346,19 @@ def test_wrong_steps_of_a_stream(backend):
     check(TypeError, r"state: expected a tuple \(h, c\)", setattr, stream, "state", FLOATS["h"])
     check(ValueError, r"state\[0\]: expected float32 of shape", setattr, stream, "state", (FLOATS["c"][:, 1:],) * 2)
     assert np.array_equal(stream.step(x_t), untouched.step(x_t))
+
+
+@pytest.mark.parametrize("name", ["RNNKERN_MAX_ISA", "RNNKERN_NUM_THREADS"])
+@pytest.mark.usefixtures("native")
+def test_a_wrong_environment_is_an_error_at_import(name):
+    """A misspelt switch must not be ignored."""
+    child = subprocess.run(
+        [sys.executable, "-c", "import rnnkern"],
+        env={**os.environ, name: "many"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 1
+    assert f"ValueError: {name}: expected" in child.stderr
+    assert "got 'many'" in child.stderr

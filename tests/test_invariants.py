@@ -124,7 +124,6 @@ def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, s
         rk.set_num_threads(before)
 
 
-@pytest.mark.sanitize
 @pytest.mark.parametrize(
     "options",
     [
@@ -138,7 +137,7 @@ def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, s
 )
 @pytest.mark.parametrize("projected", [False, True])
 def test_every_cell_and_option_at_small_sizes(cell, native, dtype, options, projected):
-    """What the sanitizers look at."""
+    """Training and inference, odd sizes and all options together."""
     for B, I, H in ((1, 1, 2), (3, 5, 9), (9, 2, 17)):
         proj_size = H // 2 * projected * CELLS[cell].projects
         problem = Problem(cell, **({"T": 4, "B": B, "I": I, "H": H, "proj_size": proj_size, "dtype": dtype} | options))
@@ -146,7 +145,6 @@ def test_every_cell_and_option_at_small_sizes(cell, native, dtype, options, proj
         assert_accurate(replace(problem, dropout=0.0), infer(problem, native))
 
 
-@pytest.mark.sanitize
 def test_eight_threads_may_use_one_layer(cell, native):
     """Forward, backward and inference at once, with the bits of a thread alone."""
     problem = Problem(cell, T=20, B=4, I=8, H=24, num_layers=2)
@@ -175,7 +173,6 @@ def eight_threads_agree(problem, backend):
             same(results, expected)
 
 
-@pytest.mark.sanitize
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 def test_a_forked_child_computes(native):
     """A child of a process that has used its threads makes its own, and gets the same bits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ else:
     if _native.unknown_max_isa():
         _built = ", ".join(isa for isa, _ in _native.isas())
         raise ValueError(f"RNNKERN_MAX_ISA: expected one of {_built}, got {_native.unknown_max_isa()!r}")
+    _asked = os.environ.get("RNNKERN_NUM_THREADS", "1")
+    if not _asked.isdecimal() or int(_asked) < 1:
+        raise ValueError(f"RNNKERN_NUM_THREADS: expected a positive integer, got {_asked!r}")
 
 __all__ = [
     "backward",
