@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -425,7 +426,7 @@ def clip_grad_value(grads: Any, value: float) -> None:
         np.clip(array, -limit, limit, out=array)
 
 
-class _Optimizer:
+class _Optimizer(ABC):
     """Parameters, the checks of their gradients, and the walk over both in blocks.
 
     Subclasses name the arrays they keep for each parameter (`_moments`) and update one block (`_update`).
@@ -481,8 +482,9 @@ class _Optimizer:
                         value[block], gradient[block], *(self._state[moment][index][block] for moment in self._moments)
                     )
 
+    @abstractmethod
     def _update(self, value: Array, gradient: Array, *moments: Array) -> None:
-        raise NotImplementedError
+        """Update one block in place."""
 
     def _checked(self, grads: Any) -> list[Array]:
         given = _mappings("grads", grads)
