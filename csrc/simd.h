@@ -236,17 +236,6 @@ RNNKERN_INLINE V max(V a, V b) noexcept {
     return b > a ? b : a;
 }
 
-template <class V>
-RNNKERN_INLINE V abs(V x) noexcept {
-  return reinterpret_cast<V>(reinterpret_cast<BitsOf<V>>(x) & ~reinterpret_cast<BitsOf<V>>(-V{}));
-}
-template <class V>
-RNNKERN_INLINE V copysign(V magnitude, V sign) noexcept {
-  const BitsOf<V> sign_bit = reinterpret_cast<BitsOf<V>>(-V{});
-  return reinterpret_cast<V>((reinterpret_cast<BitsOf<V>>(magnitude) & ~sign_bit) |
-                             (reinterpret_cast<BitsOf<V>>(sign) & sign_bit));
-}
-
 // a * b to the nearest integer, ties to even; |a * b| <= 2^22 (float), 2^51 (double).
 template <class V>
 RNNKERN_INLINE V round_product(V a, V b) noexcept {
