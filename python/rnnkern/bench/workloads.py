@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..cells import CELLS
 from ..testing import Problem
 
 __all__ = ["WORKLOADS", "Workload"]
@@ -43,6 +44,7 @@ class Workload:
 
 
 _LINES = (
+    *(Workload(cell, 32, 32, 8, 50) for cell in CELLS),  # each cell once, small
     Workload("lstm", 64, 64, 1, 100),
     Workload("gru", 64, 64, 1, 100),
     Workload("rnn_tanh", 64, 64, 1, 100),
