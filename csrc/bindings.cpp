@@ -7,12 +7,14 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <limits>
 #include <memory>
 #include <new>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -598,6 +600,36 @@ void seal(const py::object& type) {
   PyType_Modified(object);
 }
 
+// Runs a loop of limits.h `runs` times on up to `threads` threads, on `elements` elements of data for each thread or
+// each row of a cell. Returns the work of a run and, for each run, its seconds and the threads that took part.
+std::pair<std::int64_t, std::vector<std::pair<double, int>>> measure(const std::string& name, const std::string& cell,
+                                                                     std::int64_t repeats, std::int64_t elements,
+                                                                     int threads, int runs) {
+  using Clock = std::chrono::steady_clock;
+  const auto probes = std::span(active().table->probes, static_cast<std::size_t>(active().table->probe_count));
+  const auto probe =
+      std::ranges::find_if(probes, [&](const ProbeKernel& one) { return name == one.name && cell == one.cell; });
+  if (probe == probes.end())
+    throw py::value_error("name: expected a measurement of the compiled module, got '" + name + "' of '" + cell + "'");
+  const int lanes = active().table->lanes_f32;
+  if (repeats < 1 || elements < 1 || elements % lanes != 0 || threads < 1 || runs < 1)
+    throw py::value_error("repeats, elements, threads, runs: expected at least 1, elements a multiple of " +
+                          std::to_string(lanes));
+  const std::int64_t work = times(repeats, probe->work),
+                     size = times(elements, probe->rows > 0 ? probe->rows : threads);
+  const Buffer data(times(size, sizeof(float)));
+  std::fill_n(static_cast<float*>(data.data), size, 0.25f);
+  std::vector<std::pair<double, int>> results;
+  const WithoutGil gil;
+  for (int run = 0; run < runs; ++run) {
+    Probe call{repeats, elements, data.data, 1};
+    const auto start = Clock::now();
+    run_team(probe->run, &call, threads, std::int64_t{10'000'000});
+    results.emplace_back(std::chrono::duration<double>(Clock::now() - start).count(), call.threads);
+  }
+  return {work, results};
+}
+
 py::list cell_descriptions() {
   py::list cells;
   const KernelTable& table = *active().table;
@@ -647,6 +679,8 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def("linear_backward", &linear_backward, py::arg("x"), py::arg("weight"), py::arg("dy"), py::arg("dx"),
         py::arg("dweight"), py::arg("dbias"));
   m.def("activation", &activation, py::arg("name"), py::arg("x"), "One of the kernels' activations, for tests.");
+  m.def("measure", &measure, py::arg("name"), py::arg("cell"), py::arg("repeats"), py::arg("elements"),
+        py::arg("threads"), py::arg("runs"), "Times a loop that only the machine limits, for rnnkern.bench.limits.");
   m.def("cells", &cell_descriptions, "What the compiled module knows of each cell.");
   m.def(
       "isas",

@@ -96,6 +96,20 @@ struct ActivationKernel {
   void (*f64)(const double* x, double* y, std::int64_t n) noexcept;
 };
 
+// One run of a loop of limits.h.
+struct Probe {
+  std::int64_t repeats;
+  std::int64_t elements;  // of a row of data; whole vectors
+  void* data;             // float32 [ProbeKernel::rows, elements], 64-byte aligned
+  int threads;            // the loop writes how many take part
+};
+struct ProbeKernel {
+  const char *name, *cell;  // cell empty: of no cell
+  Task run;                 // context: Probe*
+  std::int64_t work;        // of one repeat: multiply-adds, else 1
+  int rows;                 // of data; 0: one for each thread
+};
+
 struct CellEntry {
   const char* name;
   int gates, states, saved, extras;
@@ -109,6 +123,8 @@ struct KernelTable {
   LinearKernels linear_f32, linear_f64;
   const ActivationKernel* activations;
   int activation_count;
+  const ProbeKernel* probes;
+  int probe_count;
   int lanes_f32, lanes_f64;
 };
 

@@ -1,6 +1,7 @@
 // Compiled once per ISA; exports one constant table of all kernels for that ISA.
 
 #include "bptt.h"
+#include "limits.h"
 
 namespace rnnkern {
 namespace {
@@ -199,9 +200,10 @@ namespace RNNKERN_ISA {
 extern const KernelTable table;
 constexpr LinearKernels kLinearF32{linear_scratch_bytes<float>, linear_forward<float>, linear_backward<float>};
 constexpr LinearKernels kLinearF64{linear_scratch_bytes<double>, linear_forward<double>, linear_backward<double>};
-const KernelTable table = {Entries<Cells>::all, Cells::count,  kLinearF32,
-                           kLinearF64,          kActivations,  sizeof kActivations / sizeof *kActivations,
-                           kLanes<float>,       kLanes<double>};
+const KernelTable table = {Entries<Cells>::all, Cells::count,         kLinearF32,
+                           kLinearF64,          kActivations,         sizeof kActivations / sizeof *kActivations,
+                           Probes<Cells>::all,  Probes<Cells>::count, kLanes<float>,
+                           kLanes<double>};
 
 }  // namespace RNNKERN_ISA
 }  // namespace rnnkern

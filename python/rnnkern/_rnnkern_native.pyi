@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['Packed', 'Saved', 'activation', 'cells', 'compiler', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'num_threads', 'pack', 'set_num_threads', 'unknown_max_isa', 'use_isa']
+__all__: list[str] = ['Packed', 'Saved', 'activation', 'cells', 'compiler', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'num_threads', 'pack', 'set_num_threads', 'unknown_max_isa', 'use_isa']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -61,6 +61,10 @@ def linear_backward(x: typing.Any, weight: typing.Any, dy: typing.Any, dx: typin
     ...
 def linear_forward(x: typing.Any, weight: typing.Any, bias: typing.Any, y: typing.Any) -> None:
     ...
+def measure(name: str, cell: str, repeats: typing.SupportsInt | typing.SupportsIndex, elements: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, runs: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, list[tuple[float, int]]]:
+    """
+    Times a loop that only the machine limits, for rnnkern.bench.limits.
+    """
 def num_threads() -> int:
     ...
 def pack(cell: str, dtype: typing.Any, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], weights: typing.Any, training: bool) -> Packed:

@@ -1,59 +1,106 @@
 """The packages a workload is run on, ours per backend among them. To add one, add a function to `PEERS`.
 
-A peer is a function of a workload and a number of threads. It returns a function `run(training)` that does the whole
-call, forward or forward and backward, and returns its results as `testing.run` names them; or it raises `Missing`.
+A peer is a function of a workload and a number of threads that makes the workload ready and returns it as `Prepared`,
+or raises `Missing`. Each runs at the best settings found for it, which `Prepared.settings` tells.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .. import backends
 from ..backends import BackendUnavailableError
-from ..config import set_num_threads
-from ..testing import Results, inputs, layer_of, named_gradients, named_states, state_of
-from .workloads import Workload
+from ..cells import CELLS
+from ..config import set_num_threads, show_config
+from ..layers import parameter_names
+from ..testing import Results, named_gradients, named_states, state_of
+from .workloads import Workload, layer, numbers
 
-__all__ = ["PEERS", "Missing", "Run"]
+__all__ = ["PACKAGES", "PEERS", "Missing", "Peer", "Prepared"]
 
-Run = Callable[[bool], Results]
+Array = NDArray[Any]
 
 
 class Missing(Exception):
     """A peer cannot run a workload here; the message says why."""
 
 
-def ours(workload: Workload, threads: int, backend: str) -> Run:
+@dataclass(frozen=True)
+class Prepared:
+    """A workload on a peer, ready to be timed."""
+
+    run: Callable[[Any], Any]  # the whole call: None for inference, else a gradient of y, for forward and backward
+    results: Callable[[Any], Results]  # what `run` returned, by the names of `testing.run`
+    settings: str
+    place: Callable[[Array], Any] = lambda array: array  # an array of NumPy as `run` takes it
+    trains: bool = True
+    unrolled: int = 0  # steps that its compiler writes out one by one
+
+
+Peer = Callable[[Workload, int], Prepared]
+
+
+def ours(workload: Workload, threads: int, backend: str) -> Prepared:
     """One of our backends: inference on a frozen layer, training on the layer."""
-    problem = workload.problem
+    problem, given = workload.checked, numbers(workload)
     try:
-        layer = layer_of(problem, backend)
+        trained = layer(workload, backend)
     except BackendUnavailableError as error:
         raise Missing(str(error)) from error
-    frozen, drawn = layer.freeze(), inputs(problem)
-    initial = state_of(drawn.state)
+    frozen, initial = trained.freeze(), state_of(given.state)
     set_num_threads(threads)
 
-    def run(training: bool) -> Results:
-        if not training:
-            y, state = frozen(drawn.x, initial)
-            return {"y": y} | named_states(problem, state)
-        y, state, tape = layer.forward(drawn.x, initial)
-        return {"y": y} | named_states(problem, state) | named_gradients(problem, layer.backward(tape, drawn.dy))
+    def run(dy: Array | None) -> Any:
+        if dy is None:
+            return frozen(given.x, initial)
+        y, state, tape = trained.forward(given.x, initial)
+        return y, state, trained.backward(tape, dy)
 
-    return run
+    def results(returned: Any) -> Results:
+        y, state, *grads = returned
+        named = {"y": y} | named_states(problem, state)
+        return named | named_gradients(problem, grads[0]) if grads else named
+
+    settings = {
+        "native": f"{show_config(mode='dicts')['isa']}, {threads} threads",
+        "numba": "compiled before the clock starts",
+        "reference": "NumPy, computes in float64",
+    }
+    return Prepared(run, results, settings.get(backend, "") + "; inference on a frozen layer")
 
 
-def torch_eager(workload: Workload, threads: int) -> Run:
+def torch_eager(workload: Workload, threads: int) -> Prepared:
     """PyTorch's own module in eager mode, as a training program calls it."""
-    if importlib.util.find_spec("torch") is None:
-        raise Missing("torch is not installed")
-    import torch
+    return _torch(workload, threads, lambda module: module, "eager, torch.inference_mode() in inference")
 
-    problem = workload.problem
+
+def torch_compiled(workload: Workload, threads: int) -> Prepared:
+    """The same module compiled. Only `allow_rnn` makes the compiler look into it; it then unrolls all steps."""
+    torch = _import("torch")
+    dynamo = importlib.import_module("torch._dynamo")
+    dynamo.reset()
+    dynamo.config.allow_rnn = True
+    return _torch(
+        workload,
+        threads,
+        partial(torch.compile, dynamic=False),
+        "torch.compile, allow_rnn=True, torch.inference_mode() in inference",
+        unrolled=workload.T * workload.layers * workload.directions,
+    )
+
+
+def _torch(
+    workload: Workload, threads: int, wrap: Callable[[Any], Any], settings: str, unrolled: int = 0
+) -> Prepared:
+    torch = _import("torch")
     modules: dict[str, Callable[..., Any]] = {
         "lstm": torch.nn.LSTM,
         "gru": torch.nn.GRU,
@@ -64,33 +111,236 @@ def torch_eager(workload: Workload, threads: int) -> Run:
         raise Missing(f"torch.nn has no {workload.cell}")
     torch.set_num_threads(threads)
     module = modules[workload.cell](workload.I, workload.H, workload.layers, bidirectional=workload.directions == 2)
-    weights = layer_of(problem, "reference").state_dict()
-    module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
-    drawn = inputs(problem)
-    assert drawn.dy is not None  # the loss is on every step
-    x, dy = torch.from_numpy(drawn.x.copy()), torch.from_numpy(drawn.dy.copy())
-    initial = state_of(tuple(torch.from_numpy(one.copy()) for one in drawn.state))
+    module.load_state_dict({name: _tensor(value) for name, value in layer(workload).state_dict().items()})
+    problem, given = workload.checked, numbers(workload)
+    x, initial = _tensor(given.x), state_of(tuple(_tensor(one) for one in given.state))
+    leaf, states = x.clone().requires_grad_(), tuple(_tensor(one).requires_grad_() for one in given.state)
+    call = wrap(module)
 
-    def run(training: bool) -> Results:
-        if not training:
-            with torch.no_grad():
-                y, state = module(x, initial)
-            return {"y": y.numpy()} | named_states(problem, _arrays(state))
+    def run(dy: Any) -> Any:
+        if dy is None:
+            with torch.inference_mode():
+                return call(x, initial)
         module.zero_grad()
-        leaf = x.detach().requires_grad_()
-        y, state = module(leaf, initial)
+        for one in (leaf, *states):
+            one.grad = None
+        y, state = call(leaf, state_of(states))
         y.backward(dy)
-        gradients = {f"d{name}": value.grad.numpy() for name, value in module.named_parameters()}
-        return {"y": y.detach().numpy(), "dx": leaf.grad.numpy()} | named_states(problem, _arrays(state)) | gradients
+        return y, state
 
-    return run
+    def results(returned: Any) -> Results:
+        y, state = returned
+        state = tuple(_numpy(one) for one in state) if isinstance(state, tuple) else _numpy(state)
+        named = {"y": _numpy(y)} | named_states(problem, state)
+        if not y.requires_grad:
+            return named
+        gradients = {f"d{name}": _numpy(value.grad) for name, value in module.named_parameters()}
+        dstate = state_of(tuple(_numpy(one.grad) for one in states))
+        return named | {"dx": _numpy(leaf.grad)} | named_states(problem, dstate, "d") | gradients
+
+    return Prepared(run, results, f"{settings}, set_num_threads({threads})", _tensor, unrolled=unrolled)
 
 
-def _arrays(state: Any) -> Any:
-    return tuple(one.detach().numpy() for one in state) if isinstance(state, tuple) else state.detach().numpy()
+def _tensor(array: Array) -> Any:
+    return _import("torch").from_numpy(array.copy())
 
 
-PEERS: dict[str, Callable[[Workload, int], Run]] = {
+def _numpy(tensor: Any) -> Array:
+    return np.asarray(tensor.detach().numpy())
+
+
+def jax_scan(workload: Workload, threads: int) -> Prepared:
+    """`lax.scan` over the steps with the input's product before it, jitted; gradients by `jax.vjp` under one jit.
+
+    `unroll` stays at 1: 2, 4 and 8 were no faster on LSTM and GRU of 64 to 256 units, and took up to 8 times as long to
+    compile. The cell is that of the registry, on `jax.numpy`.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if threads != cores:
+        raise Missing(f"XLA takes its threads from the {cores} cores of the process, and cannot be given {threads}")
+    jax = _import("jax")
+    jax.config.update("jax_platforms", "cpu")
+    jnp = importlib.import_module("jax.numpy")
+    cell, stack = CELLS[workload.cell], workload.checked.stack
+    if cell.late_gates:
+        raise Missing(f"no scan was written for {workload.cell}, which has two products a step")
+    forward_cell = cell.math(
+        _JaxMath(jax.nn.sigmoid, jnp.tanh, lambda a: jnp.maximum(a, 0), lambda h: (h > 0).astype(h.dtype))
+    ).forward
+    names, gates = parameter_names(stack, True), len(cell.gates)
+
+    def layer_direction(weights: Mapping[str, Any], reverse: bool, x: Any, state: Any) -> Any:
+        inputs = x @ weights["w_ih"] + weights["b_ih"]
+        extra = [weights[name] for name in cell.extras]
+
+        def step(state: Any, share: Any) -> Any:
+            recurrent = state[0] @ weights["w_hh"] + weights["b_hh"]
+            new, saved = [None] * len(cell.states), [None] * len(cell.saved)
+            forward_cell(jnp.split(share, gates, -1), jnp.split(recurrent, gates, -1), extra, state, new, saved)
+            return tuple(new), new[0]
+
+        return jax.lax.scan(step, state, inputs, reverse=reverse)
+
+    def forward(parameters: Any, x: Any, state: Any) -> Any:
+        finals, directions = [], len(stack.directions)
+        for first in range(0, len(stack.layers), directions):
+            outputs = []
+            for i in range(first, first + directions):
+                own = tuple(one[i] for one in state)
+                final, y = layer_direction(parameters[i], stack.layers[i].reverse, x, own)
+                finals.append(final)
+                outputs.append(y)
+            x = outputs[0] if directions == 1 else jnp.concatenate(outputs, -1)
+        return x, tuple(jnp.stack(parts) for parts in zip(*finals, strict=True))
+
+    def train(parameters: Any, x: Any, state: Any, dy: Any) -> Any:
+        y, pull, final = jax.vjp(forward, parameters, x, state, has_aux=True)
+        return y, final, pull(dy)
+
+    weights, given = layer(workload).state_dict(), numbers(workload)
+    # Matrices are kept transposed, as the products take them.
+    parameters = [{key: jnp.asarray(weights[name].T.copy()) for key, name in one.items()} for one in names]
+    x, initial = jnp.asarray(given.x), tuple(jnp.asarray(one) for one in given.state)
+    infer, train = jax.jit(forward), jax.jit(train)
+
+    def run(dy: Any) -> Any:
+        returned = infer(parameters, x, initial) if dy is None else train(parameters, x, initial, dy)
+        return jax.block_until_ready(returned)
+
+    def results(returned: Any) -> Results:
+        y, state, *pulled = returned
+        problem = workload.checked
+        named = {"y": np.asarray(y)} | named_states(problem, state_of(tuple(np.asarray(one) for one in state)))
+        if not pulled:
+            return named
+        of_weights, dx, dstate = pulled[0]
+        gradients = {
+            f"d{name}": np.asarray(value[key]).T
+            for value, one in zip(of_weights, names, strict=True)
+            for key, name in one.items()
+        }
+        states = named_states(problem, state_of(tuple(np.asarray(one) for one in dstate)), "d")
+        return named | {"dx": np.asarray(dx)} | states | gradients
+
+    return Prepared(run, results, f"jit, lax.scan, input product before the scan, {cores} cores", jnp.asarray)
+
+
+@dataclass(frozen=True)
+class _JaxMath:
+    sigmoid: Callable[[Any], Any]
+    tanh: Callable[[Any], Any]
+    relu: Callable[[Any], Any]
+    relu_gradient: Callable[[Any], Any]
+    one: float = 1.0
+    zero: float = 0.0
+
+
+# ONNX operator, its gates in its order as indices of ours, attributes; one activation for each direction.
+_ONNX: dict[str, tuple[str, list[int], dict[str, Any]]] = {
+    "rnn_tanh": ("RNN", [0], {"activations": ["Tanh"]}),
+    "rnn_relu": ("RNN", [0], {"activations": ["Relu"]}),
+    "rnn_sigmoid": ("RNN", [0], {"activations": ["Sigmoid"]}),
+    "lstm": ("LSTM", [0, 3, 1, 2], {}),  # i o f c
+    "gru": ("GRU", [1, 0, 2], {"linear_before_reset": 1}),  # z r h
+    "gru_reset_before": ("GRU", [1, 0, 2], {"linear_before_reset": 0}),
+}
+
+
+def onnxruntime(workload: Workload, threads: int) -> Prepared:
+    """ONNX Runtime on the ONNX operator of the cell; it has no training."""
+    runtime = _import("onnxruntime")
+    if workload.cell not in _ONNX:
+        raise Missing(f"ONNX has no operator for {workload.cell}")
+    stack, given = workload.checked.stack, numbers(workload)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session = runtime.InferenceSession(_onnx_model(workload), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", given.x)
+    D, states = len(stack.directions), CELLS[workload.cell].states
+    for state, values in zip(states, given.state, strict=True):
+        for i in range(workload.layers):
+            binding.bind_cpu_input(f"{state}{i}_first", np.ascontiguousarray(values[i * D : (i + 1) * D]))
+    for output in session.get_outputs():
+        binding.bind_output(output.name)
+
+    def run(dy: Any) -> Any:
+        assert dy is None
+        session.run_with_iobinding(binding)
+        return binding
+
+    def results(returned: Any) -> Results:
+        y, *finals = returned.copy_outputs_to_cpu()
+        parts = (np.concatenate(finals[i :: len(states)]) for i in range(len(states)))
+        return {"y": y} | dict(zip(states, parts, strict=True))
+
+    settings = f"intra_op_num_threads={threads}, all graph optimizations, I/O binding"
+    return Prepared(run, results, settings, trains=False)
+
+
+def _onnx_model(workload: Workload) -> bytes:
+    """Inputs: x, and the first states of each layer; outputs: y, and the last states layer by layer."""
+    onnx = _import("onnx")
+    helper, numpy_helper, real = onnx.helper, importlib.import_module("onnx.numpy_helper"), onnx.TensorProto.FLOAT
+    operator, order, attributes = _ONNX[workload.cell]
+    stack, states = workload.checked.stack, CELLS[workload.cell].states
+    weights, names, H, D = layer(workload).state_dict(), parameter_names(stack, True), workload.H, workload.directions
+    if "activations" in attributes:
+        attributes = {"activations": attributes["activations"] * D}
+    nodes, constants = [], [numpy_helper.from_array(np.array([1]), "axis"), numpy_helper.from_array(np.array([0, 0, -1]), "flat")]
+    inputs = [helper.make_tensor_value_info("x", real, (workload.T, workload.B, workload.I))]
+    outputs = [helper.make_tensor_value_info("y", real, (workload.T, workload.B, D * H))]
+
+    def constant(name: str, keys: tuple[str, ...], i: int) -> str:
+        """[D, ...], the gates of each in the order of ONNX, those of several keys one after the other."""
+        parts = [
+            np.concatenate([weights[own[key]].reshape(len(order), H, -1)[order].reshape(len(order) * H, -1) for key in keys])
+            for own in names[i * D : (i + 1) * D]
+        ]
+        whole = np.stack(parts)
+        constants.append(numpy_helper.from_array(whole[:, :, 0] if name.startswith("b") else whole, f"{name}{i}"))
+        return f"{name}{i}"
+
+    x = "x"
+    for i in range(workload.layers):
+        first = [f"{state}{i}_first" for state in states]
+        last = [f"{state}{i}_last" for state in states]
+        shape = (D, workload.B, H)
+        inputs += [helper.make_tensor_value_info(name, real, shape) for name in first]
+        outputs += [helper.make_tensor_value_info(name, real, shape) for name in last]
+        matrices = [constant("w", ("w_ih",), i), constant("r", ("w_hh",), i), constant("b", ("b_ih", "b_hh"), i)]
+        direction = "bidirectional" if D == 2 else "forward"
+        nodes.append(
+            helper.make_node(
+                operator, [x, *matrices, "", *first], [f"y{i}", *last], hidden_size=H, direction=direction, **attributes
+            )
+        )
+        below, x = f"y{i}", "y" if i + 1 == workload.layers else f"x{i + 1}"  # [T, D, B, H] to [T, B, D * H]
+        if D == 1:
+            nodes.append(helper.make_node("Squeeze", [below, "axis"], [x]))
+        else:
+            nodes.append(helper.make_node("Transpose", [below], [f"{below}_rows"], perm=[0, 2, 1, 3]))
+            nodes.append(helper.make_node("Reshape", [f"{below}_rows", "flat"], [x]))
+    graph = helper.make_graph(nodes, "layers", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Missing(f"{name} is not installed") from error
+
+
+PEERS: dict[str, Peer] = {
     **{name: partial(ours, backend=name) for name in backends.backend_names()},
     "torch": torch_eager,
+    "torch_compile": torch_compiled,
+    "jax": jax_scan,
+    "onnxruntime": onnxruntime,
 }
+
+# Whose versions a report tells.
+PACKAGES = ("numpy", "numba", "torch", "jax", "jaxlib", "onnxruntime", "onnx")
