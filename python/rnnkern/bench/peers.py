@@ -97,9 +97,7 @@ def torch_compiled(workload: Workload, threads: int) -> Prepared:
     )
 
 
-def _torch(
-    workload: Workload, threads: int, wrap: Callable[[Any], Any], settings: str, unrolled: int = 0
-) -> Prepared:
+def _torch(workload: Workload, threads: int, wrap: Callable[[Any], Any], settings: str, unrolled: int = 0) -> Prepared:
     torch = _import("torch")
     modules: dict[str, Callable[..., Any]] = {
         "lstm": torch.nn.LSTM,
@@ -254,6 +252,7 @@ def onnxruntime(workload: Workload, threads: int) -> Prepared:
     stack, given = workload.checked.stack, numbers(workload)
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     session = runtime.InferenceSession(_onnx_model(workload), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
@@ -288,17 +287,19 @@ def _onnx_model(workload: Workload) -> bytes:
     weights, names, H, D = layer(workload).state_dict(), parameter_names(stack, True), workload.H, workload.directions
     if "activations" in attributes:
         attributes = {"activations": attributes["activations"] * D}
-    nodes, constants = [], [numpy_helper.from_array(np.array([1]), "axis"), numpy_helper.from_array(np.array([0, 0, -1]), "flat")]
+    nodes = []
+    constants = [numpy_helper.from_array(np.array([1] if D == 1 else [0, 0, -1]), "shape")]
     inputs = [helper.make_tensor_value_info("x", real, (workload.T, workload.B, workload.I))]
     outputs = [helper.make_tensor_value_info("y", real, (workload.T, workload.B, D * H))]
 
     def constant(name: str, keys: tuple[str, ...], i: int) -> str:
         """[D, ...], the gates of each in the order of ONNX, those of several keys one after the other."""
-        parts = [
-            np.concatenate([weights[own[key]].reshape(len(order), H, -1)[order].reshape(len(order) * H, -1) for key in keys])
-            for own in names[i * D : (i + 1) * D]
-        ]
-        whole = np.stack(parts)
+
+        def ordered(matrix: Array) -> Array:
+            return matrix.reshape(len(order), H, -1)[order].reshape(len(order) * H, -1)
+
+        own = names[i * D : (i + 1) * D]
+        whole = np.stack([np.concatenate([ordered(weights[one[key]]) for key in keys]) for one in own])
         constants.append(numpy_helper.from_array(whole[:, :, 0] if name.startswith("b") else whole, f"{name}{i}"))
         return f"{name}{i}"
 
@@ -318,10 +319,10 @@ def _onnx_model(workload: Workload) -> bytes:
         )
         below, x = f"y{i}", "y" if i + 1 == workload.layers else f"x{i + 1}"  # [T, D, B, H] to [T, B, D * H]
         if D == 1:
-            nodes.append(helper.make_node("Squeeze", [below, "axis"], [x]))
+            nodes.append(helper.make_node("Squeeze", [below, "shape"], [x]))
         else:
             nodes.append(helper.make_node("Transpose", [below], [f"{below}_rows"], perm=[0, 2, 1, 3]))
-            nodes.append(helper.make_node("Reshape", [f"{below}_rows", "flat"], [x]))
+            nodes.append(helper.make_node("Reshape", [f"{below}_rows", "shape"], [x]))
     graph = helper.make_graph(nodes, "layers", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     return bytes(model.SerializeToString())
@@ -331,7 +332,7 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise Missing(f"{name} is not installed") from error
+        raise Missing(f"{name} is not installed: pip install {name}") from error
 
 
 PEERS: dict[str, Peer] = {

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from ..cells import CELLS
 from ..layers import Recurrent
-from ..testing import Problem, Results, assert_accurate, inputs, layer_of
+from ..testing import Problem, assert_accurate, inputs, layer_of
 
-__all__ = ["QUICK", "WORKLOADS", "Numbers", "Workload", "assert_right", "named"]
+__all__ = ["QUICK", "SUITE", "WORKLOADS", "Numbers", "Workload", "assert_right", "named"]
 
 Array = NDArray[Any]
 
@@ -189,7 +189,7 @@ _LINES = (
 )
 WORKLOADS = {workload.name: workload for workload in _LINES}
 
-# `rnnkern bench --quick` and the suite in benchmarks/: every cell, small and middle.
+# Of `rnnkern bench --quick`: small and middle.
 QUICK = (
     "lstm-i64-h64-b1-t100",
     "gru-i64-h64-b1-t100",
@@ -198,3 +198,9 @@ QUICK = (
     "gru-i128-h128-b32-t100",
     "rnn_tanh-i128-h128-b16-t100",
 )
+
+# Of the suite in benchmarks/: each cell once, small, and the quick ones.
+SUITE = {
+    workload.name: workload
+    for workload in (*(Workload(cell, 32, 32, 8, 50) for cell in CELLS), *(WORKLOADS[name] for name in QUICK))
+}
