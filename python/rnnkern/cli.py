@@ -1,4 +1,4 @@
-"""The command line: `rnnkern demo | doctor`. A command is one function that adds its parser, listed in `COMMANDS`."""
+"""The command line: `rnnkern demo | doctor | bench`. A command is a function that adds its parser, see `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from . import backends, demo, doctor
+from .bench import report, runner
+from .bench.peers import PEERS
+from .bench.workloads import named
 from .cells import CELLS
+from .config import num_threads
 
 __all__ = ["main"]
 
@@ -92,7 +96,64 @@ def add_doctor(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_doctor)
+def add_bench(commands: Any) -> None:
+    """`rnnkern bench`."""
+    defaults = runner.Options()
+    parser = commands.add_parser(
+        "bench",
+        help="compare this package with its peers and with the limits of this machine",
+        description="Time named workloads on this package and on its peers, in inference and in training, measure the "
+        "limits of the machine, and write a report as HTML, Markdown and JSON. A peer that is not installed is a dash. "
+        "Ctrl-C stops early and reports what was measured.",
+    )
+    parser.add_argument("--quick", action="store_true", help="six workloads, within three minutes")
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        type=_workload,
+        default=defaults.workloads,
+        metavar="NAME",
+        help="such as lstm-i64-h64-b1-t100; any sizes will do (default: all that have a line in bench/workloads.py)",
+    )
+    parser.add_argument(
+        "--peer", nargs="+", choices=tuple(PEERS), default=defaults.peers, help="(default: all on CPUs)"
+    )
+    parser.add_argument("--threads", nargs="+", type=_positive_integer, default=(), help="(default: 1 and all)")
+    parser.add_argument(
+        "--seconds-per-peer",
+        type=_positive_number,
+        default=defaults.seconds,
+        metavar="S",
+        help="of timed calls in each mode of a workload (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("rnnkern-bench"),
+        metavar="FOLDER",
+        help="for the report (default: %(default)s)",
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        if max(options.threads, default=1) > num_threads():
+            parser.error(f"argument --threads: expected at most {num_threads()}, the cores there are")
+        wanted = runner.Options(
+            tuple(options.workload), tuple(options.peer), tuple(sorted(set(options.threads))), options.seconds_per_peer
+        )
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)  # before the measuring, not after it
+        except OSError as error:
+            parser.exit(2, f"rnnkern bench: {error}\n")
+        with Terminal() as terminal:
+            results = runner.run(runner.quick(wanted) if options.quick else wanted, terminal)
+            for path in report.write(results, options.out):
+                terminal.say(f"saved      {path}")
+        return 130 if results["interrupted"] else 0
+
+    parser.set_defaults(run=run)
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_doctor, add_bench)
 
 
 class Terminal:
@@ -152,6 +213,13 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("auto", *backends.backend_names()), default="auto", help="(default: %(default)s)"
     )
+
+
+def _workload(text: str) -> str:
+    try:
+        return named(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _natural(text: str) -> int:

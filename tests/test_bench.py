@@ -1,0 +1,354 @@
+"""`rnnkern bench`: the floor of a workload, what may be timed, the report, and the command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rnnkern import cli
+from rnnkern.backends.native import native_module
+from rnnkern.bench import limits, peers, report, runner
+from rnnkern.bench.limits import Level, Limits, Step
+from rnnkern.bench.workloads import QUICK, WORKLOADS, Workload, assert_right, named, numbers
+from rnnkern.cells import CELLS
+
+TINY = named("gru-i4-h8-b2-t10")
+needs_native = pytest.mark.skipif(native_module() is None, reason="the compiled module is missing")
+
+
+def machine(**changes: Any) -> Limits:
+    """A machine of round numbers."""
+    steps = {cell: Step(latency=1e-6, unit=0.0) for cell in CELLS}
+    levels = (Level("L1", 1000, False, 1e9, 2e9), Level("memory", 1 << 40, True, 1e8, 1.5e8))
+    return replace(Limits("none", 2, 1e9, 1e-9, 1e-6, levels, steps, steps), **changes)
+
+
+def bound(best: limits.Floor) -> tuple[str, Any]:
+    """What bounds a workload, and its microseconds."""
+    return best.bound, pytest.approx(best.seconds * 1e6)
+
+
+# The floor. A read of all weights takes 4 G H (I + H + 2) = 1344 bytes at 1e8 a second: 13.44 us.
+
+
+def test_floor_of_arithmetic() -> None:
+    """T B 2 G H (I + H) = 11,520 operations; three times as many in training; and the elementwise parts."""
+    assert limits.flops(TINY, False) == 11_520
+    assert bound(limits.floor(TINY, machine(), 1, False)) == ("arithmetic", 11.52 + 13.44)
+    assert bound(limits.floor(TINY, machine(), 1, True)) == ("arithmetic", 3 * 11.52 + 13.44)
+    slow = {"gru": Step(latency=1e-6, unit=1e-8)}  # T B H = 160 units
+    assert bound(limits.floor(TINY, machine(forward=slow), 1, False)) == ("arithmetic", 11.52 + 1.6 + 13.44)
+
+
+def test_floor_of_latency() -> None:
+    """T steps of the cell and log2(H) = 3 additions; in training those of backward too; two products wait twice."""
+    fast = machine(flops=1e12)
+    assert bound(limits.floor(TINY, fast, 1, False)) == ("latency", 10 * 1.003 + 13.44)
+    assert bound(limits.floor(TINY, fast, 1, True)) == ("latency", 20 * 1.003 + 13.44)
+    twice = replace(TINY, cell="gru_reset_before")
+    assert bound(limits.floor(twice, fast, 1, False)) == ("latency", 10 * 1.006 + 13.44)
+
+
+def test_floor_of_bytes() -> None:
+    """T reads of 4 G H H = 768 bytes from L1, or from memory where L1 does not hold them."""
+    quick = {"gru": Step(latency=0.0, unit=0.0)}
+    fast = machine(flops=1e12, forward=quick, multiply_add_latency=0.0)
+    assert bound(limits.floor(TINY, fast, 1, False)) == ("bytes", 7.68 + 13.44)
+    small = replace(fast, levels=(replace(fast.levels[0], bytes=767), fast.levels[1]))
+    assert bound(limits.floor(TINY, small, 1, False)) == ("bytes", 76.8 + 13.44)
+
+
+def test_floor_of_two_threads() -> None:
+    """Rows are shared without a barrier; half of the weights fit into each L1. A single row gains nothing."""
+    weights = 1.344 / 2  # us: both cores read their half at 1e9 bytes a second
+    assert bound(limits.floor(TINY, machine(), 2, False)) == ("latency", 10 * 1.003 + weights)
+    alone = replace(TINY, B=1)
+    assert limits.floor(alone, machine(), 2, False).seconds <= limits.floor(alone, machine(), 1, False).seconds
+    free = machine(barrier=0.0, flops=1e8)  # units shared: half the arithmetic of a row
+    assert bound(limits.floor(alone, free, 2, False)) == ("arithmetic", 57.6 / 2 + weights)
+
+
+def test_floor_of_stacks() -> None:
+    """Layers follow one another like a wave; a second direction adds work, no waiting."""
+    fast = machine(flops=1e12, levels=(Level("L1", 1000, False, 1e10, 2e10), machine().levels[1]))
+    weights = 4 * 24 * (4 + 8 + 2) + 4 * 24 * (8 + 8 + 2)
+    assert bound(limits.floor(replace(TINY, layers=2), fast, 1, False)) == ("latency", 11 * 1.003 + weights / 100)
+    assert bound(limits.floor(replace(TINY, directions=2), fast, 1, False)) == ("latency", 10 * 1.003 + 26.88)
+
+
+@needs_native
+def test_measurements_run() -> None:
+    """Every loop takes time, on one thread and on a team; wrong arguments are errors."""
+    native: Any = native_module()
+    lanes = native.lanes("float32")
+    for cell in ("", *CELLS):
+        for name in ("forward", "backward") if cell else ("multiply_add", "multiply_add_latency", "read", "barrier"):
+            work, runs = native.measure(name, cell, 100, 8 * lanes, 2, 3)
+            assert work >= 100
+            assert len(runs) == 3
+            assert all(seconds > 0 and threads in (1, 2) for seconds, threads in runs)
+    for wrong in (("write", "", 1, lanes, 1, 1), ("read", "lstm", 1, lanes, 1, 1)):
+        with pytest.raises(ValueError, match="name: expected"):
+            native.measure(*wrong)
+    for wrong in (("read", "", 0, lanes, 1, 1), ("read", "", 1, lanes + 1, 1, 1), ("read", "", 1, 1 << 62, 4, 1)):
+        with pytest.raises(ValueError, match=r"expected|exceeds"):
+            native.measure(*wrong)
+
+
+# Workloads and what may be timed
+
+
+def test_names_are_stable() -> None:
+    """A name says all sizes and leads back to its workload; the quick ones are listed."""
+    for name, workload in WORKLOADS.items():
+        assert named(name) == workload
+        assert workload.name == name
+    assert len(WORKLOADS) == 29
+    assert len(set(QUICK) & WORKLOADS.keys()) == 6
+    assert named("lstm-i3-h5-b2-t7-l2-d2") == Workload("lstm", 3, 5, 2, 7, layers=2, directions=2)
+    for wrong in ("lstm", "lstm-i3-h5-b2-t0", "nothing-i3-h5-b2-t7", "lstm-i3-h5-b2-t7-d3"):
+        with pytest.raises(ValueError, match="workload: expected"):
+            named(wrong)
+
+
+@pytest.mark.parametrize("name", ["lstm-i3-h5-b1-t20", "gru-i3-h5-b7-t20-l2", "rnn_tanh-i3-h5-b7-t11-d2"])
+def test_part_of_a_whole_call_is_the_checked_problem(name: str) -> None:
+    """Whole calls pass the accuracy rule of their part; one wrong number in it is found, one beside it is not."""
+    workload = named(name)
+    prepared = peers.PEERS["reference"](workload, 1)
+    inference = prepared.results(prepared.run(None))
+    training = prepared.results(prepared.run(numbers(workload).dy_checked))
+    assert assert_right(workload, inference) < 1
+    assert assert_right(workload, training) < 1
+    assert training.keys() > inference.keys()
+    y = inference["y"].copy()
+    y[-1, 0] += 1
+    if workload.directions == 1:
+        assert_right(workload, {"y": y})
+    y[0, -1] += 1
+    with pytest.raises(AssertionError):
+        assert_right(workload, {"y": y})
+    with pytest.raises(AssertionError):
+        assert_right(workload, training | {"dx": -training["dx"]})
+
+
+def test_times_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of results that are right and in time; else the reason stands in their place."""
+    reference = peers.PEERS["reference"]
+
+    def wrong(workload: Workload, threads: int) -> peers.Prepared:
+        prepared = reference(workload, threads)
+        return replace(prepared, results=lambda returned: {"y": prepared.results(returned)["y"] * np.float32(1.001)})
+
+    def slow(workload: Workload, threads: int) -> peers.Prepared:
+        def run(_: Any) -> Any:
+            while True:
+                pass
+
+        return replace(reference(workload, threads), run=run, unrolled=workload.T)
+
+    def broken(*_: Any) -> peers.Prepared:
+        raise RuntimeError("no luck\nat all")
+
+    monkeypatch.setattr(peers, "PEERS", peers.PEERS | {"wrong": wrong, "slow": slow, "broken": broken})
+    monkeypatch.setattr(runner, "PEERS", peers.PEERS)
+    monkeypatch.setattr(runner, "COMPILE_SECONDS", 0.5)
+    too_long: dict[tuple[str, str, str], int] = {}
+    results = runner.time_peers(TINY, 1, ["reference", "wrong", "slow", "broken"], 0.01, too_long=too_long)
+    for mode in runner.MODES:
+        measured = results[mode]["reference"]
+        assert measured["calls"] >= runner.FEWEST_CALLS
+        assert 0 < measured["fastest"] <= measured["quartiles"][0] <= measured["median"] <= measured["quartiles"][1]
+        assert measured["error"] < 1
+        assert "its result is wrong" in results[mode]["wrong"]["missing"]
+        assert "took over" in results[mode]["slow"]["missing"]
+        assert results[mode]["broken"]["missing"] == "RuntimeError: no luck"
+    assert too_long == {("slow", "gru", mode): 10 for mode in runner.MODES}
+    again = runner.time_peers(replace(TINY, T=20), 1, ["slow"], 0.01, too_long=too_long)
+    assert "already" in again["training"]["slow"]["missing"]
+
+
+@pytest.mark.slow
+def test_peers_compute_what_the_reference_computes() -> None:
+    """Those that are installed, in a process of their own: some start threads, or change what importing means."""
+    worker = runner.Worker(1)
+    try:
+        for name in ("lstm-i3-h5-b3-t12-l2-d2", "gru-i3-h5-b3-t12", "rnn_tanh-i3-h5-b1-t12"):
+            answer = worker.ask(lambda _: None, "time", named(name), ("torch", "jax", "onnxruntime"), 0.01)
+            for one in (one for mode in runner.MODES for one in answer[mode].values()):
+                assert "median" in one or "not installed" in one["missing"] or one["missing"] == "it has no training"
+    finally:
+        worker.end()
+
+
+# The report
+
+
+def entry(median: float) -> dict[str, Any]:
+    """A time of a peer."""
+    quartiles = [0.9 * median, 1.2 * median]
+    return {
+        "median": median,
+        "quartiles": quartiles,
+        "fastest": median / 2,
+        "calls": 9,
+        "error": 0.1,
+        "settings": "best",
+    }
+
+
+def some_results(**more: dict[str, Any]) -> report.Results:
+    """Two sizes on one and two threads, torch missing but on one thread; `more` peers everywhere."""
+    results = report.empty(
+        runner.describe_machine(), {"rnnkern": "0.1.0", "torch": "2.0"}, asdict(runner.Options()) | {"threads": (1, 2)}
+    )
+    results["limits"] = asdict(machine())
+    for name in ("gru-i4-h8-b2-t10", "gru-i4-h16-b2-t10"):
+        for mode in runner.MODES:
+            fewer = None
+            for threads in (1, 2):
+                torch = entry(3e-4) if threads == 1 else {"missing": "torch is not <installed>"}
+                times = {"native": entry(1e-4 / threads), "torch": torch, "numba": entry(4e-4)} | more
+                floor = limits.floor(named(name), machine(), threads, mode == "training")
+                fewer = report.row(named(name), mode, threads, times, floor, fewer)
+                results["rows"].append(fewer)
+    return results
+
+
+def test_rows_compare_with_the_best_peer() -> None:
+    """The fastest of the others, on no more threads, over ours; the floor over ours."""
+    one, two = some_results()["rows"][:2]
+    assert one["best"] == {"peer": "torch", "threads": 1, "seconds": 3e-4}
+    assert one["against_best"] == pytest.approx(3)
+    assert two["best"] == one["best"]
+    assert two["against_best"] == pytest.approx(6)
+    assert one["against_floor"] == pytest.approx(one["floor"]["seconds"] / 1e-4)
+    without = report.row(TINY, "inference", 1, {"native": {"missing": "no compiler"}}, None)
+    assert (without["best"], without["against_best"], without["against_floor"], without["floor"]) == (None,) * 4
+    assert "no compiler" in report.line(without)
+
+
+def test_report_has_dashes_with_reasons(tmp_path: Path) -> None:
+    """A peer that is missing is a dash, and its reason stands below, in Markdown and in HTML."""
+    results = some_results()
+    paths = report.write(results, tmp_path / "new" / "folder")
+    assert [path.name for path in paths] == ["report.json", "report.md", "report.html"]
+    markdown, page = (path.read_text(encoding="utf-8") for path in paths[1:])
+    assert "| 50.0 µs ±15% | - | 400 µs ±15% | 6.00x torch on 1 |" in markdown
+    assert "- torch: torch is not <installed> (every workload)" in markdown
+    assert "torch is not &lt;installed&gt;" in page
+    assert "<installed>" not in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # nothing is loaded from elsewhere
+    drawings = [f"<svg{part.split('</svg>')[0]}</svg>" for part in page.split("<svg")[1:]]
+    assert len(drawings) == 4  # H varies, in both modes and with both numbers of threads
+    for drawing in drawings:
+        names = [text.text for text in ET.fromstring(drawing).iter("text")]
+        assert "gru, B = 2, T = 10" in names
+        assert {"native", "numba", "floor"} <= set(names)
+
+
+def test_results_survive_a_file(tmp_path: Path) -> None:
+    """JSON holds all of them; another form is refused."""
+    results = some_results()
+    path = report.write(results, tmp_path)[0]
+    loaded = report.load(path)
+    assert loaded == json.loads(json.dumps(results))
+    assert loaded.keys() == {
+        "schema", "created", "rnnkern", "interrupted", "machine", "versions", "options", "limits", "left_out", "rows",
+    }  # fmt: skip
+    for row in loaded["rows"]:
+        assert row.keys() == {
+            "workload", "cell", "I", "H", "B", "T", "layers", "directions", "mode", "threads", "flops", "floor",
+            "peers", "best", "against_best", "against_floor",
+        }  # fmt: skip
+    assert report.render_markdown(loaded) == report.render_markdown(results)
+    path.write_text(json.dumps(loaded | {"schema": 0}))
+    with pytest.raises(ValueError, match="expected schema 1, got 0"):
+        report.load(path)
+
+
+def test_table_needs_the_peers() -> None:
+    """It is published from a whole run with torch, JAX and ONNX Runtime, and says what machine that was."""
+    with pytest.raises(ValueError, match="got none of jax: not asked for"):
+        report.render_table(some_results())
+    whole = some_results(jax=entry(2e-4), onnxruntime=entry(5e-4))
+    table = report.render_table(whole)
+    assert whole["machine"]["cpu"] in table
+    assert table.count("| 200 µs, jax | 4.00x |") == 4
+    assert "| geometric mean |" in table
+    with pytest.raises(ValueError, match="interrupted"):
+        report.render_table(whole | {"interrupted": True})
+
+
+def test_report_of_nothing() -> None:
+    """A run that was interrupted at once has a report too."""
+    results = some_results() | {"rows": [], "interrupted": True}
+    assert "Interrupted" in report.render_markdown(results)
+    assert "Interrupted" in report.render_html(results)
+
+
+# The command
+
+
+@needs_native
+def test_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two workloads on one thread: a line for each, and the report."""
+    arguments = ["bench", "--workload", "gru-i4-h8-b2-t10", "lstm-i4-h8-b2-t10", "--peer", "native", "--threads", "1"]
+    assert cli.main([*arguments, "--seconds-per-peer", "0.02", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("training  1 thr") == 2
+    results = report.load(tmp_path / "report.json")
+    assert not results["interrupted"]
+    assert [row["workload"] for row in results["rows"][::2]] == ["gru-i4-h8-b2-t10", "lstm-i4-h8-b2-t10"]
+    for row in results["rows"]:
+        assert row["peers"]["native"]["error"] < 1
+        assert row["best"] is None
+    if "missing" not in results["limits"]:  # other programs may keep it from being measured
+        assert results["limits"]["levels"][0]["name"] == "L1"
+        assert all(0 < row["against_floor"] < 1 for row in results["rows"])
+
+
+def test_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of workloads and peers, and more threads than cores."""
+    for arguments, message in (
+        (["--workload", "lstm"], "workload: expected a name such as lstm-i16-h16-b1-t256, got 'lstm'"),
+        (["--peer", "nothing"], "invalid choice: 'nothing'"),
+        (["--threads", "100000"], "argument --threads: expected at most"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["bench", *arguments])
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@needs_native
+def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
+    """Ctrl-C after the first workload: the report has it, and says that it was interrupted."""
+    command = "import sys; from rnnkern.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["bench", "--workload", *(f"gru-i4-h{H}-b2-t10" for H in range(8, 40)), "--peer", "native"]
+    with subprocess.Popen(
+        [sys.executable, "-c", command, *arguments, "--threads", "1", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "training  1 thr" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 130, rest
+    assert "interrupted" in rest
+    results = report.load(tmp_path / "report.json")
+    assert results["interrupted"]
+    assert results["rows"][0]["workload"] == "gru-i4-h8-b2-t10"
+    assert len(results["rows"]) < 64
