@@ -18,7 +18,7 @@ from rnnkern import cli
 from rnnkern.backends.native import native_module
 from rnnkern.bench import limits, peers, report, runner
 from rnnkern.bench.limits import Level, Limits, Step
-from rnnkern.bench.workloads import QUICK, WORKLOADS, Workload, assert_right, named, numbers
+from rnnkern.bench.workloads import QUICK, SUITE, WORKLOADS, Workload, assert_right, named, numbers
 from rnnkern.cells import CELLS
 
 TINY = named("gru-i4-h8-b2-t10")
@@ -114,6 +114,7 @@ def test_names_are_stable() -> None:
         assert workload.name == name
     assert len(WORKLOADS) == 29
     assert len(set(QUICK) & WORKLOADS.keys()) == 6
+    assert {workload.cell for workload in SUITE.values()} == CELLS.keys()
     assert named("lstm-i3-h5-b2-t7-l2-d2") == Workload("lstm", 3, 5, 2, 7, layers=2, directions=2)
     for wrong in ("lstm", "lstm-i3-h5-b2-t0", "nothing-i3-h5-b2-t7", "lstm-i3-h5-b2-t7-d3"):
         with pytest.raises(ValueError, match="workload: expected"):
@@ -188,6 +189,20 @@ def test_peers_compute_what_the_reference_computes() -> None:
                 assert "median" in one or "not installed" in one["missing"] or one["missing"] == "it has no training"
     finally:
         worker.end()
+
+
+def test_a_peer_that_ends_its_process_is_a_dash() -> None:
+    """The reason names the signal, and another process goes on."""
+    workers = {1: runner.Worker(1)}
+    options = runner.Options(peers=("reference",), seconds=0.01)
+    try:
+        workers[1]._process.kill()
+        dead = list(runner._rows(TINY, options, workers, None, lambda _: None))
+        alive = list(runner._rows(TINY, options, workers, None, lambda _: None))
+    finally:
+        workers[1].end()
+    assert {row["peers"]["reference"]["missing"] for row in dead} == {"the process ended with -9 during this workload"}
+    assert all("median" in row["peers"]["reference"] for row in alive)
 
 
 # The report

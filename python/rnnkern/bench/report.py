@@ -16,9 +16,8 @@ The form, `SCHEMA`, changes only with its number, so that runs can be compared:
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from html import escape
@@ -27,6 +26,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from .limits import Floor, flops
+from .plots import plots
 from .workloads import Workload
 
 __all__ = ["OURS", "SCHEMA", "empty", "line", "load", "render_html", "render_markdown", "render_table", "row", "write"]
@@ -378,7 +378,7 @@ def render_html(results: Results) -> str:
         body += [
             f"<h2>{escape(title)}</h2>",
             _html_table(*_full_table(rows)),
-            f'<div class="plots">{_plots(rows)}</div>',
+            f'<div class="plots">{plots(rows, _names(rows))}</div>',
         ]
     heads, lines = _scaling(results)
     if lines:
@@ -418,82 +418,3 @@ def _html_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
     rows += ["<tr>" + "".join(f"<td{mark(text)}>{escape(text)}</td>" for text in one) + "</tr>" for one in lines]
     return f"<table>{''.join(rows)}</table>"
-
-
-# Of each plot: its dimension, what else two workloads must have in common to be joined, and its label.
-_FAMILIES: tuple[tuple[str, Callable[[Row], tuple[Any, ...]]], ...] = (
-    ("H", lambda one: (one["cell"], f"B = {one['B']}, T = {one['T']}", one["layers"], one["directions"])),
-    ("B", lambda one: (one["cell"], f"H = {one['H']}, T = {one['T']}", one["layers"], one["directions"])),
-    ("T", lambda one: (one["cell"], f"H = {one['H']}, B = {one['B']}", one["layers"], one["directions"])),
-)
-COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#17becf")
-WIDTH, HEIGHT, MARGIN = 380, 250, 48
-
-
-def _plots(rows: Sequence[Row]) -> str:
-    """Speed against H, B and T, wherever workloads differ in that alone."""
-    colors = dict(zip(_names(rows), COLORS * 2, strict=False))
-    plots = []
-    for dimension, family_of in _FAMILIES:
-        families: dict[tuple[Any, ...], list[Row]] = {}
-        for one in rows:
-            families.setdefault(family_of(one), []).append(one)
-        for (cell, sizes, layers, directions), members in families.items():
-            if len({one[dimension] for one in members}) < 2:
-                continue
-            stacked = f", {layers} layers" * (layers > 1) + ", both directions" * (directions > 1)
-            series: dict[str, list[tuple[float, float]]] = {}
-            for one in sorted(members, key=lambda one: one[dimension]):
-                for name, entry in one["peers"].items():
-                    if "median" in entry:
-                        series.setdefault(name, []).append((one[dimension], one["flops"] / entry["median"] / 1e9))
-                if one["floor"]:
-                    series.setdefault("floor", []).append(
-                        (one[dimension], one["flops"] / one["floor"]["seconds"] / 1e9)
-                    )
-            plots.append(_plot(f"{cell}, {sizes}{stacked}", dimension, series, colors | {"floor": "#bbb"}))
-    return "\n".join(plots)
-
-
-def _plot(
-    title: str, dimension: str, series: Mapping[str, Sequence[tuple[float, float]]], colors: Mapping[str, str]
-) -> str:
-    """Lines of GFLOP/s on logarithmic axes as SVG."""
-    points = [point for line in series.values() for point in line]
-    if not points:
-        return ""
-    left, right = min(x for x, _ in points), max(x for x, _ in points)
-    low = 10 ** math.floor(math.log10(min(y for _, y in points)))
-    high = 10 ** math.ceil(math.log10(max(y for _, y in points)) + 1e-9)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = math.log(x / left) / math.log(right / left) if right > left else 0.5
-        up = math.log(y / low) / math.log(high / low)
-        return MARGIN + across * (WIDTH - 2.6 * MARGIN), HEIGHT - MARGIN - up * (HEIGHT - 1.6 * MARGIN)
-
-    parts = [
-        f'<svg width="{WIDTH}" height="{HEIGHT}" role="img">',
-        f'<text x="{MARGIN}" y="16" font-weight="600">{escape(title)}</text>',
-        f'<text x="{WIDTH / 2 - MARGIN}" y="{HEIGHT - 8}">{dimension}</text>',
-        f'<text x="4" y="{HEIGHT - MARGIN / 2 + 4}">GFLOP/s</text>',
-    ]
-    decade = low
-    while decade <= high * 1.001:
-        x, y = place(left, decade)
-        parts.append(f'<line x1="{x}" x2="{WIDTH - 1.6 * MARGIN}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x - 6}" y="{y + 4:.1f}" text-anchor="end">{decade:g}</text>')
-        decade *= 10
-    for value in sorted({x for x, _ in points}):
-        x, y = place(value, low)
-        parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{value:g}</text>')
-    for index, (name, line) in enumerate(series.items()):
-        at = [place(*point) for point in line]
-        color = colors[name]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{2 + (name == OURS)}"/>')
-        for (x, y), (value, speed) in zip(at, line, strict=True):
-            hint = escape(f"{name}, {dimension} = {value:g}: {speed:.1f} GFLOP/s")
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"><title>{hint}</title></circle>')
-        y = 34 + 14 * index
-        parts.append(f'<text x="{WIDTH - 1.5 * MARGIN}" y="{y}" style="fill:{color}">{escape(name)}</text>')
-    return "".join([*parts, "</svg>"])

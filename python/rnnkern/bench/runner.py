@@ -94,28 +94,14 @@ def run(options: Options, terminal: Terminal) -> dict[str, Any]:
             if options.begin_within is not None and elapsed > options.begin_within:
                 results["left_out"][workload.name] = f"{elapsed:.0f} s were over, more would break the time of --quick"
                 continue
-            fewer: dict[str, dict[str, Any]] = {}
-            for count in threads:
-                left = elapsed / done * (len(workloads) - done) / 60 if done else None
-                prefix = f"{done + 1}/{len(workloads)} {workload.name}, {_threads(count)}"
-                suffix = f", about {left:.0f} min left" if left else ""
+            left = f", about {elapsed / done * (len(workloads) - done) / 60:.0f} min left" if done else ""
 
-                def tell(text: str, prefix: str = prefix, suffix: str = suffix) -> None:
-                    terminal.progress(f"{prefix}: {text}{suffix}")
+            def tell(text: str, prefix: str = f"{done + 1}/{len(workloads)} {workload.name}", left: str = left) -> None:
+                terminal.progress(f"{prefix}, {text}{left}")
 
-                try:
-                    peers = workers[count].ask(tell, "time", workload, options.peers, options.seconds)
-                except EOFError:
-                    why = f"the process ended with {workers[count].exit_code()} during this workload"
-                    peers = {mode: {name: {"missing": why} for name in options.peers} for mode in MODES}
-                    workers[count] = Worker(count)
-                for mode in MODES:
-                    missing = {name: {"missing": why} for name, why in options.left_out.items()}
-                    floor = limits.floor(workload, machine, count, mode == "training") if machine else None
-                    row = report.row(workload, mode, count, peers[mode] | missing, floor, fewer.get(mode))
-                    fewer[mode] = row
-                    results["rows"].append(row)
-                    terminal.say(report.line(row))
+            for row in _rows(workload, options, workers, machine, tell):
+                results["rows"].append(row)
+                terminal.say(report.line(row))
     except KeyboardInterrupt:
         results["interrupted"] = True
         terminal.say("interrupted; the report has what was measured")
@@ -124,6 +110,29 @@ def run(options: Options, terminal: Terminal) -> dict[str, Any]:
             worker.end()
     results["machine"]["load_after"] = os.getloadavg()[0]
     return results
+
+
+def _rows(
+    workload: Workload,
+    options: Options,
+    workers: dict[int, Worker],
+    machine: limits.Limits | None,
+    tell: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """The rows of a workload, fewest threads first; a process that it ends is replaced."""
+    left_out = {name: {"missing": why} for name, why in options.left_out.items()}
+    fewer: dict[str, dict[str, Any]] = {}
+    for threads in sorted(workers):
+        try:
+            times = workers[threads].ask(tell, "time", workload, options.peers, options.seconds)
+        except EOFError:
+            why = f"the process ended with {workers[threads].exit_code()} during this workload"
+            times = {mode: {name: {"missing": why} for name in options.peers} for mode in MODES}
+            workers[threads] = Worker(threads)
+        for mode in MODES:
+            floor = limits.floor(workload, machine, threads, mode == "training") if machine else None
+            fewer[mode] = report.row(workload, mode, threads, times[mode] | left_out, floor, fewer.get(mode))
+            yield fewer[mode]
 
 
 def _limits(worker: Worker, terminal: Terminal, results: dict[str, Any]) -> limits.Limits | None:
@@ -276,12 +285,12 @@ def time_peers(
     results: dict[str, dict[str, Any]] = {mode: {} for mode in MODES}
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for name in peers:
-        tell(f"{name} gets ready")
+        tell(f"{_threads(threads)}: {name} gets ready")
         for mode, outcome in _ready(name, workload, threads, too_long).items():
             results[mode][name], call = outcome
             if call is not None:
                 calls[name, mode] = call
-    samples = _in_turns(calls, seconds, tell)
+    samples = _in_turns(calls, seconds, lambda text: tell(f"{_threads(threads)}: {text}"))
     for (name, mode), taken in samples.items():
         first, median, third = np.quantile(taken, (0.25, 0.5, 0.75))
         results[mode][name] |= {
