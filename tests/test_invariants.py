@@ -241,10 +241,14 @@ def test_denormals_cost_no_time(cell, native, training):
 
     before = rk.num_threads()
     rk.set_num_threads(1)
-    times = [(seconds(impulse), seconds(noise)) for _ in range(15)]
+    fastest_impulse = fastest_noise = float("inf")
+    for calls in range(1, 201):
+        fastest_impulse = min(fastest_impulse, seconds(impulse))
+        fastest_noise = min(fastest_noise, seconds(noise))
+        if calls >= 10 and fastest_impulse <= 1.2 * fastest_noise:
+            break  # a machine whose speed changes by more than this between two calls needs more of them
     rk.set_num_threads(before)
-    best_impulse, best_noise = (min(column) for column in zip(*times, strict=True))
-    assert best_impulse <= 1.2 * best_noise
+    assert fastest_impulse <= 1.2 * fastest_noise
 
 
 @pytest.mark.slow
