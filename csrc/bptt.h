@@ -11,7 +11,7 @@ namespace {
 
 template <class Cell, class T>
 struct BackwardScratch {
-  T* carry_h;   // [B, padded P]: gradient of h after the step at hand, without dy
+  T* carry_h;   // [B, stride P]: gradient of h after the step at hand, without dy
   T* carry_c;   // [B, padded H]
   T* dx_gates;  // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
   T* dr_gates;  // the same, recurrent side; dx_gates where the cell has but one
@@ -28,25 +28,23 @@ struct BackwardScratch {
   std::int64_t* batch_index;
 
   BackwardScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
-    std::int64_t H = 0, padded_h = 0, padded_p = 0;
+    std::int64_t H = 0, padded_h = 0, stride_p = 0;
     bool projected = false;
     for (int i = 0; i < stack.layer_count * stack.directions; ++i) {
       const Layer& layer = stack.layers[i];
       H = layer.sizes.hidden;
       padded_h = padded<T>(H);
-      padded_p = padded<T>(layer.sizes.outputs);
+      stride_p = scratch_stride<T>(layer.sizes.outputs);
       projected |= layer.sizes.projected;
     }
     const std::int64_t B = stack.batch, rows = stack.block_steps * B;
-    // One cache line more than whole lines, so that rows do not fall into the same cache set.
-    gate_stride = round_up(Cell::gates * H, 64 / static_cast<std::int64_t>(sizeof(T))) +
-                  64 / static_cast<std::int64_t>(sizeof(T));
-    carry_h = arena.take<T>(B * padded_p);
+    gate_stride = scratch_stride<T>(Cell::gates * H);
+    carry_h = arena.take<T>(B * stride_p);
     carry_c = arena.take<T>(Cell::states > 1 ? B * padded_h : 0);
     dx_gates = arena.take<T>(rows * gate_stride);
     dr_gates = Cell::separate_recurrent ? arena.take<T>(rows * gate_stride) : dx_gates;
     dextra = arena.take<T>(rows * Cell::extras * H);
-    dh = arena.take<T>(projected ? rows * padded_p : 0);
+    dh = arena.take<T>(projected ? rows * stride_p : 0);
     hidden = arena.take<T>(projected || Cell::late_gates > 0 ? rows * padded_h : 0);
     zeros = arena.take<T>(padded_h);
     for (int i = 0; i < stack.max_threads; ++i) {
@@ -79,7 +77,7 @@ class BackwardLayer : Context<Cell, T> {
         H_(layer.sizes.hidden),
         P_(layer.sizes.outputs),
         padded_h_(padded<T>(H_)),
-        padded_p_(padded<T>(P_)) {}
+        stride_p_(scratch_stride<T>(P_)) {}
 
   // Returns the number of blocks begun in the call so far.
   std::int64_t run() noexcept {
@@ -103,7 +101,7 @@ class BackwardLayer : Context<Cell, T> {
     const Range own = this->rows_to_own();
     for (std::int64_t b = own.begin; b < own.end; ++b) {
       const T* dh = static_cast<const T*>(layer_.dlast[0]);
-      copy_row(s_.carry_h + b * padded_p_, dh ? dh + b * P_ : nullptr, P_, padded_p_);
+      copy_row(s_.carry_h + b * stride_p_, dh ? dh + b * P_ : nullptr, P_, stride_p_);
       if constexpr (Cell::states > 1) {
         const T* dc = static_cast<const T*>(layer_.dlast[1]);
         copy_row(s_.carry_c + b * padded_h_, dc ? dc + b * H_ : nullptr, H_, padded_h_);
@@ -116,7 +114,7 @@ class BackwardLayer : Context<Cell, T> {
   void leave() noexcept {
     const Range own = this->rows_to_own();
     for (std::int64_t b = own.begin; b < own.end; ++b) {
-      copy_row(static_cast<T*>(layer_.dinitial[0]) + b * P_, s_.carry_h + b * padded_p_, P_, P_);
+      copy_row(static_cast<T*>(layer_.dinitial[0]) + b * P_, s_.carry_h + b * stride_p_, P_, P_);
       if constexpr (Cell::states > 1)
         copy_row(static_cast<T*>(layer_.dinitial[1]) + b * H_, s_.carry_c + b * padded_h_, H_, H_);
     }
@@ -175,7 +173,7 @@ class BackwardLayer : Context<Cell, T> {
                                [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                                  for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) {
                                    const std::int64_t b = s_.batch_index[i];
-                                   T* to = s_.carry_h + b * padded_p_ + unit;
+                                   T* to = s_.carry_h + b * stride_p_ + unit;
                                    const V before = layer_.sizes.projected ? sum[v] : sum[v] + load<V>(to);
                                    store(to, this->cut(layer_.reverse, t, b) ? zero<V>() : before);
                                  });
@@ -191,7 +189,7 @@ class BackwardLayer : Context<Cell, T> {
 
   // dh of a row: what the later steps and the output ask of h.
   RNNKERN_INLINE V output_gradient(std::int64_t b, std::int64_t unit, int count) const noexcept {
-    const V carry = load<V>(s_.carry_h + b * padded_p_ + unit);
+    const V carry = load<V>(s_.carry_h + b * stride_p_ + unit);
     return layer_.dy ? carry + load_some<V>(dy_row(b) + unit, count) : carry;
   }
 
@@ -202,10 +200,10 @@ class BackwardLayer : Context<Cell, T> {
       for (std::int64_t i = own.begin; i < own.end; ++i) {
         const std::int64_t b = s_.batch_index[i];
         for (std::int64_t unit = 0; unit < P_; unit += lanes)
-          store(s_.dh + (row0_ + b) * padded_p_ + unit, output_gradient(b, unit, valid(unit, P_)));
+          store(s_.dh + (row0_ + b) * stride_p_ + unit, output_gradient(b, unit, valid(unit, P_)));
       }
       this->wait_if_units();
-      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * padded_p_;
+      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * stride_p_;
       product<T, Plain::vectors>(
           rows, s_.inputs, P_, packed_ + at_.w_hr_t, static_cast<const T*>(nullptr), panels.begin, panels.end,
           [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
@@ -245,7 +243,7 @@ class BackwardLayer : Context<Cell, T> {
     if constexpr (Cell::separate_recurrent) store_gates(gate_row(s_.dr_gates, i) + unit, dr, count);
     for (int e = 0; e < Cell::extras; ++e)
       store_some<V>(s_.dextra + (row0_ + b) * Cell::extras * H_ + e * H_ + unit, dextra[e], count);
-    if (!layer_.sizes.projected) store(s_.carry_h + b * padded_p_ + unit, dprev[0]);
+    if (!layer_.sizes.projected) store(s_.carry_h + b * stride_p_ + unit, dprev[0]);
     if constexpr (Cell::states > 1)
       store(s_.carry_c + b * padded_h_ + unit, this->cut(layer_.reverse, t_, b) ? zero<V>() : dprev[1]);
     T* hidden = s_.hidden + (row0_ + b) * padded_h_ + unit;
@@ -259,7 +257,7 @@ class BackwardLayer : Context<Cell, T> {
     if constexpr (Cell::late_gates > 0) {
       V saved[kSlots<Cell>], prev[kMaxStates], dx[Cell::gates];
       load_step(i, unit, count, saved, prev);
-      T* carry = s_.carry_h + s_.batch_index[i] * padded_p_ + unit;
+      T* carry = s_.carry_h + s_.batch_index[i] * stride_p_ + unit;
       T* gates = gate_row(s_.dx_gates, i) + unit;
       V dprev = load<V>(carry);
       for (int gate = 0; gate < Layout::early; ++gate) dx[gate] = load_some<V>(gates + gate * H_, count);
@@ -319,7 +317,7 @@ class BackwardLayer : Context<Cell, T> {
     }
     if (layer_.sizes.projected) {
       list(end, s_.left,
-           [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* { return s_.dh + row * padded_p_; });
+           [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* { return s_.dh + row * stride_p_; });
       list(end, s_.right, hidden);
       const Range projected = share(P_, worker.index, worker.count);
       add_outer_products(rows, s_.left, s_.right, projected.begin, projected.end, H_, static_cast<T*>(to.w_hr),
@@ -358,7 +356,7 @@ class BackwardLayer : Context<Cell, T> {
   const BackwardScratch<Cell, T>& s_;
   const Layout at_;
   const T* packed_;
-  const std::int64_t H_, P_, padded_h_, padded_p_;
+  const std::int64_t H_, P_, padded_h_, stride_p_;
   std::int64_t block_first_ = 0, t_ = 0, row0_ = 0;
 };
 

@@ -13,6 +13,7 @@ namespace {
 
 // Rows of a tile of `vectors` vectors: what the registers hold beside one weight vector and a broadcast per row.
 // 16 registers: 3 rows of 4 (12 + 3 + 1) or 4 of 3 (12 + 4, the weight from memory); 32: 6 of 4 (24 + 6 + 1), 8 of 3.
+// 6 rows of 2, with 16, load as much per multiply-add but repeat the loop for each half: 10 % slower.
 template <int vectors>
 constexpr int kTileRows = (kRegisters == 32 ? 24 : 12) / vectors;
 
@@ -22,11 +23,11 @@ constexpr int kSingleRowPanels = vectors * 3 <= kRegisters - 4 ? 3 : 2;
 
 template <int vectors>
 constexpr int kTileSums =
-    kTileRows<vectors> * vectors > kSingleRowPanels<vectors>* vectors ? kTileRows<vectors> * vectors
-                                                                      : kSingleRowPanels<vectors> * vectors;
+    vectors * (kTileRows<vectors> > kSingleRowPanels<vectors> ? kTileRows<vectors> : kSingleRowPanels<vectors>);
 
 // sums[r][v] += left(r) * right[v]. The shorter side waits in registers, the longer one passes through a single one:
-// with the other order GCC spills an accumulator of 4 rows by 3 vectors, and the tile runs at half speed.
+// with the other order GCC spills an accumulator of 4 rows by 3 vectors, and the tile runs at half speed. Pinned,
+// because GCC likes to load an operand again for each multiply-add of two: then loads are what 2 rows by 4 wait for.
 template <class T, int rows, int vectors, class Left>
 RNNKERN_INLINE void add_outer(Left&& left, const T* right, Vec<T> (&sums)[rows][vectors]) noexcept {
   using V = Vec<T>;
@@ -36,7 +37,8 @@ RNNKERN_INLINE void add_outer(Left&& left, const T* right, Vec<T> (&sums)[rows][
     for (int r = 0; r < rows; ++r) input[r] = set<V>(left(r));
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      const V weight = load<V>(right + v * kLanes<T>);
+      V weight = load<V>(right + v * kLanes<T>);
+      if constexpr (rows > 1) pin(weight);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) sums[r][v] = fma(input[r], weight, sums[r][v]);
     }
@@ -53,19 +55,17 @@ RNNKERN_INLINE void add_outer(Left&& left, const T* right, Vec<T> (&sums)[rows][
   }
 }
 
-// sums [panels][rows][vectors] = start + a w; a: `rows` pointers to `depth` elements; w: `panels` panels
-// `panel_stride` elements apart; start [panels][vectors * lanes] or null for zeros.
+// sums [panels][rows][vectors] = from + a w; a: `rows` pointers to `depth` elements; w: `panels` panels, panel_stride
+// elements apart; from: [panels][vectors * lanes] for all rows, or, for one panel, rows from_stride elements apart.
 template <class T, int vectors, int rows, int panels>
 RNNKERN_INLINE void accumulate(const T* const* a, std::int64_t depth, const T* w, std::int64_t panel_stride,
-                               const T* start, Vec<T>* sums) noexcept {
+                               const T* from, std::int64_t from_stride, Vec<T>* sums) noexcept {
   using V = Vec<T>;
   V s[panels][rows][vectors];
   const T* row[rows];
   for (int p = 0; p < panels; ++p)
-    for (int v = 0; v < vectors; ++v) {
-      const V first = start ? load<V>(start + (p * vectors + v) * kLanes<T>) : zero<V>();
-      for (int r = 0; r < rows; ++r) s[p][r][v] = first;
-    }
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < vectors; ++v) s[p][r][v] = load<V>(from + (p * vectors + v) * kLanes<T> + r * from_stride);
   for (int r = 0; r < rows; ++r) row[r] = a[r];
   for (std::int64_t k = 0; k < depth; ++k, w += vectors * kLanes<T>)
 #pragma GCC unroll 4
@@ -101,29 +101,42 @@ template <class T, int vectors>
 __attribute__((noinline)) void tile_of_rows(std::int64_t rows, const T* const* a, std::int64_t depth, const T* w,
                                             const T* start, Vec<T>* sums) noexcept {
   with_rows<kTileRows<vectors>>(
-      rows, [&]<int n>() RNNKERN_INLINE_LAMBDA { accumulate<T, vectors, n, 1>(a, depth, w, 0, start, sums); });
+      rows, [&]<int n>() RNNKERN_INLINE_LAMBDA { accumulate<T, vectors, n, 1>(a, depth, w, 0, start, 0, sums); });
+}
+
+// The tile that goes on from sums of its own for each row.
+template <class T, int vectors>
+__attribute__((noinline)) void tile_on_rows(std::int64_t rows, const T* const* a, std::int64_t depth, const T* w,
+                                            const T* from, std::int64_t from_stride, Vec<T>* sums) noexcept {
+  with_rows<kTileRows<vectors>>(rows, [&]<int n>() RNNKERN_INLINE_LAMBDA {
+    accumulate<T, vectors, n, 1>(a, depth, w, 0, from, from_stride, sums);
+  });
 }
 
 template <class T, int vectors>
 __attribute__((noinline)) void tile_of_panels(const T* const* a, std::int64_t depth, const T* w, const T* start,
                                               Vec<T>* sums) noexcept {
-  accumulate<T, vectors, 1, kSingleRowPanels<vectors>>(a, depth, w, depth * vectors * kLanes<T>, start, sums);
+  accumulate<T, vectors, 1, kSingleRowPanels<vectors>>(a, depth, w, depth * vectors * kLanes<T>, start, 0, sums);
 }
 
-// Calls body(first, rows) so that it covers [0, count) in tiles of at most `limit` rows, as equal as they can be: a
-// last tile of one row would leave the multiply-adds waiting for each other.
-template <int limit, class Body>
-RNNKERN_INLINE void for_row_tiles(std::int64_t count, Body&& body) noexcept {
+// Calls body(first, count) so that it covers [0, total) in parts of at most `limit`, as equal as they can be: a last
+// tile of one row would leave the multiply-adds waiting for each other.
+template <class Body>
+RNNKERN_INLINE void for_parts(std::int64_t total, std::int64_t limit, Body&& body) noexcept {
   std::int64_t first = 0;
-  for (std::int64_t tiles = divide_up(count, limit); tiles > 0; --tiles) {
-    const std::int64_t rows = divide_up(count - first, tiles);
-    body(first, rows);
-    first += rows;
+  for (std::int64_t parts = divide_up(total, limit); parts > 0; --parts) {
+    const std::int64_t count = divide_up(total - first, parts);
+    body(first, count);
+    first += count;
   }
 }
 
+template <class T>
+alignas(64) constexpr T kZeros[kRegisters * kLanes<T>] = {};  // at least as many as a tile has sums
+
 // For rows i in [0, rows) and panels p in [begin, end): sums of start and the product of inputs[i] (depth elements)
-// with the packed weights; done(i, p, sums) takes the `vectors` sums of a row and a panel.
+// with the packed weights; done(i, p, sums) takes the `vectors` sums of a row and a panel: at once, so that the
+// divisions of a cell's step run beside the multiply-adds of the next tile.
 // start: [panel][vectors * lanes] or null for zeros.
 template <class T, int vectors, class Done>
 RNNKERN_INLINE void product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed,
@@ -133,15 +146,15 @@ RNNKERN_INLINE void product(std::int64_t rows, const T* const* inputs, std::int6
   std::int64_t panel = begin;
   if (rows == 1)
     for (; panel + group <= end; panel += group) {
-      tile_of_panels<T, vectors>(inputs, depth, packed + panel * depth * width, start ? start + panel * width : nullptr,
-                                 sums);
+      tile_of_panels<T, vectors>(inputs, depth, packed + panel * depth * width,
+                                 start ? start + panel * width : kZeros<T>, sums);
 #pragma GCC unroll 1
       for (int p = 0; p < group; ++p) done(0, panel + p, sums + p * vectors);
     }
   for (; panel < end; ++panel)
-    for_row_tiles<kTileRows<vectors>>(rows, [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
+    for_parts(rows, kTileRows<vectors>, [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
       tile_of_rows<T, vectors>(count, inputs + first, depth, packed + panel * depth * width,
-                               start ? start + panel * width : nullptr, sums);
+                               start ? start + panel * width : kZeros<T>, sums);
 #pragma GCC unroll 1
       for (std::int64_t r = 0; r < count; ++r) done(first + r, panel, sums + r * vectors);
     });
@@ -158,18 +171,6 @@ RNNKERN_INLINE void for_plain_vectors(std::int64_t panel, std::int64_t units, Do
   }
 }
 
-template <class V>
-RNNKERN_INLINE V load_some(const Scalar<V>* source, int count) noexcept {
-  return count == kLanes<Scalar<V>> ? load<V>(source) : load<V>(source, count);
-}
-template <class V>
-RNNKERN_INLINE void store_some(Scalar<V>* target, V v, int count) noexcept {
-  if (count == kLanes<Scalar<V>>)
-    store(target, v);
-  else
-    store(target, v, count);
-}
-
 // outputs[i][0..units) = inputs[i] W, added to what is there if `add`. Columns: panels [begin, end).
 template <class T>
 void plain_product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed, const T* start,
@@ -184,35 +185,73 @@ void plain_product(std::int64_t rows, const T* const* inputs, std::int64_t depth
                              });
 }
 
-// Rows of an outer product that are worked on while the packed columns (rows x 4 vectors) stay in half of L1.
+// A sum of outer products is a product too: of the left side transposed and the right side packed. It goes through its
+// rows in parts of which a panel fills half of L1, through the outputs on the left in blocks that stay in L2 once
+// transposed, and through those on the right in blocks that use them while they are there.
 template <class T>
 constexpr std::int64_t kOuterRows = 16 * 1024 / (Plain::vectors * kVectorBytes);
+constexpr std::int64_t kOuterLeft = 192, kOuterPanels = 32;
+template <class T>  // a cache line more, so that the rows of a tile do not share cache sets
+constexpr std::int64_t kOuterStride = kOuterRows<T> + 64 / std::int64_t{sizeof(T)};
 template <class T>
-constexpr std::int64_t kOuterBuffer = kOuterRows<T> * Plain::vectors * kLanes<T>;
+constexpr std::int64_t kOuterBuffer =
+    kOuterRows<T> * kOuterPanels * Plain::vectors * kLanes<T> + kOuterLeft * kOuterStride<T>;
 
-// target[r][k] += sum over i < count of left[i][j + r] * right[i][k] for the k of one panel of right.
-template <class T, int tile_rows>
-RNNKERN_INLINE void add_outer_tile(std::int64_t count, const T* const* left, std::int64_t j, const T* right,
+// to[j * stride + i] = from[i][j] for i in [0, count) and j in [0, columns); writes whole vectors of i.
+template <class T>
+__attribute__((noinline)) void transpose_rows(std::int64_t count, const T* const* from, std::int64_t begin,
+                                              std::int64_t columns, T* to, std::int64_t stride) noexcept {
+  using V = Vec<T>;
+  constexpr int lanes = kLanes<T>;
+  for (std::int64_t i = 0; i < count; i += lanes)
+    for (std::int64_t j = 0; j < columns; j += lanes) {
+      const int some = columns - j < lanes ? static_cast<int>(columns - j) : lanes;
+      V block[lanes];
+      for (int l = 0; l < lanes; ++l)
+        block[l] = i + l < count ? load_some<V>(from[i + l] + begin + j, some) : zero<V>();
+      transpose(block);
+      for (int l = 0; l < some; ++l) store(to + (j + l) * stride + i, block[l]);
+    }
+}
+
+// to [i][4 vectors] = from[i][..] of the units of one panel, zero past the end.
+template <class T>
+RNNKERN_INLINE void pack_panel(std::int64_t count, const T* const* from, std::int64_t panel, std::int64_t columns,
+                               T* to) noexcept {
+  using V = Vec<T>;
+  for (std::int64_t i = 0; i < count; ++i, to += Plain::vectors * kLanes<T>) {
+    for (int v = 0; v < Plain::vectors; ++v) store(to + v * kLanes<T>, zero<V>());
+    for_plain_vectors<T>(panel, columns, [&](int v, std::int64_t k, int some) {
+      store(to + v * kLanes<T>, load_some<V>(from[i] + k, some));
+    });
+  }
+}
+
+// target[r][k] += sum over i < depth of left[r][i] * right[i][k] for the k of one panel.
+template <class T>
+RNNKERN_INLINE void add_outer_tile(std::int64_t tile_rows, const T* left, std::int64_t depth, const T* right,
                                    std::int64_t panel, std::int64_t columns, T* target) noexcept {
   using V = Vec<T>;
-  constexpr int vectors = Plain::vectors;
-  V sums[tile_rows][vectors] = {}, s[tile_rows][vectors];
-  for (int r = 0; r < tile_rows; ++r)
-    for_plain_vectors<T>(panel, columns, [&](int v, std::int64_t k, int some) {
-      sums[r][v] = load_some<V>(target + r * columns + k, some);
-    });
-  for (int r = 0; r < tile_rows; ++r)
-    for (int v = 0; v < vectors; ++v) s[r][v] = sums[r][v];
-  for (std::int64_t i = 0; i < count; ++i, right += vectors * kLanes<T>) {
-    const T* row = left[i] + j;
-    add_outer<T, tile_rows, vectors>([&](int r) RNNKERN_INLINE_LAMBDA { return row[r]; }, right, s);
+  constexpr int vectors = Plain::vectors, width = vectors * kLanes<T>;
+  const T* inputs[kTileRows<vectors>];
+  V sums[kTileRows<vectors> * vectors] = {};
+  for (std::int64_t r = 0; r < tile_rows; ++r) inputs[r] = left + r * kOuterStride<T>;
+  if ((panel + 1) * width <= columns) {
+    target += panel * width;
+    tile_on_rows<T, vectors>(tile_rows, inputs, depth, right, target, columns, sums);
+    for (std::int64_t r = 0; r < tile_rows; ++r)
+      for (int v = 0; v < vectors; ++v) store(target + r * columns + v * kLanes<T>, sums[r * vectors + v]);
+    return;
   }
-  for (int r = 0; r < tile_rows; ++r)
-    for (int v = 0; v < vectors; ++v) sums[r][v] = s[r][v];
-  for (int r = 0; r < tile_rows; ++r)
-    for_plain_vectors<T>(panel, columns, [&](int v, std::int64_t k, int some) {
-      store_some<V>(target + r * columns + k, sums[r][v], some);
-    });
+  const auto for_targets = [&](auto&& body) RNNKERN_INLINE_LAMBDA {
+    for (std::int64_t r = 0; r < tile_rows; ++r)
+      for_plain_vectors<T>(panel, columns, [&](int v, std::int64_t k, int some) RNNKERN_INLINE_LAMBDA {
+        body(target + r * columns + k, sums[r * vectors + v], some);
+      });
+  };
+  for_targets([](const T* from, V& sum, int some) RNNKERN_INLINE_LAMBDA { sum = load_some<V>(from, some); });
+  tile_on_rows<T, vectors>(tile_rows, inputs, depth, right, reinterpret_cast<const T*>(sums), width, sums);
+  for_targets([](T* to, const V& sum, int some) RNNKERN_INLINE_LAMBDA { store_some<V>(to, sum, some); });
 }
 
 // target[j][k] += sum over rows i of left[i][j] * right[i][k], for j in [begin, end) and k in [0, columns).
@@ -220,26 +259,22 @@ RNNKERN_INLINE void add_outer_tile(std::int64_t count, const T* const* left, std
 template <class T>
 void add_outer_products(std::int64_t rows, const T* const* left, const T* const* right, std::int64_t begin,
                         std::int64_t end, std::int64_t columns, T* target, T* buffer) noexcept {
-  using V = Vec<T>;
   constexpr int vectors = Plain::vectors, width = vectors * kLanes<T>;
-  if (begin >= end) return;
-  for (std::int64_t first = 0; first < rows; first += kOuterRows<T>) {
-    const std::int64_t some = rows - first < kOuterRows<T> ? rows - first : kOuterRows<T>;
-    for (std::int64_t panel = 0; panel < Plain::panels<T>(columns); ++panel) {
-      for (std::int64_t i = 0; i < some; ++i) {
-        for (int v = 0; v < vectors; ++v) store(buffer + i * width + v * kLanes<T>, zero<V>());
-        for_plain_vectors<T>(panel, columns, [&](int v, std::int64_t k, int count) {
-          store(buffer + i * width + v * kLanes<T>, load_some<V>(right[first + i] + k, count));
-        });
-      }
-      for_row_tiles<kTileRows<vectors>>(end - begin, [&](std::int64_t tile, std::int64_t tile_rows) {
-        const std::int64_t j = begin + tile;
-        with_rows<kTileRows<vectors>>(tile_rows, [&]<int n>() RNNKERN_INLINE_LAMBDA {
-          add_outer_tile<T, n>(some, left + first, j, buffer, panel, columns, target + j * columns);
-        });
+  T* const packed_left = buffer + kOuterRows<T> * kOuterPanels * width;
+  for_parts(rows, kOuterRows<T>, [&](std::int64_t i, std::int64_t depth) {
+    for_parts(Plain::panels<T>(columns), kOuterPanels, [&](std::int64_t panel0, std::int64_t panels) {
+      for (std::int64_t p = 0; p < panels; ++p)
+        pack_panel(depth, right + i, panel0 + p, columns, buffer + p * depth * width);
+      for_parts(end - begin, kOuterLeft, [&](std::int64_t j0, std::int64_t outputs) {
+        transpose_rows(depth, left + i, begin + j0, outputs, packed_left, kOuterStride<T>);
+        for (std::int64_t p = 0; p < panels; ++p)
+          for_parts(outputs, kTileRows<vectors>, [&](std::int64_t j, std::int64_t tile_rows) RNNKERN_INLINE_LAMBDA {
+            add_outer_tile(tile_rows, packed_left + j * kOuterStride<T>, depth, buffer + p * depth * width, panel0 + p,
+                           columns, target + (begin + j0 + j) * columns);
+          });
       });
-    }
-  }
+    });
+  });
 }
 
 // target[j] += sum over rows i of left[i][j], for j in [begin, end).

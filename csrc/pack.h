@@ -24,6 +24,14 @@ constexpr std::int64_t padded(std::int64_t units) noexcept {
   return round_up(units, kLanes<T>);
 }
 
+// Between rows of working memory: a cache line more than whole lines, so that rows of 2^n bytes do not fall into the
+// same few sets of the cache.
+template <class T>
+constexpr std::int64_t scratch_stride(std::int64_t count) noexcept {
+  constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
+  return round_up(count, line) + line;
+}
+
 // The shape of a panel of `gates` gates: about four vectors, so that three rows of accumulators, three broadcasts and
 // a weight fill 16 registers; see tile_rows in gemm.h.
 template <int gates>
@@ -43,7 +51,29 @@ struct PanelShape {
 
 using Plain = PanelShape<1>;
 
-// weight(gate, unit, k) = source[gate * gate_stride + unit * unit_stride + k * k_stride]
+// to [k][step] = vectors of `present` units from k on, of sources whose units (unit_stride 1) or inputs (k_stride 1)
+// stand side by side; zero past the end.
+template <class T>
+void pack_vector(const T* from, std::int64_t present, std::int64_t depth, std::int64_t unit_stride,
+                 std::int64_t k_stride, T* to, std::int64_t step) noexcept {
+  using V = Vec<T>;
+  constexpr int lanes = kLanes<T>;
+  if (unit_stride == 1) {
+    for (std::int64_t k = 0; k < depth; ++k)
+      store(to + k * step, present > 0 ? load_some<V>(from + k * k_stride, static_cast<int>(present)) : zero<V>());
+    return;
+  }
+  for (std::int64_t k = 0; k < depth; k += lanes) {
+    const int some = depth - k < lanes ? static_cast<int>(depth - k) : lanes;
+    V block[lanes];
+    for (int unit = 0; unit < lanes; ++unit)
+      block[unit] = unit < present ? load_some<V>(from + unit * unit_stride + k, some) : zero<V>();
+    transpose(block);
+    for (int i = 0; i < some; ++i) store(to + (k + i) * step, block[i]);
+  }
+}
+
+// weight(gate, unit, k) = source[gate * gate_stride + unit * unit_stride + k * k_stride]; one of the last two is 1
 template <int gates, class T>
 void pack_panels(const T* source, std::int64_t units, std::int64_t depth, std::int64_t gate_stride,
                  std::int64_t unit_stride, std::int64_t k_stride, T* target) noexcept {
@@ -54,12 +84,9 @@ void pack_panels(const T* source, std::int64_t units, std::int64_t depth, std::i
       for (int sub = 0; sub < Shape::subs; ++sub) {
         const std::int64_t first = (panel * Shape::subs + sub) * lanes;
         const std::int64_t present = first + lanes <= units ? lanes : first < units ? units - first : 0;
-        const T* from = source + gate * gate_stride + first * unit_stride;
-        T* to = target + (panel * depth * Shape::vectors + gate * Shape::subs + sub) * lanes;
-        for (std::int64_t k = 0; k < depth; ++k, from += k_stride, to += Shape::vectors * lanes) {
-          for (std::int64_t lane = 0; lane < present; ++lane) to[lane] = from[lane * unit_stride];
-          for (std::int64_t lane = present; lane < lanes; ++lane) to[lane] = 0;
-        }
+        pack_vector(source + gate * gate_stride + (present > 0 ? first * unit_stride : 0), present, depth, unit_stride,
+                    k_stride, target + (panel * depth * Shape::vectors + gate * Shape::subs + sub) * lanes,
+                    Shape::vectors * lanes);
       }
 }
 

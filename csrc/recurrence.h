@@ -99,7 +99,7 @@ constexpr int kSlots = Cell::saved > Cell::gates ? Cell::saved : Cell::gates;
 
 template <class Cell, class T>
 struct ForwardScratch {
-  T* h[2];    // [B, padded P]: the state before and after a step
+  T* h[2];    // [B, stride P]: the state before and after a step
   T* c;       // [B, padded H]
   T* hidden;  // [B, padded H]: h before the projection, or the scaled h of a late product
   T* zeros;   // [padded H]
@@ -112,17 +112,17 @@ struct ForwardScratch {
   std::int64_t* batch_index;
 
   ForwardScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
-    std::int64_t padded_h = 0, padded_p = 0;
+    std::int64_t padded_h = 0, stride_p = 0;
     bool own_gates = false, two_products = Cell::late_gates > 0;
     for (int i = 0; i < stack.layer_count * stack.directions; ++i) {
       const Layer& layer = stack.layers[i];
       padded_h = padded<T>(layer.sizes.hidden);
-      padded_p = padded<T>(layer.sizes.outputs);
+      stride_p = scratch_stride<T>(layer.sizes.outputs);
       own_gates |= layer.saved == nullptr;
       two_products |= layer.sizes.projected;
     }
     const std::int64_t B = stack.batch, rows = stack.block_steps * B;
-    for (T*& one : h) one = arena.take<T>(B * padded_p);
+    for (T*& one : h) one = arena.take<T>(B * stride_p);
     c = arena.take<T>(Cell::states > 1 ? B * padded_h : 0);
     hidden = arena.take<T>(two_products ? B * padded_h : 0);
     zeros = arena.take<T>(padded_h);
@@ -160,7 +160,7 @@ class ForwardLayer : Context<Cell, T> {
         H_(layer.sizes.hidden),
         P_(layer.sizes.outputs),
         padded_h_(padded<T>(H_)),
-        padded_p_(padded<T>(P_)),
+        stride_p_(scratch_stride<T>(P_)),
         keep_(layer.saved != nullptr && Cell::saved > 0) {}
 
   // Returns the number of blocks begun in the call so far.
@@ -189,7 +189,7 @@ class ForwardLayer : Context<Cell, T> {
     const Range own = this->rows_to_own();
     for (std::int64_t b = own.begin; b < own.end; ++b) {
       const T* h = static_cast<const T*>(layer_.initial[0]);
-      copy_row(s_.h[0] + b * padded_p_, h ? h + b * P_ : nullptr, P_, padded_p_);
+      copy_row(s_.h[0] + b * stride_p_, h ? h + b * P_ : nullptr, P_, stride_p_);
       if constexpr (Cell::states > 1) {
         const T* c = static_cast<const T*>(layer_.initial[1]);
         copy_row(s_.c + b * padded_h_, c ? c + b * H_ : nullptr, H_, padded_h_);
@@ -202,7 +202,7 @@ class ForwardLayer : Context<Cell, T> {
   void leave() noexcept {
     const Range own = this->rows_to_own();
     for (std::int64_t b = own.begin; b < own.end; ++b) {
-      copy_row(static_cast<T*>(layer_.last[0]) + b * P_, s_.h[now_] + b * padded_p_, P_, P_);
+      copy_row(static_cast<T*>(layer_.last[0]) + b * P_, s_.h[now_] + b * stride_p_, P_, P_);
       if constexpr (Cell::states > 1) copy_row(static_cast<T*>(layer_.last[1]) + b * H_, s_.c + b * padded_h_, H_, H_);
     }
   }
@@ -292,12 +292,12 @@ class ForwardLayer : Context<Cell, T> {
     for (std::int64_t b = own.begin; b < own.end; ++b) {
       if (t >= this->length(b)) {
         if (this->by_units() && b % worker.count != worker.index) continue;
-        std::memcpy(s_.h[1 - now_] + b * padded_p_, h + b * padded_p_, static_cast<std::size_t>(P_) * sizeof(T));
+        std::memcpy(s_.h[1 - now_] + b * stride_p_, h + b * stride_p_, static_cast<std::size_t>(P_) * sizeof(T));
         std::memset(output(t, b), 0, static_cast<std::size_t>(P_) * sizeof(T));
         continue;
       }
       const bool cut = this->cut(layer_.reverse, t, b);
-      s_.h_prev[rows] = cut ? s_.zeros : h + b * padded_p_;
+      s_.h_prev[rows] = cut ? s_.zeros : h + b * stride_p_;
       if constexpr (Cell::states > 1) s_.c_prev[rows] = cut ? s_.zeros : s_.c + b * padded_h_;
       s_.hidden_rows[rows] = s_.hidden + b * padded_h_;
       s_.step_gates[rows] = gates(t, b);
@@ -343,7 +343,7 @@ class ForwardLayer : Context<Cell, T> {
 
   RNNKERN_INLINE void store_h(std::int64_t t, std::int64_t i, std::int64_t unit, V h) const noexcept {
     const std::int64_t b = s_.batch_index[i];
-    store(s_.h[1 - now_] + b * padded_p_ + unit, h);
+    store(s_.h[1 - now_] + b * stride_p_ + unit, h);
     store_some<V>(output(t, b) + unit, h, P_ - unit < lanes ? static_cast<int>(P_ - unit) : lanes);
   }
 
@@ -351,7 +351,7 @@ class ForwardLayer : Context<Cell, T> {
   const ForwardScratch<Cell, T>& s_;
   const Layout at_;
   const T* packed_;
-  const std::int64_t H_, P_, padded_h_, padded_p_;
+  const std::int64_t H_, P_, padded_h_, stride_p_;
   const bool keep_;
   int now_ = 0;                   // which of s_.h is the state before the step
   std::int64_t block_first_ = 0;  // steps done before this block

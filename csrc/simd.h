@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -63,6 +64,16 @@ template <class V>
 using Mask = decltype(V{} < V{});  // signed integers of the element's size: all ones or zero
 template <class V>
 constexpr bool kIsNative = sizeof(V) == kNativeBytes;
+
+// Keeps v in a register: what was loaded is not loaded again.
+template <class V>
+RNNKERN_INLINE void pin(V& v) noexcept {
+#if defined(__x86_64__)
+  if constexpr (kIsNative<V>) asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  if constexpr (kIsNative<V>) asm("" : "+w"(v));
+#endif
+}
 
 // An IEEE format: 2^n has the bits (n + bias) << mantissa_bits; x + round_shift has no bits below one.
 template <class T>
@@ -178,6 +189,18 @@ RNNKERN_INLINE void store(Scalar<V>* target, V v, int n) noexcept {
     std::memcpy(target, &v, static_cast<std::size_t>(n) * sizeof *target);
 }
 
+template <class V>
+RNNKERN_INLINE V load_some(const Scalar<V>* source, int count) noexcept {
+  return count == kLanes<Scalar<V>> ? load<V>(source) : load<V>(source, count);
+}
+template <class V>
+RNNKERN_INLINE void store_some(Scalar<V>* target, V v, int count) noexcept {
+  if (count == kLanes<Scalar<V>>)
+    store(target, v);
+  else
+    store(target, v, count);
+}
+
 // A vector wider than native, in two.
 template <class V>
 struct Halves {
@@ -196,6 +219,24 @@ RNNKERN_INLINE V join(Halves<V> halves) noexcept {
   std::memcpy(&v, &halves.low, sizeof halves.low);
   std::memcpy(reinterpret_cast<char*>(&v) + sizeof halves.low, &halves.high, sizeof halves.high);
   return v;
+}
+
+// Exchanges element l of rows[i] and element i of rows[l], by swapping ever smaller blocks off the diagonal.
+template <class V, int distance, std::size_t... lane>
+RNNKERN_INLINE void swap_blocks(V& a, V& b, std::index_sequence<lane...>) noexcept {
+  constexpr int lanes = sizeof...(lane), d = distance;
+  const V first =
+      __builtin_shufflevector(a, b, (static_cast<int>(lane) & d ? lanes - d : 0) + static_cast<int>(lane)...);
+  b = __builtin_shufflevector(a, b, (static_cast<int>(lane) & d ? lanes : d) + static_cast<int>(lane)...);
+  a = first;
+}
+template <class V, int distance = kLanes<Scalar<V>> / 2>
+RNNKERN_INLINE void transpose(V* rows) noexcept {
+  constexpr int lanes = kLanes<Scalar<V>>;
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i)
+    if ((i & distance) == 0) swap_blocks<V, distance>(rows[i], rows[i + distance], std::make_index_sequence<lanes>());
+  if constexpr (distance > 1) transpose<V, distance / 2>(rows);
 }
 
 // a * b + c, with one rounding where the ISA has FMA.
