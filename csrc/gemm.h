@@ -134,6 +134,42 @@ RNNKERN_INLINE void for_parts(std::int64_t total, std::int64_t limit, Body&& bod
 template <class T>
 alignas(64) constexpr T kZeros[kRegisters * kLanes<T>] = {};  // at least as many as a tile has sums
 
+// Inputs of which a panel fills an eighth of a small L2 (64 KiB), and the rows whose sums wait between two such parts.
+template <int vectors>
+constexpr std::int64_t kPartDepth = 64 * 1024 / (vectors * kVectorBytes);
+constexpr std::int64_t kPartRows = 64;
+
+// product() of many rows and inputs: panels by parts of their depth, so that all rows use a part while it is in L2; the
+// next one is fetched meanwhile, a slice with each tile.
+template <class T, int vectors, class Done>
+RNNKERN_INLINE void deep_product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed,
+                                 const T* start, std::int64_t begin, std::int64_t end, Done&& done) noexcept {
+  constexpr int width = vectors * kLanes<T>;
+  const std::int64_t tiles = divide_up(rows, kTileRows<vectors>);
+  Vec<T> sums[kPartRows * vectors];
+  const T* part_inputs[kTileRows<vectors>];
+  for (std::int64_t panel = begin; panel < end; ++panel)
+    for_parts(depth, kPartDepth<vectors>, [&](std::int64_t k, std::int64_t part) RNNKERN_INLINE_LAMBDA {
+      const T* weights = packed + (panel * depth + k) * width;
+      const T* next = weights + part * width;
+      // At most as many lines as a core can wait for at a time.
+      const std::int64_t slice =
+          smaller(divide_up(part * width * static_cast<std::int64_t>(sizeof(T)), tiles * 64), 16);
+      for_parts(rows, kTileRows<vectors>, [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
+        for (std::int64_t line = 0; line < slice; ++line, next += 64 / sizeof(T)) __builtin_prefetch(next, 0, 2);
+        for (std::int64_t r = 0; r < count; ++r) part_inputs[r] = inputs[first + r] + k;
+        Vec<T>* tile = sums + first * vectors;
+        if (k == 0)
+          tile_of_rows<T, vectors>(count, part_inputs, part, weights, start ? start + panel * width : kZeros<T>, tile);
+        else
+          tile_on_rows<T, vectors>(count, part_inputs, part, weights, reinterpret_cast<const T*>(tile), width, tile);
+        if (k + part < depth) return;
+#pragma GCC unroll 1
+        for (std::int64_t r = 0; r < count; ++r) done(first + r, panel, tile + r * vectors);
+      });
+    });
+}
+
 // For rows i in [0, rows) and panels p in [begin, end): sums of start and the product of inputs[i] (depth elements)
 // with the packed weights; done(i, p, sums) takes the `vectors` sums of a row and a panel: at once, so that the
 // divisions of a cell's step run beside the multiply-adds of the next tile.
@@ -142,6 +178,12 @@ template <class T, int vectors, class Done>
 RNNKERN_INLINE void product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed,
                             const T* start, std::int64_t begin, std::int64_t end, Done&& done) noexcept {
   constexpr int width = vectors * kLanes<T>, group = kSingleRowPanels<vectors>;
+  if (rows > kTileRows<vectors> && depth > kPartDepth<vectors>)
+    return for_parts(rows, kPartRows, [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
+      deep_product<T, vectors>(count, inputs + first, depth, packed, start, begin, end,
+                               [&](std::int64_t i, std::int64_t panel, const Vec<T>* sum)
+                                   RNNKERN_INLINE_LAMBDA { done(first + i, panel, sum); });
+    });
   Vec<T> sums[kTileSums<vectors>];
   std::int64_t panel = begin;
   if (rows == 1)
@@ -189,8 +231,8 @@ void plain_product(std::int64_t rows, const T* const* inputs, std::int64_t depth
 // rows in parts of which a panel fills half of L1, through the outputs on the left in blocks that stay in L2 once
 // transposed, and through those on the right in blocks that use them while they are there.
 template <class T>
-constexpr std::int64_t kOuterRows = 16 * 1024 / (Plain::vectors * kVectorBytes);
-constexpr std::int64_t kOuterLeft = 192, kOuterPanels = 32;
+constexpr std::int64_t kOuterRows = 32 * 1024 / (Plain::vectors * kVectorBytes);
+constexpr std::int64_t kOuterLeft = 96, kOuterPanels = 8;
 template <class T>  // a cache line more, so that the rows of a tile do not share cache sets
 constexpr std::int64_t kOuterStride = kOuterRows<T> + 64 / std::int64_t{sizeof(T)};
 template <class T>

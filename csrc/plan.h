@@ -47,7 +47,7 @@ inline Plan make_plan(const PlanInput& in) {
   const std::int64_t row_bytes = values * in.hidden * in.element_bytes;
   std::int64_t block_rows = block_bytes * plan.threads / std::max<std::int64_t>(row_bytes, 1);
   // A block of backward reads and writes the whole gradient of the weights: at least enough rows to pay for that.
-  block_rows = std::clamp<std::int64_t>(block_rows, in.backward ? 128 : 1, 4096);
+  block_rows = std::clamp<std::int64_t>(block_rows, in.backward ? 256 : 1, 4096);
   plan.block_steps = std::clamp<std::int64_t>(block_rows / std::max<std::int64_t>(in.batch, 1), 1,
                                               std::max<std::int64_t>(in.steps, 1));
   return plan;
