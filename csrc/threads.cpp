@@ -3,6 +3,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -28,6 +29,9 @@ constexpr int kSpins = 50;                       // 1 to 2 us, longer than threa
 constexpr microseconds kIdle{50};                // a helper without work sleeps after this
 constexpr nanoseconds kWorthWaking{100'000};     // waking a sleeping helper costs the caller up to 10 us
 constexpr nanoseconds kLongestCheckIn{100'000};  // a woken helper takes 10 to 50 us to arrive
+constexpr int kCrowded = 5;                      // a thread that was off its core for a fifth of a call was crowded out
+constexpr unsigned kLongestRetreat = 63;         // calls, and
+constexpr microseconds kRetreat{250'000};
 constexpr std::size_t kCacheLine = 64;
 
 // Waiting that costs nothing while it is short, and leaves the core to whoever else needs it when it is long.
@@ -49,6 +53,12 @@ class Patience {
  private:
   int spins_ = 0;
 };
+
+nanoseconds cpu_time() noexcept {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return std::chrono::seconds(now.tv_sec) + nanoseconds(now.tv_nsec);
+}
 
 // The seats of a call: how many helpers it still wants in all, and how many have checked in. Equal means closed. A
 // helper that finds them closed touches nothing of the call.
@@ -73,10 +83,24 @@ class Team {
     context_ = context;
     arrivals_.store(0, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
+    off_core_.store(0, std::memory_order_relaxed);
+    const Clock::time_point start = Clock::now();
     const std::uint32_t taken = seat(helpers, expected);
-    task(context, Worker{0, static_cast<int>(taken) + 1, this, barrier});
+    work(Worker{0, static_cast<int>(taken) + 1, this, barrier});
     for (Patience patience; finished_.load(std::memory_order_acquire) != taken;) patience.wait();
     last_end_ = Clock::now();
+    const bool crowded = nanoseconds(off_core_.load(std::memory_order_relaxed)) > (last_end_ - start) / kCrowded;
+    retreat_ = crowded ? std::min(2 * retreat_ + 1, kLongestRetreat) : 0;
+    alone_ = retreat_;
+  }
+
+  // Whether to leave the cores to others for this call: where some process wants them too, waiting for a helper that is
+  // not running costs more than its help is worth. A call with helpers tries again after 1, 3, 7, ... 63 calls without,
+  // or once kRetreat has passed.
+  bool retreats() noexcept {
+    if (alone_ == 0 || Clock::now() - last_end_ > kRetreat) return false;
+    --alone_;
+    return true;
   }
 
  private:
@@ -117,6 +141,17 @@ class Team {
     return seats.taken();
   }
 
+  // Runs the task and notes for how long this thread was off its core.
+  void work(const Worker& worker) noexcept {
+    const Clock::time_point start = Clock::now();
+    const nanoseconds cpu_start = cpu_time();
+    task_(context_, worker);
+    const std::int64_t off_core = ((Clock::now() - start) - (cpu_time() - cpu_start)).count();
+    std::int64_t most = off_core_.load(std::memory_order_relaxed);
+    while (most < off_core && !off_core_.compare_exchange_weak(most, off_core, std::memory_order_relaxed)) {
+    }
+  }
+
   [[noreturn]] void help() noexcept {
     for (;;) {
       Seats seats = await_call();
@@ -124,7 +159,7 @@ class Team {
       const int index = static_cast<int>(seats.taken()) + 1;
       Patience patience;
       while (seats.packed = seats_.load(std::memory_order_acquire), !seats.closed()) patience.wait();
-      task_(context_, Worker{index, static_cast<int>(seats.taken()) + 1, this, barrier});
+      work(Worker{index, static_cast<int>(seats.taken()) + 1, this, barrier});
       finished_.fetch_add(1, std::memory_order_release);
     }
   }
@@ -155,15 +190,17 @@ class Team {
   }
 
   std::atomic<bool> busy_ = false;
-  int hired_ = 0;  // the next five: written by the caller that has acquired the team, before it offers the seats
+  int hired_ = 0;  // the next seven: written by the caller that has acquired the team, before it offers the seats
   Task task_ = nullptr;
   void* context_ = nullptr;
-  unsigned missed_ = 0;  // calls since all helpers came
+  unsigned missed_ = 0;               // calls since all helpers came
+  unsigned retreat_ = 0, alone_ = 0;  // calls to run without helpers: at the last count, and still to come
   Clock::time_point last_end_{};
   alignas(kCacheLine) std::atomic<std::uint32_t> seats_ = 0;
   std::atomic<int> sleeping_ = 0;
   alignas(kCacheLine) std::atomic<std::uint64_t> arrivals_ = 0;
   std::atomic<std::uint32_t> finished_ = 0;
+  std::atomic<std::int64_t> off_core_ = 0;  // ns, of the thread that was off its core for longest
 };
 
 std::atomic<Team*> the_team = nullptr;
@@ -207,11 +244,12 @@ void run_team(Task task, void* context, int max_threads, std::int64_t expected_n
     max_threads = std::min(max_threads, num_threads());
     if (max_threads > 1) team = get_team();
   }
-  if (team == nullptr || !team->acquire()) {
-    task(context, Worker{0, 1, nullptr, [](void*) noexcept {}});
-    return;
-  }
-  team->run(task, context, max_threads - 1, nanoseconds(expected_ns));
+  const Worker alone{0, 1, nullptr, [](void*) noexcept {}};
+  if (team == nullptr || !team->acquire()) return task(context, alone);
+  if (team->retreats())
+    task(context, alone);
+  else
+    team->run(task, context, max_threads - 1, nanoseconds(expected_ns));
   team->release();
 }
 
