@@ -21,10 +21,6 @@ constexpr int kTileRows = (kRegisters == 32 ? 24 : 12) / vectors;
 template <int vectors>
 constexpr int kSingleRowPanels = vectors * 3 <= kRegisters - 4 ? 3 : 2;
 
-template <int vectors>
-constexpr int kTileSums =
-    vectors * (kTileRows<vectors> > kSingleRowPanels<vectors> ? kTileRows<vectors> : kSingleRowPanels<vectors>);
-
 // sums[r][v] += left(r) * right[v]. The shorter side waits in registers, the longer one passes through a single one:
 // with the other order GCC spills an accumulator of 4 rows by 3 vectors, and the tile runs at half speed. Pinned,
 // because GCC likes to load an operand again for each multiply-add of two: then loads are what 2 rows by 4 wait for.
@@ -76,23 +72,23 @@ RNNKERN_INLINE void accumulate(const T* const* a, std::int64_t depth, const T* w
       for (int v = 0; v < vectors; ++v) *sums++ = s[p][r][v];
 }
 
-// Calls body.template operator()<rows>() for a number of rows that is known only now, 1 <= rows <= limit <= 8.
+// Calls body.template operator()<n>() for a count that is known only now, 1 <= count <= limit <= 8.
 template <int limit, class Body>
-RNNKERN_INLINE void with_rows(std::int64_t rows, Body&& body) noexcept {
-  switch (rows) {
-#define RNNKERN_ROWS(n)                                             \
+RNNKERN_INLINE void with_count(std::int64_t count, Body&& body) noexcept {
+  switch (count) {
+#define RNNKERN_COUNT(n)                                            \
   case n:                                                           \
     if constexpr (n <= limit) return body.template operator()<n>(); \
     break;
-    RNNKERN_ROWS(1)
-    RNNKERN_ROWS(2)
-    RNNKERN_ROWS(3)
-    RNNKERN_ROWS(4)
-    RNNKERN_ROWS(5)
-    RNNKERN_ROWS(6)
-    RNNKERN_ROWS(7)
-    RNNKERN_ROWS(8)
-#undef RNNKERN_ROWS
+    RNNKERN_COUNT(1)
+    RNNKERN_COUNT(2)
+    RNNKERN_COUNT(3)
+    RNNKERN_COUNT(4)
+    RNNKERN_COUNT(5)
+    RNNKERN_COUNT(6)
+    RNNKERN_COUNT(7)
+    RNNKERN_COUNT(8)
+#undef RNNKERN_COUNT
   }
 }
 
@@ -100,7 +96,7 @@ RNNKERN_INLINE void with_rows(std::int64_t rows, Body&& body) noexcept {
 template <class T, int vectors>
 __attribute__((noinline)) void tile_of_rows(std::int64_t rows, const T* const* a, std::int64_t depth, const T* w,
                                             const T* start, Vec<T>* sums) noexcept {
-  with_rows<kTileRows<vectors>>(
+  with_count<kTileRows<vectors>>(
       rows, [&]<int n>() RNNKERN_INLINE_LAMBDA { accumulate<T, vectors, n, 1>(a, depth, w, 0, start, 0, sums); });
 }
 
@@ -108,15 +104,18 @@ __attribute__((noinline)) void tile_of_rows(std::int64_t rows, const T* const* a
 template <class T, int vectors>
 __attribute__((noinline)) void tile_on_rows(std::int64_t rows, const T* const* a, std::int64_t depth, const T* w,
                                             const T* from, std::int64_t from_stride, Vec<T>* sums) noexcept {
-  with_rows<kTileRows<vectors>>(rows, [&]<int n>() RNNKERN_INLINE_LAMBDA {
+  with_count<kTileRows<vectors>>(rows, [&]<int n>() RNNKERN_INLINE_LAMBDA {
     accumulate<T, vectors, n, 1>(a, depth, w, 0, from, from_stride, sums);
   });
 }
 
+// The tile of one row and up to kSingleRowPanels panels.
 template <class T, int vectors>
-__attribute__((noinline)) void tile_of_panels(const T* const* a, std::int64_t depth, const T* w, const T* start,
-                                              Vec<T>* sums) noexcept {
-  accumulate<T, vectors, 1, kSingleRowPanels<vectors>>(a, depth, w, depth * vectors * kLanes<T>, start, 0, sums);
+__attribute__((noinline)) void tile_of_panels(std::int64_t panels, const T* const* a, std::int64_t depth, const T* w,
+                                              const T* start, Vec<T>* sums) noexcept {
+  with_count<kSingleRowPanels<vectors>>(panels, [&]<int n>() RNNKERN_INLINE_LAMBDA {
+    accumulate<T, vectors, 1, n>(a, depth, w, depth * vectors * kLanes<T>, start, 0, sums);
+  });
 }
 
 // Calls body(first, count) so that it covers [0, total) in parts of at most `limit`, as equal as they can be: a last
@@ -137,37 +136,30 @@ alignas(64) constexpr T kZeros[kRegisters * kLanes<T>] = {};  // at least as man
 // Inputs of which a panel fills an eighth of a small L2 (64 KiB), and the rows whose sums wait between two such parts.
 template <int vectors>
 constexpr std::int64_t kPartDepth = 64 * 1024 / (vectors * kVectorBytes);
-constexpr std::int64_t kPartRows = 64;
+constexpr std::int64_t kPartRows = 24;
 
-// product() of many rows and inputs: panels by parts of their depth, so that all rows use a part while it is in L2; the
-// next one is fetched meanwhile, a slice with each tile.
-template <class T, int vectors, class Done>
-RNNKERN_INLINE void deep_product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed,
-                                 const T* start, std::int64_t begin, std::int64_t end, Done&& done) noexcept {
+// What tile_of_rows does, for up to kPartRows rows and any depth: all rows use a part of the panel while it is in L2.
+// The next part is fetched meanwhile, with each tile at most as many lines as a core can wait for at a time.
+template <class T, int vectors>
+__attribute__((noinline)) void tiles_of_parts(std::int64_t rows, const T* const* a, std::int64_t depth, const T* w,
+                                              const T* start, Vec<T>* sums) noexcept {
   constexpr int width = vectors * kLanes<T>;
+  constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
   const std::int64_t tiles = divide_up(rows, kTileRows<vectors>);
-  Vec<T> sums[kPartRows * vectors];
-  const T* part_inputs[kTileRows<vectors>];
-  for (std::int64_t panel = begin; panel < end; ++panel)
-    for_parts(depth, kPartDepth<vectors>, [&](std::int64_t k, std::int64_t part) RNNKERN_INLINE_LAMBDA {
-      const T* weights = packed + (panel * depth + k) * width;
-      const T* next = weights + part * width;
-      // At most as many lines as a core can wait for at a time.
-      const std::int64_t slice =
-          smaller(divide_up(part * width * static_cast<std::int64_t>(sizeof(T)), tiles * 64), 16);
-      for_parts(rows, kTileRows<vectors>, [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
-        for (std::int64_t line = 0; line < slice; ++line, next += 64 / sizeof(T)) __builtin_prefetch(next, 0, 2);
-        for (std::int64_t r = 0; r < count; ++r) part_inputs[r] = inputs[first + r] + k;
-        Vec<T>* tile = sums + first * vectors;
-        if (k == 0)
-          tile_of_rows<T, vectors>(count, part_inputs, part, weights, start ? start + panel * width : kZeros<T>, tile);
-        else
-          tile_on_rows<T, vectors>(count, part_inputs, part, weights, reinterpret_cast<const T*>(tile), width, tile);
-        if (k + part < depth) return;
-#pragma GCC unroll 1
-        for (std::int64_t r = 0; r < count; ++r) done(first + r, panel, tile + r * vectors);
-      });
+  const T* inputs[kTileRows<vectors>];
+  for_parts(depth, kPartDepth<vectors>, [&](std::int64_t k, std::int64_t part) {
+    const T *weights = w + k * width, *next = weights + part * width;
+    const std::int64_t fetched = smaller(divide_up(part * width, tiles * line), 16);
+    for_parts(rows, kTileRows<vectors>, [&](std::int64_t first, std::int64_t count) {
+      for (std::int64_t i = 0; i < fetched; ++i, next += line) __builtin_prefetch(next, 0, 2);
+      for (std::int64_t r = 0; r < count; ++r) inputs[r] = a[first + r] + k;
+      Vec<T>* tile = sums + first * vectors;
+      if (k == 0)
+        tile_of_rows<T, vectors>(count, inputs, part, weights, start, tile);
+      else
+        tile_on_rows<T, vectors>(count, inputs, part, weights, reinterpret_cast<const T*>(tile), width, tile);
     });
+  });
 }
 
 // For rows i in [0, rows) and panels p in [begin, end): sums of start and the product of inputs[i] (depth elements)
@@ -177,29 +169,27 @@ RNNKERN_INLINE void deep_product(std::int64_t rows, const T* const* inputs, std:
 template <class T, int vectors, class Done>
 RNNKERN_INLINE void product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed,
                             const T* start, std::int64_t begin, std::int64_t end, Done&& done) noexcept {
-  constexpr int width = vectors * kLanes<T>, group = kSingleRowPanels<vectors>;
-  if (rows > kTileRows<vectors> && depth > kPartDepth<vectors>)
-    return for_parts(rows, kPartRows, [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
-      deep_product<T, vectors>(count, inputs + first, depth, packed, start, begin, end,
-                               [&](std::int64_t i, std::int64_t panel, const Vec<T>* sum)
-                                   RNNKERN_INLINE_LAMBDA { done(first + i, panel, sum); });
-    });
-  Vec<T> sums[kTileSums<vectors>];
-  std::int64_t panel = begin;
+  constexpr int width = vectors * kLanes<T>;
+  Vec<T> sums[kPartRows * vectors];
   if (rows == 1)
-    for (; panel + group <= end; panel += group) {
-      tile_of_panels<T, vectors>(inputs, depth, packed + panel * depth * width,
-                                 start ? start + panel * width : kZeros<T>, sums);
+    return for_parts(end - begin, kSingleRowPanels<vectors>,
+                     [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
+                       const std::int64_t panel = begin + first;
+                       tile_of_panels<T, vectors>(count, inputs, depth, packed + panel * depth * width,
+                                                  start ? start + panel * width : kZeros<T>, sums);
 #pragma GCC unroll 1
-      for (int p = 0; p < group; ++p) done(0, panel + p, sums + p * vectors);
-    }
-  for (; panel < end; ++panel)
-    for_parts(rows, kTileRows<vectors>, [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
-      tile_of_rows<T, vectors>(count, inputs + first, depth, packed + panel * depth * width,
-                               start ? start + panel * width : kZeros<T>, sums);
+                       for (std::int64_t p = 0; p < count; ++p) done(0, panel + p, sums + p * vectors);
+                     });
+  const bool deep = rows > kTileRows<vectors> && depth > kPartDepth<vectors>;
+  const auto tile = deep ? tiles_of_parts<T, vectors> : tile_of_rows<T, vectors>;
+  for (std::int64_t panel = begin; panel < end; ++panel)
+    for_parts(rows, deep ? kPartRows : kTileRows<vectors>,
+              [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
+                tile(count, inputs + first, depth, packed + panel * depth * width,
+                     start ? start + panel * width : kZeros<T>, sums);
 #pragma GCC unroll 1
-      for (std::int64_t r = 0; r < count; ++r) done(first + r, panel, sums + r * vectors);
-    });
+                for (std::int64_t r = 0; r < count; ++r) done(first + r, panel, sums + r * vectors);
+              });
 }
 
 // Calls done(v, unit, count): vector v of a plain panel begins at `unit` and has `count` valid lanes.
