@@ -11,11 +11,6 @@ class Saved:
     What a training forward keeps for backward.
     """
     @property
-    def input_shape(self) -> tuple:
-        """
-        Shape (T, B, I) of x.
-        """
-    @property
     def nbytes(self) -> int:
         """
         Bytes of saved gates.
@@ -24,12 +19,9 @@ class Packed:
     """
     The weights of a stack, packed for the ISA that was active when it was made.
     """
-    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, dx: typing.Any, dinitial: typing.Any, gradients: typing.Any) -> None:
+    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool) -> tuple:
         ...
-    def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, last: typing.Any) -> typing.Any:
-        ...
-    @property
-    def bias(self) -> bool:
+    def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any) -> tuple:
         ...
     @property
     def isa(self) -> str:

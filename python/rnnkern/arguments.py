@@ -96,8 +96,10 @@ def as_array(name: str, value: object) -> Array:
 
 def as_floats(name: str, value: object, dtype: np.dtype[Any]) -> Array:
     """A C-contiguous, aligned array of dtype: the value itself where it is one, else one copy."""
-    if type(value) is np.ndarray and value.dtype == dtype and value.flags.c_contiguous and value.flags.aligned:
-        return value
+    if type(value) is np.ndarray and value.dtype == dtype:
+        flags = value.flags  # a new object each time
+        if flags.c_contiguous and flags.aligned:
+            return value
     array = as_array(name, value)
     if array.dtype.names is not None or not np.can_cast(array.dtype, dtype, "same_kind"):
         raise TypeError(f"{name}: expected numbers that convert to {dtype}, got {describe(array)}")

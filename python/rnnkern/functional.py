@@ -278,9 +278,10 @@ def run_forward(
     x, state, lengths, resets, unbatched = arguments
     steps, batch, _ = x.shape
     y = np.empty((steps, batch, signature.output_size), signature.dtype)
-    final, saved = tuple(one.copy() for one in state), None
     if x.size:
         final, saved = backend.forward(signature.stack, packed, x, state, lengths, resets, masks, y, True)
+    else:
+        final, saved = tuple(one.copy() for one in state), None
     for array in (y, *final):
         array.flags.writeable = False
     tape = Tape(signature, backend, names, packed, saved, lengths, resets, masks, steps, batch, unbatched, owner)

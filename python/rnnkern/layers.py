@@ -168,6 +168,8 @@ class Recurrent:
                 for key, shape in sizes.weight_shapes(self._bias, proj_size > 0).items()
             }
         )
+        # The same arrays as backends take them, one mapping for each layer-direction.
+        self._weights = [{key: self._parameters[name] for key, name in names.items()} for names in self._names]
 
     cell = property(attrgetter("_signature.stack.cell.name"), doc="Name of the cell.")
     input_size = property(attrgetter("_signature.stack.input_size"), doc="I.")
@@ -222,9 +224,8 @@ class Recurrent:
         ValueError, TypeError
             An argument is not as above; the message names it.
         """
-        weights = self._weights()
-        packed = self._backend.pack(self._signature.stack, weights, False)
-        return run_inference(self._signature, self._backend, packed, x, state, lengths, resets, out, weights)
+        packed = self._backend.pack(self._signature.stack, self._weights, False)
+        return run_inference(self._signature, self._backend, packed, x, state, lengths, resets, out, self._weights)
 
     def forward(
         self,
@@ -277,7 +278,7 @@ class Recurrent:
             if seed is None:
                 seed = int(self._generator.integers(2**63))
             masks = dropout_masks(stack, steps, batch, self._dropout, seed)
-        packed = self._backend.pack(stack, self._weights(), True)
+        packed = self._backend.pack(stack, self._weights, True)
         return run_forward(signature, self._backend, packed, self._names, masks, arguments, self)
 
     def backward(
@@ -344,12 +345,8 @@ class Recurrent:
         """
         if weights is not None:
             raise ValueError(f"weights: expected None (the dtype of the layer), got {describe(weights)}")
-        copies = [{key: array.copy() for key, array in one.items()} for one in self._weights()]
+        copies = [{key: array.copy() for key, array in one.items()} for one in self._weights]
         return Frozen(self._signature, self._chosen_backend, copies, repr(self))
-
-    def _weights(self) -> list[dict[str, Array]]:
-        """The parameters as backends take them, one mapping for each layer-direction."""
-        return [{key: self._parameters[name] for key, name in names.items()} for names in self._names]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_backend"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class Stack:
         """D * P, the elements of y at a step."""
         return len(self.directions) * self.state_size
 
-    @property
+    @cached_property
     def layers(self) -> list[LayerSizes]:
         """The layer-directions in the order of their index."""
         return [

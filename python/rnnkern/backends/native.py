@@ -1,4 +1,4 @@
-"""The compiled kernels; see csrc/. This module allocates what they fill."""
+"""The compiled kernels; see csrc/."""
 
 from __future__ import annotations
 
@@ -73,6 +73,13 @@ def _with_extras(cell: Cell, arrays: Mapping[str, Array]) -> dict[str, Any]:
     return matrices | {"extras": tuple(arrays[extra] for extra in cell.extras)}
 
 
+def _without_extras(cell: Cell, arrays: dict[str, Any]) -> dict[str, Array]:
+    """The way back."""
+    if cell.extras:
+        arrays |= zip(cell.extras, arrays.pop("extras"), strict=True)
+    return arrays
+
+
 def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -> Any:
     """See `backends`."""
     return _native.pack(
@@ -100,8 +107,8 @@ def forward(
     training: bool,
 ) -> tuple[State, Any]:
     """See `backends`."""
-    last = tuple([np.empty_like(s) for s in state])
-    return last, packed.forward(x, state, lengths, resets, masks, y, last)
+    final, saved = packed.forward(x, state, lengths, resets, masks, y)
+    return final, saved
 
 
 def backward(
@@ -116,12 +123,8 @@ def backward(
     need_x: bool,
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`; lengths, resets and masks are those that `saved` already holds."""
-    dx = np.empty(saved.input_shape, stack.dtype) if need_x else None
-    dinitial = tuple([np.empty_like(d) for d in dstate])
-    shapes = [sizes.weight_shapes(packed.bias, stack.proj_size > 0) for sizes in stack.layers]
-    gradients = [{key: np.empty(shape, stack.dtype) for key, shape in one.items()} for one in shapes]
-    packed.backward(saved, dy, dstate, dx, dinitial, [_with_extras(stack.cell, one) for one in gradients])
-    return dx, dinitial, gradients
+    dx, dinitial, gradients = packed.backward(saved, dy, dstate, need_x)
+    return dx, dinitial, [_without_extras(stack.cell, one) for one in gradients]
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> None:
