@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "calls.h"
 #include "checks.h"
 #include "dispatch.h"
 #include "gil.h"
@@ -187,8 +188,35 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
            .def_property_readonly("isa", [](const Packed& self) { return self.isa(); })
            .def_property_readonly("nbytes", [](const Packed& self) { return self.nbytes(); }));
 
+  py::class_<FrozenCall> frozen_call(m, "FrozenCall", "Inference with the weights of a frozen layer.", py::is_final());
+  add_method<FrozenCall, &FrozenCall::run>(frozen_call, "run",
+                                           "run(self: rnnkern._rnnkern_native.FrozenCall, x: object, state: object, "
+                                           "lengths: object, resets: object, out: object) -> object");
+  seal(frozen_call);
+
+  py::class_<Steps> steps(m, "Steps", "The states of sequences that go on step by step.", py::is_final());
+  add_method<Steps, &Steps::step>(
+      steps, "step", "step(self: rnnkern._rnnkern_native.Steps, x_t: object, out: object) -> numpy.ndarray");
+  steps.def_property(
+      "state", [](Steps& self) { return self.state(); },
+      [](Steps& self, const py::object& state) { self.set_state(state); }, "Copied both ways.");
+  seal(steps);
+
   m.def("pack", &pack, py::arg("cell"), py::arg("dtype"), py::arg("input_size"), py::arg("hidden_size"),
         py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("weights"), py::arg("training"));
+
+  m.def(
+      "frozen_call",
+      [](const py::object& packed, const py::object& friendly, bool batch_first) {
+        return std::make_unique<FrozenCall>(packed, friendly, batch_first);
+      },
+      py::arg("packed"), py::arg("friendly"), py::arg("batch_first"));
+  m.def(
+      "stream",
+      [](const py::object& packed, std::int64_t batch, const py::object& arguments) {
+        return std::make_unique<Steps>(packed, batch, arguments);
+      },
+      py::arg("packed"), py::arg("batch"), py::arg("arguments"));
 
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"));
   m.def("linear_backward", &linear_backward, py::arg("x"), py::arg("weight"), py::arg("dy"), py::arg("dx"),

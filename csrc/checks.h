@@ -137,7 +137,7 @@ py::array new_array(const py::dtype& dtype, const Shape& shape) {
 
 // Not const, since the kernels' structs are filled with inputs and outputs alike: what was checked as an input stays
 // one.
-void* bytes_of(const py::array& array) { return fields_of(array).data; }
+void* bytes_of(py::handle array) { return fields_of(array).data; }
 
 // Copies between arrays of one dtype and shape, which may be the same.
 void copy(const py::array& from, const py::array& to) {
@@ -150,19 +150,19 @@ py::array copy_of(const py::array& array, const py::dtype& dtype, const Shape& s
   return result;
 }
 
-void* aligned(void* data) {
-  return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(data) + 63) & ~std::uintptr_t{63});
-}
-
 // Memory for `bytes` bytes, aligned to 64, owned by NumPy.
 struct Buffer {
   py::array owner;
-  void* data = nullptr;
+  void* data;
 
-  explicit Buffer(std::int64_t bytes) {
+  explicit Buffer(std::int64_t bytes)
+      : owner(new_array(py::dtype::of<std::uint8_t>(), {with_room(bytes)})),
+        data(reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(bytes_of(owner)) + 63) & ~std::uintptr_t{63})) {}
+
+ private:
+  static std::int64_t with_room(std::int64_t bytes) {
     if (bytes > std::numeric_limits<std::int64_t>::max() - 64) throw std::bad_alloc();
-    owner = new_array(py::dtype::of<std::uint8_t>(), {bytes + 64});
-    data = aligned(bytes_of(owner));
+    return bytes + 64;
   }
 };
 

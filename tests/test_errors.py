@@ -216,6 +216,8 @@ def test_out_may_not_overlap_an_input(backend):
     check(ValueError, "shares no memory", layer, memory[1:], out=memory[:-1])
     check(ValueError, "shares no memory", layer.freeze(), memory[1:], out=memory[:-1])
     check(ValueError, "shares no memory", layer, memory[1:].astype(">f4"), (memory[:1], memory[:1]), out=memory[:-1])
+    exact = (np.ones((T, B, H), np.float32), (STATE[0], memory[T:]))
+    check(ValueError, "shares no memory", layer.freeze(), *exact, out=memory[1:])
     double = np.ones((T, B, H))
     check(
         ValueError,

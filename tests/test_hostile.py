@@ -341,6 +341,11 @@ def floats(*shape: int, dtype: Any = np.float32) -> Any:
     return np.linspace(-1, 1, int(np.prod(shape))).reshape(shape).astype(dtype)
 
 
+def by_position(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For functions that take no names."""
+    return lambda **arguments: function(*arguments.values())
+
+
 class Public:
     """Valid calls of the public API."""
 
@@ -558,6 +563,45 @@ class Native:
         }
         return packed.backward, arguments, ()
 
+    def frozen_call(self) -> Call:
+        stack = self.rng.choice(self.stacks)
+        packed = native.pack(**self.pack_arguments(stack, self.rng.random() < 0.2, True))
+        if self.rng.random() < 0.1:
+            return native.frozen_call, {"packed": packed, "friendly": _raise, "batch_first": True}, ()
+        call = native.frozen_call(packed, self.rng.choice((_raise, None)), self.rng.random() < 0.3)
+        given = self.forward_arguments(stack)
+        arguments: dict[str, Any] = {
+            "x": given["x"],
+            "state": given["state"] if len(stack.cell.states) > 1 else given["state"][0],
+            "lengths": None,
+            "resets": None,
+            "out": self.rng.choice((None, given["y"])),
+        }
+        if self.rng.random() < 0.3:  # T, B = 1 or without B
+            one = self.rng.choice((np.s_[:, :1], np.s_[:, 0]))
+            for name, value in arguments.items():
+                kept = tuple(part[one].copy() for part in value) if isinstance(value, tuple) else value
+                arguments[name] = value[one].copy() if isinstance(value, np.ndarray) else kept
+        return by_position(call.run), arguments, ("out",)
+
+    def step(self) -> Call:
+        stack = self.rng.choice([one for one in self.stacks if len(one.directions) == 1])
+        packed = native.pack(**self.pack_arguments(stack, self.rng.random() < 0.2, True))
+        choice = self.rng.random()
+        if choice < 0.1:
+            return native.stream, {"packed": packed, "batch": 2, "arguments": _raise}, ()
+        x, y = floats(2, 3, dtype=stack.dtype), np.zeros((2, stack.output_size), stack.dtype)
+        right = (x.copy(), y.copy())
+        near = tuple(near_array(self.rng, array, right) for array in right)
+        arguments = self.rng.choice(
+            (_raise, None, lambda *_: right, lambda *_: near, lambda *_: junk(self.rng),
+             lambda *_: near_sequence(self.rng, right, right))
+        )  # fmt: skip
+        steps = native.stream(packed, 2, arguments)
+        if choice < 0.3:
+            return (lambda state: setattr(steps, "state", state)), {"state": steps.state}, ()
+        return by_position(steps.step), {"x_t": x, "out": self.rng.choice((None, y))}, ("out",)
+
     def linear(self) -> Call:
         dtype = self.rng.choice((np.float32, np.float64))
         x, weight, y = floats(5, 3, dtype=dtype), floats(2, 3, dtype=dtype), floats(5, 2, dtype=dtype)
@@ -577,19 +621,30 @@ class Native:
             ((lambda one: native.Packed.nbytes.fget(one)), {"one": packed}, ()),
             ((lambda one: native.Saved.nbytes.fget(one)), {"one": saved}, ()),
             ((lambda one: native.Packed.isa.fget(one)), {"one": packed}, ()),
+            ((lambda one: native.Steps.state.fget(one)), {"one": native.stream(packed, 2, _raise)}, ()),
+            ((lambda one: native.Steps.step(one, None, None)), {"one": native.stream(packed, 2, _raise)}, ()),
+            ((lambda one: native.FrozenCall.run(one)), {"one": native.frozen_call(packed, _raise, True)}, ()),
         )
         return self.rng.choice(calls)
 
     def instance(self) -> Call:
         """Ways to make an instance without its constructor, or to take one for another; there is no valid one."""
-        kinds = (native.Packed, native.Saved)
-        kind, other = self.rng.sample(kinds, 2)
-        one = self.run(self.stacks[0])[kinds.index(kind)]
+        packed, saved, _ = self.run(self.stacks[0])
+        instances = (packed, saved, native.frozen_call(packed, _raise, False), native.stream(packed, 1, _raise))
+        one, another = self.rng.sample(instances, 2)
+        kind, other = type(one), type(another)
+
+        def use(instance: Any) -> None:
+            for name in ("nbytes", "state"):
+                getattr(instance, name, None)
+            native.FrozenCall.run(instance, None, None, None, None, None)
+            native.Steps.step(instance, None, None)
+
         calls: tuple[Call, ...] = (
             (lambda kind: kind(), {"kind": kind}, ()),
-            (lambda kind: kind.__new__(kind).nbytes, {"kind": kind}, ()),
-            (lambda kind: object.__new__(kind).nbytes, {"kind": kind}, ()),
-            (lambda kind: type("Sub", (kind,), {})().nbytes, {"kind": kind}, ()),
+            (lambda kind: use(kind.__new__(kind)), {"kind": kind}, ()),
+            (lambda kind: use(object.__new__(kind)), {"kind": kind}, ()),
+            (lambda kind: use(type("Sub", (kind,), {})()), {"kind": kind}, ()),
             (lambda other: setattr(one, "__class__", other), {"other": other}, ()),
             (lambda kind: setattr(kind, "__new__", object.__new__), {"kind": kind}, ()),
             (lambda arguments: one.__init__(*arguments), {"arguments": ("lstm", "float32")}, ()),
@@ -598,6 +653,7 @@ class Native:
         return self.rng.choice(calls)
 
     VALID = (pack, pack, forward, forward, forward, backward, backward, backward, linear, linear, small, instance)
+    VALID += (frozen_call, frozen_call, step, step)
 
 
 TARGETS: dict[str, type[Any]] = {"public": Public, "native": Native}

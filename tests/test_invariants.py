@@ -107,6 +107,23 @@ def test_a_stream_has_the_bits_of_the_sequence(cell, native, dtype, B):
     same(as_results(cell, steps, stream.state), expected)
 
 
+@pytest.mark.parametrize("B", [1, 33])
+def test_a_stream_goes_on_with_another_number_of_threads(cell, native, B):
+    """Its steps keep their bits when that changes on the way."""
+    problem = Problem(cell, T=9, B=B, I=200, H=300)
+    x, frozen = inputs(problem).x, layer_of(problem, native).freeze()
+    expected, _ = frozen(x)
+    stream, steps = frozen.stream(B), []
+    before = rk.num_threads()
+    try:
+        for step, x_t in enumerate(x):
+            rk.set_num_threads(1 + step % 3)
+            steps.append(stream.step(x_t))
+    finally:
+        rk.set_num_threads(before)
+    same({"y": np.stack(steps)}, {"y": expected})
+
+
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
 @pytest.mark.parametrize("sizes", [(40, 1, 16, 128), (9, 37, 33, 48)], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, sizes):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+import threading
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -517,6 +520,32 @@ def test_a_frozen_layer_gives_the_bits_of_the_layer_it_was(cell, backend, dtype)
     assert frozen.dtype == layer.dtype
 
 
+@pytest.mark.parametrize("lead", [(5, 3), (1, 1), (1, 3), (5, 1), (5,), (0, 3), (5, 0)], ids=str)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_frozen_call_gives_the_same_of_exact_arrays_and_of_others(cell, backend, dtype, lead, batch_first):
+    """Exact arrays may go a shorter way; batched or not, with a state and `out` or without."""
+    layer = rk.Recurrent(
+        cell, 3, 4, 3, bidirectional=True, batch_first=batch_first, dtype=dtype, backend=backend, seed=0
+    )
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(*lead, 3)).astype(dtype)
+    frozen = layer.freeze()
+    _, zeros = frozen(x)
+    drawn = tuple(generator.normal(size=part.shape).astype(dtype) for part in parts(zeros))
+    state = drawn if len(drawn) > 1 else drawn[0]
+    for initial in (None, state):
+        exact, other = frozen(x, initial), frozen(np.asfortranarray(x.astype(np.longdouble)), initial)
+        same(exact, other)
+        assert [part.shape for part in parts(exact)] == [part.shape for part in parts(other)]
+        out = np.full_like(exact[0], np.nan)
+        y, final = frozen(x, initial, out=out)
+        assert y is out
+        same((y, final), exact)
+    for part in parts(exact):
+        assert part.flags.carray
+        assert not any(np.may_share_memory(part, one) for one in (x, *drawn))
+
+
 def test_a_stream_is_the_sequence_step_by_step(cell, backend, dtype):
     """`step` carries the state; `state` copies it both ways; `reset` makes it zero."""
     layer = rk.Recurrent(cell, 3, 4, 2, dtype=dtype, backend=backend)
@@ -540,14 +569,34 @@ def test_a_stream_is_the_sequence_step_by_step(cell, backend, dtype):
 
 
 def test_a_stream_refuses_a_second_thread(backend):
-    """While a step runs, another thread's step or change of the state raises RuntimeError."""
-    stream = rk.GRU(3, 4, backend=backend).freeze().stream()
-    with stream._lock:
-        with pytest.raises(RuntimeError, match="two threads"):
-            stream.step(np.zeros((1, 3)))
-        with pytest.raises(RuntimeError, match="two threads"):
-            stream.reset()
-    stream.step(np.zeros((1, 3)))
+    """While a step runs, another thread's step, look at the state or change of it raises RuntimeError."""
+    stream, x_t = rk.GRU(64, 256, backend=backend).freeze().stream(64), np.ones((64, 64), np.float32)
+    over = threading.Event()
+
+    def keep_stepping():
+        while not over.is_set():
+            with contextlib.suppress(RuntimeError):
+                stream.step(x_t)
+
+    def refused(use):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                use()
+            except RuntimeError as error:
+                return str(error)
+        return "never"
+
+    thread = threading.Thread(target=keep_stepping)
+    thread.start()
+    try:
+        for use in (lambda: stream.step(x_t), lambda: stream.state, stream.reset):
+            expected = "stream: used by two threads at once; give each thread its own `frozen.stream()`"
+            assert refused(use) == expected
+    finally:
+        over.set()
+        thread.join()
+    assert np.isfinite(stream.step(x_t)).all()
 
 
 def test_a_bidirectional_layer_has_no_stream():

@@ -148,13 +148,41 @@ def test_eight_threads_share_a_layer_and_its_frozen_copy(cell: str, B: int) -> N
         stream = frozen.stream(B)
         steps = np.stack([stream.step(x_t) for x_t in drawn.x])
         called, _ = frozen(drawn.x, resets=np.zeros(drawn.x.shape[:2], bool))
-        return {"y": y, "dx": grads.x, "steps": steps, "called": called, **grads.parameters}
+        exact, _ = frozen(drawn.x)
+        return {"y": y, "dx": grads.x, "steps": steps, "called": called, "exact": exact, **grads.parameters}
 
     expected = work(0)
-    assert_same({"steps": expected["steps"]}, {"steps": expected["called"]})
+    for name in ("steps", "exact"):
+        assert_same({name: expected[name]}, {name: expected["called"]})
     with ThreadPoolExecutor(8) as pool:
         for results in pool.map(work, range(16)):
             assert_same(results, expected)
+
+
+@pytest.mark.parametrize("H", [5, 97])
+def test_eight_threads_fight_for_a_stream(H: int) -> None:
+    """Some steps are refused; those that are not follow one another."""
+    problem = Problem("lstm", T=9, B=9, I=9, H=H)
+    x, frozen = inputs(problem).x, layer_of(problem, "native").freeze()
+    stream = frozen.stream(9)
+
+    def work(_: int) -> int:
+        taken = 0
+        for _ in range(20):
+            try:
+                stream.step(x[0])
+                taken += 1
+            except RuntimeError:
+                pass
+        return taken
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = sum(pool.map(work, range(8)))
+    alone = frozen.stream(9)
+    for _ in range(taken):
+        alone.step(x[0])
+    for one, other in zip(stream.state, alone.state, strict=True):
+        assert one.tobytes() == other.tobytes()
 
 
 def test_eight_threads_share_a_tape() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['Packed', 'Saved', 'activation', 'cells', 'compiler', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'num_threads', 'pack', 'set_num_threads', 'unknown_max_isa', 'use_isa']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'activation', 'cells', 'compiler', 'frozen_call', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'num_threads', 'pack', 'set_num_threads', 'stream', 'unknown_max_isa', 'use_isa']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -29,6 +29,26 @@ class Packed:
     @property
     def nbytes(self) -> int:
         ...
+class FrozenCall:
+    """
+    Inference with the weights of a frozen layer.
+    """
+    def run(self, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, out: typing.Any) -> typing.Any:
+        ...
+class Steps:
+    """
+    The states of sequences that go on step by step.
+    """
+    def step(self, x_t: typing.Any, out: typing.Any) -> numpy.ndarray:
+        ...
+    @property
+    def state(self) -> tuple:
+        """
+        Copied both ways.
+        """
+    @state.setter
+    def state(self, arg1: typing.Any) -> None:
+        ...
 def activation(name: str, x: numpy.ndarray) -> numpy.ndarray:
     """
     One of the kernels' activations, for tests.
@@ -37,6 +57,8 @@ def cells() -> list:
     """
     What the compiled module knows of each cell.
     """
+def frozen_call(packed: typing.Any, friendly: typing.Any, batch_first: bool) -> FrozenCall:
+    ...
 def isa() -> str:
     """
     The ISA in use.
@@ -62,6 +84,8 @@ def num_threads() -> int:
 def pack(cell: str, dtype: typing.Any, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], weights: typing.Any, training: bool) -> Packed:
     ...
 def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def stream(packed: typing.Any, batch: typing.SupportsInt | typing.SupportsIndex, arguments: typing.Any) -> Steps:
     ...
 def unknown_max_isa() -> str:
     """

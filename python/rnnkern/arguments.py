@@ -186,6 +186,14 @@ class Signature:
             unbatched,
         )
 
+    def step(self, batch: int, x_t: object, out: object) -> tuple[Array, Array]:
+        """x_t (B, I) of a stream as backends take it, and the array for y_t (B, P): `out`, or a new one for None."""
+        x = as_floats("x_t", x_t, self.dtype)
+        if x.shape != (batch, self.input_size):
+            raise ValueError(f"x_t: expected shape {(batch, self.input_size)}, got {x.shape}")
+        shape = (batch, self.output_size)
+        return x, np.empty(shape, self.dtype) if out is None else check_out(out, shape, self.dtype, (x_t, x))
+
     def zeros(self, batch: int) -> State:
         """A state of zeros."""
         return tuple([np.zeros((self.state_count, batch, size), self.dtype) for size in self.state_sizes])

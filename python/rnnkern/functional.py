@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -263,6 +266,48 @@ def run_inference(
     if unbatched or signature.batch_first:
         y = signature.to_caller(y, unbatched)
     return y, signature.state_to_caller(states, unbatched)
+
+
+class Steps:
+    """The states of B sequences that go on step by step, with a backend that has no stream of its own.
+
+    One thread at a time may use it; another raises RuntimeError.
+    """
+
+    def __init__(
+        self, backend: ModuleType, stack: Stack, packed: Any, batch: int, arguments: Callable[..., tuple[Array, Array]]
+    ) -> None:
+        self._forward = partial(backend.forward, stack, packed)
+        self._arguments = arguments
+        self._lock = threading.Lock()
+        self._state: State = tuple(np.zeros(shape, stack.dtype) for shape in stack.state_shapes(batch))
+
+    def step(self, x_t: Any, out: Any) -> Array:
+        """y_t (B, P), which is `out` unless that is None."""
+        x, y = self._arguments(x_t, out)
+        with self._alone():
+            self._state, _ = self._forward(x[None], self._state, None, None, None, y[None], False)
+        return y
+
+    @property
+    def state(self) -> State:
+        """A tuple of arrays, copied both ways."""
+        with self._alone():
+            return tuple(one.copy() for one in self._state)
+
+    @state.setter
+    def state(self, value: State) -> None:
+        with self._alone():
+            self._state = tuple(one.copy() for one in value)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("stream: used by two threads at once; give each thread its own `frozen.stream()`")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
 def run_forward(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -16,10 +16,8 @@ from numpy.typing import DTypeLike, NDArray
 from . import backends
 from .arguments import (
     Signature,
-    as_floats,
     as_parameter,
     check_names,
-    check_out,
     describe,
     flag,
     float_dtype,
@@ -31,6 +29,7 @@ from .cells import CELLS
 from .functional import (
     Grads,
     Parameters,
+    Steps,
     Tape,
     check_save,
     check_tape,
@@ -512,12 +511,15 @@ class Frozen:
     def _pack(self) -> None:
         self._backend = backends.pick(self._chosen_backend)
         self._packed = self._backend.pack(self._signature.stack, self._weights, False)
+        self._call = partial(run_inference, self._signature, self._backend, self._packed)
+        if hasattr(self._backend, "frozen_call"):
+            self._call = self._backend.frozen_call(self._packed, self._call, self._signature.batch_first)
 
     def __call__(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, out: Array | None = None
     ) -> tuple[Array, Any]:
         """y and the final state; the arguments, results and errors are those of the layer's call."""
-        return run_inference(self._signature, self._backend, self._packed, x, state, lengths, resets, out)
+        return self._call(x, state, lengths, resets, out)
 
     def stream(self, batch: int = 1) -> Stream:
         """B sequences fed step by step, from a state of zeros.
@@ -530,7 +532,7 @@ class Frozen:
         return Stream(self, batch)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_backend", "_packed")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_backend", "_packed", "_call")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -552,9 +554,9 @@ class Stream:
             raise ValueError(f"stream: expected a layer of one direction, got {frozen._layer}")
         self._frozen = frozen
         self._batch = integer("batch", batch, 1)
-        self._lock = threading.Lock()
-        self._forward: Callable[..., Any] = frozen._backend.forward
-        self._state: State = frozen._signature.zeros(self._batch)
+        make = getattr(frozen._backend, "stream", partial(Steps, frozen._backend, stack))
+        self._steps = make(frozen._packed, self._batch, partial(frozen._signature.step, self._batch))
+        self._step: Callable[[Any, Any], Array] = self._steps.step
 
     def step(self, x_t: Any, out: Array | None = None) -> Array:
         """The output of the next step.
@@ -578,49 +580,28 @@ class Stream:
         RuntimeError
             Another thread is using the stream.
         """
-        frozen, batch = self._frozen, self._batch
-        signature = frozen._signature
-        x = as_floats("x_t", x_t, signature.dtype)
-        if x.shape != (batch, signature.input_size):
-            raise ValueError(f"x_t: expected shape {(batch, signature.input_size)}, got {x.shape}")
-        shape = (batch, signature.output_size)
-        y = np.empty(shape, signature.dtype) if out is None else check_out(out, shape, signature.dtype, (x_t, x))
-        self._acquire()
-        try:
-            self._state, _ = self._forward(
-                signature.stack, frozen._packed, x[None], self._state, None, None, None, y[None], False
-            )
-        finally:
-            self._lock.release()
-        return y
+        return self._step(x_t, out)
 
     @property
     def state(self) -> Any:
         """The state after the last step, h (L, B, P) or (h, c), copied both ways; set to None for zeros."""
-        return self._frozen._signature.state_to_caller(tuple(one.copy() for one in self._state), False)
+        return self._frozen._signature.state_to_caller(self._steps.state, False)
 
     @state.setter
     def state(self, value: Any) -> None:
-        new = tuple(one.copy() for one in self._frozen._signature.state("state", value, self._batch))
-        self._acquire()
-        self._state = new
-        self._lock.release()
+        self._steps.state = self._frozen._signature.state("state", value, self._batch)
 
     def reset(self) -> None:
         """Start again from a state of zeros."""
         self.state = None
 
-    def _acquire(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("stream: used by two threads at once; give each thread its own `frozen.stream()`")
-
     def __getstate__(self) -> tuple[Frozen, int, State]:
-        return self._frozen, self._batch, self._state
+        return self._frozen, self._batch, self._steps.state
 
     def __setstate__(self, state: tuple[Frozen, int, State]) -> None:
         frozen, batch, states = state
         self.__init__(frozen, batch)  # type: ignore[misc]
-        self._state = states
+        self._steps.state = states
 
     def __repr__(self) -> str:
         return f"{self._frozen!r}.stream(batch={self._batch})"

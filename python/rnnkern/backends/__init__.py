@@ -15,6 +15,13 @@ A backend is a module with these names; arrays are time-major, C-contiguous and 
     linear_forward(x, weight, bias, y)                 x (rows, inputs), weight (outputs, inputs), y (rows, outputs)
     linear_backward(x, weight, dy, need_x) -> (dx or None, dweight, dbias)
 
+A backend that runs exact arrays sooner than Python has looked at them also has:
+
+    frozen_call(packed, friendly, batch_first) -> call
+        call(x, state, lengths, resets, out) is friendly of the same, which takes whatever a caller may pass
+    stream(packed, batch, arguments) -> steps
+        with what `functional.Steps` has; arguments(x_t, out) -> (x_t, y) are the friendly checks of a step
+
 Nothing a caller passes is written to but y, and no result aliases an argument other than y.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ __all__ = [
     "backward",
     "build_failure",
     "forward",
+    "frozen_call",
     "linear_backward",
     "linear_forward",
     "name",
     "native_module",
     "pack",
+    "stream",
     "unavailable",
 ]
 
@@ -125,6 +127,17 @@ def backward(
     """See `backends`; lengths, resets and masks are those that `saved` already holds."""
     dx, dinitial, gradients = packed.backward(saved, dy, dstate, need_x)
     return dx, dinitial, [_without_extras(stack.cell, one) for one in gradients]
+
+
+def frozen_call(packed: Any, friendly: Callable[..., Any], batch_first: bool) -> Callable[..., Any]:
+    """See `backends`."""
+    call: Callable[..., Any] = _native.frozen_call(packed, friendly, batch_first).run
+    return call
+
+
+def stream(packed: Any, batch: int, arguments: Callable[..., Any]) -> Any:
+    """See `backends`."""
+    return _native.stream(packed, batch, arguments)
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> None:
