@@ -99,6 +99,7 @@ class FrozenCall {
     const py::object y =
         out.is_none() ? new_array(dtype, rows_of(packed_.output_size())) : py::reinterpret_borrow<py::object>(out);
     std::vector<py::array> last;
+    last.reserve(states);
     for (std::size_t s = 0; s < states; ++s) last.push_back(new_array(dtype, state_shape(s)));
     packed_.infer(call, bytes_of(x), bytes_of(y), initial, bytes_of(last));
     return py::make_tuple(y, states > 1 ? py::object(tuple_of(last)) : py::object(last[0]));

@@ -224,6 +224,7 @@ class Packed {
   }
   std::vector<py::array> new_states(std::int64_t B) const {
     std::vector<py::array> arrays;
+    arrays.reserve(state_count());
     for (std::size_t s = 0; s < state_count(); ++s) arrays.push_back(new_array(dtype_, state_shape(s, B)));
     return arrays;
   }

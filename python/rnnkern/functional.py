@@ -43,7 +43,7 @@ class Parameters(Mapping[str, Array]):
         return f"Parameters({', '.join(f'{name}: {array.shape}' for name, array in self._arrays.items())})"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(slots=True, eq=False, repr=False)  # not frozen: each of its fields would cost 0.15 us of every forward
 class Tape:
     """What one `forward` leaves for `backward`.
 
@@ -328,10 +328,11 @@ def run_forward(
     else:
         final, saved = tuple(one.copy() for one in state), None
     for array in (y, *final):
-        array.flags.writeable = False
+        array.setflags(write=False)
     tape = Tape(signature, backend, names, packed, saved, lengths, resets, masks, steps, batch, unbatched, owner)
     shown = signature.to_caller(y, unbatched)
-    shown.flags.writeable = False
+    if shown is not y:
+        shown.setflags(write=False)
     return shown, signature.state_to_caller(final, unbatched), tape
 
 

@@ -67,10 +67,10 @@ def unavailable() -> str | None:
     return reason + "install g++ and the Python headers, then: python -m pip install --force-reinstall rnnkern"
 
 
-def _with_extras(cell: Cell, arrays: Mapping[str, Array]) -> dict[str, Any]:
-    """The compiled module takes the extras of a cell by position."""
+def _with_extras(cell: Cell, arrays: Mapping[str, Array]) -> Mapping[str, Any]:
+    """The compiled module takes dicts, and the extras of a cell by position."""
     if not cell.extras:
-        return dict(arrays)
+        return arrays
     matrices: dict[str, Any] = {key: value for key, value in arrays.items() if key not in cell.extras}
     return matrices | {"extras": tuple(arrays[extra] for extra in cell.extras)}
 
@@ -91,7 +91,7 @@ def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -
         stack.hidden_size,
         stack.proj_size,
         stack.num_layers,
-        list(stack.directions),
+        stack.directions,
         [_with_extras(stack.cell, one) for one in weights],
         training,
     )
