@@ -61,7 +61,7 @@ def rows(state, chosen):
 def test_shapes_are_those_of_torch(cell, backend, bidirectional, proj_size):
     """y (T, B, D*P), h (L*D, B, P), c (L*D, B, H)."""
     proj_size *= CELLS[cell].projects
-    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=bidirectional, proj_size=proj_size, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=bidirectional, proj_size=proj_size, backend=backend, seed=0)
     D, P = 1 + bidirectional, proj_size or 4
     y, state = layer(np.zeros((5, 6, 3)))
     assert y.shape == (5, 6, D * P)
@@ -109,7 +109,7 @@ def test_unbatched_is_a_batch_of_one_without_its_axis(cell, backend):
 @pytest.mark.parametrize(("T", "B"), [(0, 3), (5, 0), (0, 0)])
 def test_no_steps_and_no_rows_give_empty_results(cell, backend, T, B):
     """T = 0 passes the state and its gradient through; the gradients of the parameters are zeros."""
-    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, dropout=0.5, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, dropout=0.5, backend=backend, seed=0)
     x, state = given(layer, T, B)
     y, final, tape = layer.forward(x, state, lengths=[0] * B, resets=np.zeros((T, B), bool))
     assert y.shape == (T, B, 8)
@@ -123,7 +123,7 @@ def test_no_steps_and_no_rows_give_empty_results(cell, backend, T, B):
 
 def test_no_state_is_a_state_of_zeros(cell, backend):
     """`state=None` stands for zeros."""
-    layer = rk.Recurrent(cell, 3, 4, 2, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, backend=backend, seed=0)
     x, state = given(layer)
     zeros = tuple(np.zeros_like(part) for part in parts(state))
     same(layer(x), layer(x, zeros if len(zeros) > 1 else zeros[0]))
@@ -132,7 +132,7 @@ def test_no_state_is_a_state_of_zeros(cell, backend):
 @pytest.mark.parametrize("T", [0, 1, 5])
 def test_results_alias_nothing(cell, backend, T):
     """Neither the arguments nor each other."""
-    layer = rk.Recurrent(cell, 3, 4, dtype="float64", backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, dtype="float64", backend=backend, seed=0)
     x, state = given(layer, T)
     y, final, tape = layer.forward(x, state)
     dy = np.ones_like(y)
@@ -212,17 +212,17 @@ def test_state_dict_copies_and_load_state_dict_copies_back(cell, backend):
 def test_y_and_state_of_forward_are_read_only(cell, backend):
     """`y *= mask` is an error and not a wrong gradient."""
     for batch_first, x in ((False, np.zeros((5, 3, 3))), (True, np.zeros((5, 3, 3))), (False, np.zeros((5, 3)))):
-        y, state, _ = rk.Recurrent(cell, 3, 4, batch_first=batch_first, backend=backend).forward(x)
+        y, state, _ = rk.Recurrent(cell, 3, 4, batch_first=batch_first, backend=backend, seed=0).forward(x)
         for array in (y, *parts(state)):
             with pytest.raises(ValueError, match="read-only"):
                 array *= 0
-    y, state = rk.Recurrent(cell, 3, 4, backend=backend)(np.zeros((5, 3, 3)))
+    y, state = rk.Recurrent(cell, 3, 4, backend=backend, seed=0)(np.zeros((5, 3, 3)))
     assert all(array.flags.writeable for array in (y, *parts(state)))
 
 
 def test_backward_belongs_to_the_parameters_of_its_forward(cell, backend):
     """The tape owns what it needs: parameters, lengths and resets may change before backward."""
-    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, backend=backend, seed=0)
     x, state = given(layer)
     lengths, resets = np.array([5, 2, 4]), np.random.default_rng(1).random((5, 3)) < 0.3
     y, final, tape = layer.forward(x, state, lengths=lengths, resets=resets)
@@ -236,7 +236,7 @@ def test_backward_belongs_to_the_parameters_of_its_forward(cell, backend):
 
 def test_backward_may_run_from_several_threads(cell, backend):
     """It only reads the tape."""
-    layer = rk.Recurrent(cell, 3, 4, 2, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, backend=backend, seed=0)
     x, state = given(layer)
     y, final, tape = layer.forward(x, state)
     expected = layer.backward(tape, y, final)
@@ -247,7 +247,7 @@ def test_backward_may_run_from_several_threads(cell, backend):
 
 def test_no_gradient_is_a_gradient_of_zeros(cell, backend):
     """For dy, for dstate, and for either half of the state of a cell with two."""
-    layer = rk.Recurrent(cell, 3, 4, 2, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, backend=backend, seed=0)
     x, state = given(layer)
     y, _, tape = layer.forward(x, state)
     zeros = tuple(np.zeros_like(part) for part in parts(state))
@@ -263,7 +263,7 @@ def test_no_gradient_is_a_gradient_of_zeros(cell, backend):
 
 def test_gradients_are_structured_like_what_they_belong_to(cell, backend, dtype):
     """grads.x as x, grads.state as the state, grads.parameters with the keys, shapes and dtype of parameters."""
-    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, dtype=dtype, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, dtype=dtype, backend=backend, seed=0)
     x, state = given(layer)
     y, _, tape = layer.forward(x, state)
     grads = layer.backward(tape, y)
@@ -287,7 +287,7 @@ def test_both_biases_get_their_gradient(backend):
 
 def test_the_gradient_of_x_is_left_out_on_request(cell, backend):
     """`need_x=False` changes nothing else."""
-    layer = rk.Recurrent(cell, 3, 4, 2, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, backend=backend, seed=0)
     y, _, tape = layer.forward(given(layer)[0])
     with_x, without = layer.backward(tape, y), layer.backward(tape, y, need_x=False)
     assert without.x is None
@@ -297,7 +297,7 @@ def test_the_gradient_of_x_is_left_out_on_request(cell, backend):
 @pytest.mark.parametrize("need_x", [True, False])
 def test_gradients_add_up_in_place(cell, backend, need_x):
     """`into=grads` adds to the arrays of grads and returns it."""
-    layer = rk.Recurrent(cell, 3, 4, 2, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, backend=backend, seed=0)
     x, state = given(layer)
     y, final, tape = layer.forward(x, state)
     total = layer.backward(tape, y, need_x=need_x)
@@ -312,7 +312,7 @@ def test_gradients_add_up_in_place(cell, backend, need_x):
 @pytest.mark.parametrize("kind", [list, np.int8, np.uint64, np.int64, ">i4"])
 def test_each_row_of_given_length_is_that_row_run_alone(cell, backend, kind):
     """y, its final state and its gradients; past its end y and grads.x are zero. Any integers, in any order."""
-    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, dtype="float64", backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, dtype="float64", backend=backend, seed=0)
     x, state = given(layer, 5, 4)
     lengths = [2, 5, 0, 3]
     y, final, tape = layer.forward(x, state, lengths=lengths if kind is list else np.array(lengths, kind))
@@ -335,7 +335,7 @@ def test_each_row_of_given_length_is_that_row_run_alone(cell, backend, kind):
 
 def test_a_row_of_length_zero_passes_its_state_through(cell, backend):
     """The initial state comes back, and dstate goes through to grads.state."""
-    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, backend=backend, seed=0)
     x, state = given(layer)
     y, final, tape = layer.forward(x, state, lengths=[5, 0, 5])
     grads = layer.backward(tape, y, state)
@@ -344,7 +344,7 @@ def test_a_row_of_length_zero_passes_its_state_through(cell, backend):
 
 def test_each_piece_between_resets_is_that_piece_run_alone(cell, backend):
     """In every layer and direction; the initial state enters the first piece forward and the last in reverse."""
-    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, dtype="float64", backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, dtype="float64", backend=backend, seed=0)
     x, state = given(layer, 7, 2)
     resets = np.zeros((7, 2), bool)
     resets[[2, 5]] = True
@@ -376,7 +376,7 @@ def masked(state, where):
 
 def test_a_reset_at_the_start_drops_the_initial_state(cell, backend):
     """Its gradient is zero, forward; in reverse the same link is cut, so that the state there stays."""
-    layer = rk.Recurrent(cell, 3, 4, bidirectional=True, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, bidirectional=True, backend=backend, seed=0)
     x, state = given(layer)
     resets = np.zeros((5, 3), bool)
     resets[0] = True
@@ -390,7 +390,7 @@ def test_a_reset_at_the_start_drops_the_initial_state(cell, backend):
 
 def test_a_reset_selects_and_does_not_multiply(cell, backend):
     """NaN before a reset does not pass it, in either direction nor backward."""
-    layer = rk.Recurrent(cell, 3, 4, bidirectional=True, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, bidirectional=True, backend=backend, seed=0)
     x, _ = given(layer)
     resets = np.zeros((5, 3), bool)
     resets[2] = True
@@ -497,7 +497,7 @@ def test_whatever_casts_to_the_dtype_is_an_input(backend, dtype, convert):
 
 def test_out_receives_y(cell, backend, dtype):
     """The result is `out` itself, with the bits of a call without it."""
-    layer = rk.Recurrent(cell, 3, 4, bidirectional=True, dtype=dtype, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, bidirectional=True, dtype=dtype, backend=backend, seed=0)
     x, state = given(layer)
     out = np.full((5, 3, 8), np.nan, dtype)
     for call in (layer, layer.freeze()):
@@ -508,7 +508,7 @@ def test_out_receives_y(cell, backend, dtype):
 
 def test_a_frozen_layer_gives_the_bits_of_the_layer_it_was(cell, backend, dtype):
     """Also after the layer's parameters have changed."""
-    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, dropout=0.5, dtype=dtype, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, dropout=0.5, dtype=dtype, backend=backend, seed=0)
     x, state = given(layer)
     resets = np.random.default_rng(1).random((5, 3)) < 0.3
     expected = layer(x, state, lengths=[5, 0, 2], resets=resets)
@@ -548,7 +548,7 @@ def test_a_frozen_call_gives_the_same_of_exact_arrays_and_of_others(cell, backen
 
 def test_a_stream_is_the_sequence_step_by_step(cell, backend, dtype):
     """`step` carries the state; `state` copies it both ways; `reset` makes it zero."""
-    layer = rk.Recurrent(cell, 3, 4, 2, dtype=dtype, backend=backend)
+    layer = rk.Recurrent(cell, 3, 4, 2, dtype=dtype, backend=backend, seed=0)
     x, state = given(layer)
     frozen = layer.freeze()
     stream = frozen.stream(batch=3)
