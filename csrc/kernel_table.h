@@ -22,6 +22,13 @@ struct LayerWeights {
   Pointer w_ih, w_hh, b_ih, b_hh, w_hr, extra[kMaxExtras];
 };
 
+struct PackCall {
+  LayerSizes sizes;
+  LayerWeights<const void*> weights;
+  bool training;  // with what backward needs
+  void* packed;   // packed_elements() of these sizes, 64-byte aligned
+};
+
 // One layer-direction of a call. A row is one (t, b); rows are in time-major order.
 struct Layer {
   LayerSizes sizes;
@@ -76,7 +83,7 @@ struct Linear {
 // The functions of one cell for one element type.
 struct CellKernels {
   std::int64_t (*packed_elements)(const LayerSizes&, bool training) noexcept;
-  void (*pack)(const LayerSizes&, const LayerWeights<const void*>&, bool training, void* packed) noexcept;
+  Task pack;                                                   // context: const PackCall*
   std::int64_t (*saved_elements)(const LayerSizes&) noexcept;  // a row of Layer::saved
   std::int64_t (*scratch_bytes)(const Stack&, bool backward) noexcept;
   Task forward;   // context: const Stack*
@@ -85,7 +92,7 @@ struct CellKernels {
 
 struct LinearKernels {
   std::int64_t (*scratch_bytes)(const Linear&, int max_threads) noexcept;
-  Task forward;  // context: const Linear*; packs the weight on worker 0
+  Task forward;  // context: const Linear*
   Task backward;
 };
 

@@ -114,10 +114,8 @@ void linear_forward(void* context, const Worker& worker) noexcept {
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
   const T* bias = static_cast<const T*>(call.bias);
   T* packed_bias = s.packed + Plain::elements<T>(outputs, inputs);
-  if (worker.index == 0) {
-    pack_panels<1>(static_cast<const T*>(call.weight), outputs, inputs, 0, inputs, 1, s.packed);
-    if (bias) pack_panels<1>(bias, outputs, 1, 0, 1, 1, packed_bias);
-  }
+  pack_panels<1>(worker, static_cast<const T*>(call.weight), outputs, inputs, 0, inputs, 1, s.packed);
+  if (bias) pack_panels<1>(worker, bias, outputs, 1, 0, 1, 1, packed_bias);
   if (worker.count > 1) worker.wait(worker.team);
   const Range own = share(call.rows, worker.index, worker.count);
   for (std::int64_t i = own.begin; i < own.end; ++i) {
@@ -135,8 +133,7 @@ void linear_backward(void* context, const Worker& worker) noexcept {
   Arena arena(call.scratch);
   const LinearScratch<T> s(arena, call, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
-  if (call.dx && worker.index == 0)
-    pack_panels<1>(static_cast<const T*>(call.weight), inputs, outputs, 0, 1, inputs, s.packed);
+  if (call.dx) pack_panels<1>(worker, static_cast<const T*>(call.weight), inputs, outputs, 0, 1, inputs, s.packed);
   for (std::int64_t i = 0; i < call.rows; ++i) {
     s.left[i] = static_cast<const T*>(call.dy) + i * outputs;
     s.right[i] = static_cast<const T*>(call.x) + i * inputs;

@@ -19,6 +19,17 @@ constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) noexcept { retu
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) noexcept { return a < b ? a : b; }
 constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) noexcept { return divide_up(a, b) * b; }
 
+struct Range {
+  std::int64_t begin, end;
+};
+
+// Part `index` of [0, count) in `parts` parts of whole `grain`s.
+RNNKERN_INLINE Range share(std::int64_t count, int index, int parts, std::int64_t grain = 1) noexcept {
+  const std::int64_t grains = divide_up(count, grain);
+  const std::int64_t begin = grains * index / parts * grain, end = grains * (index + 1) / parts * grain;
+  return {begin < count ? begin : count, end < count ? end : count};
+}
+
 // Units padded to whole vectors, as states and saved values are stored.
 template <class T>
 constexpr std::int64_t padded(std::int64_t units) noexcept {
@@ -75,12 +86,14 @@ void pack_vector(const T* from, std::int64_t present, std::int64_t depth, std::i
 }
 
 // weight(gate, unit, k) = source[gate * gate_stride + unit * unit_stride + k * k_stride]; one of the last two is 1
+// This worker's part of the panels.
 template <int gates, class T>
-void pack_panels(const T* source, std::int64_t units, std::int64_t depth, std::int64_t gate_stride,
-                 std::int64_t unit_stride, std::int64_t k_stride, T* target) noexcept {
+void pack_panels(const Worker& worker, const T* source, std::int64_t units, std::int64_t depth,
+                 std::int64_t gate_stride, std::int64_t unit_stride, std::int64_t k_stride, T* target) noexcept {
   using Shape = PanelShape<gates>;
   constexpr int lanes = kLanes<T>;
-  for (std::int64_t panel = 0; panel < Shape::template panels<T>(units); ++panel)
+  const Range own = share(Shape::template panels<T>(units), worker.index, worker.count);
+  for (std::int64_t panel = own.begin; panel < own.end; ++panel)
     for (int gate = 0; gate < gates; ++gate)
       for (int sub = 0; sub < Shape::subs; ++sub) {
         const std::int64_t first = (panel * Shape::subs + sub) * lanes;
@@ -133,42 +146,50 @@ std::int64_t packed_elements(const LayerSizes& sizes, bool training) noexcept {
   return PackedLayout<Cell, T>(sizes, training).total;
 }
 
+template <class T>
+void zero_fill(T* begin, std::int64_t count) noexcept {
+  std::memset(begin, 0, static_cast<std::size_t>(count) * sizeof(T));
+}
+
 template <class Cell, class T>
-void pack_layer(const LayerSizes& sizes, const LayerWeights<const void*>& weights, bool training,
-                void* packed) noexcept {
+void pack_layer(void* context, const Worker& worker) noexcept {
   using Layout = PackedLayout<Cell, T>;
   constexpr int gates = Cell::gates, early = Layout::early, late = Layout::late;
-  const Layout at(sizes, training);
-  const std::int64_t I = sizes.inputs, H = sizes.hidden, P = sizes.outputs;
-  T* out = static_cast<T*>(packed);
-  const T* w_ih = static_cast<const T*>(weights.w_ih);
-  const T* w_hh = static_cast<const T*>(weights.w_hh);
-  const T* b_ih = static_cast<const T*>(weights.b_ih);
-  const T* b_hh = static_cast<const T*>(weights.b_hh);
-  const T* w_hr = static_cast<const T*>(weights.w_hr);
+  const PackCall& call = *static_cast<const PackCall*>(context);
+  const Layout at(call.sizes, call.training);
+  const std::int64_t I = call.sizes.inputs, H = call.sizes.hidden, P = call.sizes.outputs;
+  T* out = static_cast<T*>(call.packed);
+  const T* w_ih = static_cast<const T*>(call.weights.w_ih);
+  const T* w_hh = static_cast<const T*>(call.weights.w_hh);
+  const T* b_ih = static_cast<const T*>(call.weights.b_ih);
+  const T* b_hh = static_cast<const T*>(call.weights.b_hh);
+  const T* w_hr = static_cast<const T*>(call.weights.w_hr);
 
-  pack_panels<gates>(w_ih, H, I, H * I, I, 1, out + at.w_ih);
-  pack_panels<early>(w_hh, H, P, H * P, P, 1, out + at.w_early);
-  std::memset(out + at.b_ih, 0, static_cast<std::size_t>(at.w_early - at.b_ih) * sizeof(T));
-  std::memset(out + at.b_early, 0, static_cast<std::size_t>(at.w_late - at.b_early) * sizeof(T));
-  if (b_ih) pack_panels<gates>(b_ih, H, 1, H, 1, 1, out + at.b_ih);
-  if (b_hh) pack_panels<early>(b_hh, H, 1, H, 1, 1, out + at.b_early);
-  if constexpr (late > 0) {
-    pack_panels<late>(w_hh + early * H * P, H, H, H * P, P, 1, out + at.w_late);
-    std::memset(out + at.b_late, 0, static_cast<std::size_t>(at.w_hr - at.b_late) * sizeof(T));
-    if (b_hh) pack_panels<late>(b_hh + early * H, H, 1, H, 1, 1, out + at.b_late);
+  if (worker.index == 0) {
+    const Worker alone{0, 1, nullptr, nullptr};
+    zero_fill(out + at.b_ih, at.w_early - at.b_ih);
+    zero_fill(out + at.b_early, at.w_late - at.b_early);
+    if (b_ih) pack_panels<gates>(alone, b_ih, H, 1, H, 1, 1, out + at.b_ih);
+    if (b_hh) pack_panels<early>(alone, b_hh, H, 1, H, 1, 1, out + at.b_early);
+    if constexpr (late > 0) {
+      zero_fill(out + at.b_late, at.w_hr - at.b_late);
+      if (b_hh) pack_panels<late>(alone, b_hh + early * H, H, 1, H, 1, 1, out + at.b_late);
+    }
+    for (int extra = 0; extra < Cell::extras; ++extra) {
+      T* to = out + at.extras + extra * padded<T>(H);
+      zero_fill(to, padded<T>(H));
+      std::memcpy(to, call.weights.extra[extra], static_cast<std::size_t>(H) * sizeof(T));
+    }
   }
-  if (sizes.projected) pack_panels<1>(w_hr, P, H, 0, H, 1, out + at.w_hr);
-  for (int extra = 0; extra < Cell::extras; ++extra) {
-    T* to = out + at.extras + extra * padded<T>(H);
-    std::memset(to, 0, static_cast<std::size_t>(padded<T>(H)) * sizeof(T));
-    std::memcpy(to, weights.extra[extra], static_cast<std::size_t>(H) * sizeof(T));
-  }
-  if (!training) return;
-  pack_panels<1>(w_ih, I, gates * H, 0, 1, I, out + at.w_ih_t);
-  pack_panels<1>(w_hh, P, early * H, 0, 1, P, out + at.w_early_t);
-  if constexpr (late > 0) pack_panels<1>(w_hh + early * H * P, H, late * H, 0, 1, P, out + at.w_late_t);
-  if (sizes.projected) pack_panels<1>(w_hr, H, P, 0, 1, H, out + at.w_hr_t);
+  pack_panels<gates>(worker, w_ih, H, I, H * I, I, 1, out + at.w_ih);
+  pack_panels<early>(worker, w_hh, H, P, H * P, P, 1, out + at.w_early);
+  if constexpr (late > 0) pack_panels<late>(worker, w_hh + early * H * P, H, H, H * P, P, 1, out + at.w_late);
+  if (call.sizes.projected) pack_panels<1>(worker, w_hr, P, H, 0, H, 1, out + at.w_hr);
+  if (!call.training) return;
+  pack_panels<1>(worker, w_ih, I, gates * H, 0, 1, I, out + at.w_ih_t);
+  pack_panels<1>(worker, w_hh, P, early * H, 0, 1, P, out + at.w_early_t);
+  if constexpr (late > 0) pack_panels<1>(worker, w_hh + early * H * P, H, late * H, 0, 1, P, out + at.w_late_t);
+  if (call.sizes.projected) pack_panels<1>(worker, w_hr, H, P, 0, 1, H, out + at.w_hr_t);
 }
 
 }  // namespace

@@ -261,9 +261,17 @@ class Packed {
     if (biased != biased_)
       throw py::value_error(weights_name(i).text() + ": expected biases in all layer-directions or in none");
     const std::vector<py::array> arrays = checked_weights(dict, i, layer.sizes);
-    packed_.emplace_back(times(kernels_.packed_elements(layer.sizes, training_), bytes_));
-    kernels_.pack(layer.sizes, weight_pointers<const void*>(arrays, layer.sizes), training_, packed_.back().data);
+    const std::int64_t packed_bytes = times(kernels_.packed_elements(layer.sizes, training_), bytes_);
+    packed_.emplace_back(packed_bytes);
     layer.packed = packed_.back().data;
+    PackCall call{layer.sizes, weight_pointers<const void*>(arrays, layer.sizes), training_, packed_.back().data};
+    const std::int64_t expected_ns = packed_bytes / 4;
+    if (expected_ns < kKeepsGil) {
+      run_team(kernels_.pack, &call, 1, expected_ns);
+    } else {
+      const WithoutGil gil;
+      run_team(kernels_.pack, &call, num_threads(), expected_ns / num_threads());
+    }
     layers_.push_back(layer);
   }
 

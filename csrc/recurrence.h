@@ -12,17 +12,6 @@
 namespace rnnkern {
 namespace {
 
-struct Range {
-  std::int64_t begin, end;
-};
-
-// Part `index` of [0, count) in `parts` parts of whole `grain`s.
-RNNKERN_INLINE Range share(std::int64_t count, int index, int parts, std::int64_t grain = 1) noexcept {
-  const std::int64_t grains = divide_up(count, grain);
-  const std::int64_t begin = grains * index / parts * grain, end = grains * (index + 1) / parts * grain;
-  return {begin < count ? begin : count, end < count ? end : count};
-}
-
 // Hands out scratch memory from front to back, 64-byte aligned; with a null base it only counts.
 class Arena {
  public:
