@@ -29,6 +29,7 @@ constexpr int kSpins = 50;                       // 1 to 2 us, longer than threa
 constexpr microseconds kIdle{50};                // a helper without work sleeps after this
 constexpr nanoseconds kWorthWaking{100'000};     // waking a sleeping helper costs the caller up to 10 us
 constexpr nanoseconds kLongestCheckIn{100'000};  // a woken helper takes 10 to 50 us to arrive
+constexpr microseconds kSlice{1000};             // barriers closer than a turn of the scheduler wait for whole turns
 constexpr int kCrowded = 5;                      // a thread that was off its core for a fifth of a call was crowded out
 constexpr unsigned kLongestRetreat = 63;         // calls, and
 constexpr microseconds kRetreat{250'000};
@@ -89,14 +90,17 @@ class Team {
     work(Worker{0, static_cast<int>(taken) + 1, this, barrier});
     for (Patience patience; finished_.load(std::memory_order_acquire) != taken;) patience.wait();
     last_end_ = Clock::now();
-    const bool crowded = nanoseconds(off_core_.load(std::memory_order_relaxed)) > (last_end_ - start) / kCrowded;
+    const nanoseconds took = last_end_ - start;
+    const auto barriers = static_cast<std::int64_t>(arrivals_.load(std::memory_order_relaxed) / (taken + 1));
+    const bool crowded =
+        took < barriers * kSlice && nanoseconds(off_core_.load(std::memory_order_relaxed)) > took / kCrowded;
     retreat_ = crowded ? std::min(2 * retreat_ + 1, kLongestRetreat) : 0;
     alone_ = retreat_;
   }
 
-  // Whether to leave the cores to others for this call: where some process wants them too, waiting for a helper that is
-  // not running costs more than its help is worth. A call with helpers tries again after 1, 3, 7, ... 63 calls without,
-  // or once kRetreat has passed.
+  // Whether to leave the cores to others for this call: where some process wants them too, waiting at every step for a
+  // helper that is not running costs more than its help is worth. A call with helpers tries again after 1, 3, 7, ... 63
+  // calls without, or once kRetreat has passed.
   bool retreats() noexcept {
     if (alone_ == 0 || Clock::now() - last_end_ > kRetreat) return false;
     --alone_;

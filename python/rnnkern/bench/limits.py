@@ -17,7 +17,7 @@ __all__ = ["Floor", "Level", "Limits", "Step", "floor", "flops", "measure"]
 
 FLOAT = 4  # bytes
 SECONDS, RUNS = 0.004, 7  # a run is long beside a clock tick and the start of a team; the fastest of the runs counts
-ATTEMPTS, PAUSE = 20, 0.05  # at finding all cores free, and seconds between them
+ATTEMPTS, PAUSE = 40, 0.05  # at finding all cores free, and seconds between them
 VECTORS = 64  # of units, in L1, for the throughput of an elementwise part
 LARGEST_READ = 512 << 20
 
