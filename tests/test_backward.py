@@ -43,6 +43,17 @@ def test_training_matches_the_reference_with_every_option(cell, backend, dtype, 
     assert_accurate(problem, run(problem, backend))
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 5, 1037, 37), (1, 26, 3, 523), (9, 33, 523, 27)],
+    ids=["inputs in parts", "carry in parts", "outer products in blocks"],
+)
+def test_products_beyond_the_caches_match_the_reference(cell, native, dtype, sizes):
+    """Sizes past each limit at which a product is cut into parts or blocks, for vectors of up to 64 bytes."""
+    problem = Problem(cell, *sizes, dtype=dtype)
+    assert_accurate(problem, run(problem, native))
+
+
 @pytest.mark.parametrize("proj_size", [1, 4, 8])
 @pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["plain", "all"])
 def test_projected_training_matches_the_reference(backend, dtype, proj_size, options):
