@@ -185,6 +185,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
            .def("forward", &Packed::forward, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"),
                 py::arg("masks"), py::arg("y"))
            .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("need_x"))
+           .def("plan", &Packed::plan, py::arg("steps"), py::arg("batch"), py::arg("backward"))
            .def_property_readonly("isa", [](const Packed& self) { return self.isa(); })
            .def_property_readonly("nbytes", [](const Packed& self) { return self.nbytes(); }));
 

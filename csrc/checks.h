@@ -159,7 +159,7 @@ struct Buffer {
       : owner(new_array(py::dtype::of<std::uint8_t>(), {with_room(bytes)})),
         data(reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(bytes_of(owner)) + 63) & ~std::uintptr_t{63})) {}
 
- private:
+  // The size of owner.
   static std::int64_t with_room(std::int64_t bytes) {
     if (bytes > std::numeric_limits<std::int64_t>::max() - 64) throw std::bad_alloc();
     return bytes + 64;
@@ -170,13 +170,16 @@ struct Buffer {
 class Scratch {
  public:
   explicit Scratch(std::int64_t bytes) {
-    if (bytes > kSmall) large_.emplace(bytes);
+    if (beside_stack(bytes) > 0) large_.emplace(bytes);
     data_ = large_ ? large_->data : small_;
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   void* data() const { return data_; }
+
+  // What NumPy allocates for it.
+  static std::int64_t beside_stack(std::int64_t bytes) { return bytes > kSmall ? Buffer::with_room(bytes) : 0; }
 
  private:
   static constexpr std::int64_t kSmall = 16 * 1024;  // threads may have stacks as small as 128 KiB

@@ -165,6 +165,37 @@ class Packed {
     return py::make_tuple(input_gradient ? py::object(*input_gradient) : py::none(), tuple_of(dinitial), dicts);
   }
 
+  // How a training call of this size is divided, and the bytes that NumPy allocates in it beside states, y and
+  // gradients: `kept` for as long as there is what it saves, `scratch` while it runs.
+  py::dict plan(std::int64_t steps, std::int64_t batch, bool backward) const {
+    if (!training_) throw py::value_error("plan: expected weights that were packed for training");
+    if (steps < 1 || batch < 1) throw py::value_error("steps, batch: expected at least 1");
+    const auto count = static_cast<std::int64_t>(layers_.size());
+    // Larger than every sum of sizes that follows, so that none of them overflows.
+    times(times(steps, batch),
+          times(times(1024, count), layers_[0].sizes.inputs + hidden_ + width_ + std::int64_t{num_threads()}));
+    Stack stack{};
+    stack.steps = steps;
+    stack.batch = batch;
+    std::vector<Layer> layers = layers_;
+    std::int64_t kept = (static_cast<std::int64_t>(layer_count()) - 1) * output_bytes(stack);
+    for (Layer& one : layers) {
+      const std::int64_t bytes = saved_bytes(one.sizes, steps, batch);
+      if (bytes == 0) continue;
+      kept += Buffer::with_room(bytes);
+      one.saved = &one;  // only has to be there: forward works in it instead of in scratch
+    }
+    const Plan plan = complete(stack, layers, backward);
+    py::dict described;
+    described["threads"] = plan.threads;
+    described["split"] = plan.split == Split::rows ? "rows" : "units";
+    described["block_steps"] = plan.block_steps;
+    described["kept"] = backward ? 0 : kept;
+    described["scratch"] =
+        Scratch::beside_stack(kernels_.scratch_bytes(stack, backward)) + (backward ? between_bytes(stack) : 0);
+    return described;
+  }
+
   // Inference: the call has its steps and rows, the rest is added here. x (T, B, I), y (T, B, D*P).
   void infer(Stack stack, const void* x, void* y, const States& initial, const States& last) const {
     std::vector<Layer> layers = layers_;
@@ -192,10 +223,9 @@ class Packed {
     return plan;
   }
 
-  // Of the outputs between the layers: two take turns.
+  // Of the outputs between the layers, or of their gradients.
   std::int64_t between_bytes(const Stack& stack) const {
-    const auto count = static_cast<std::int64_t>(std::min<std::size_t>(layer_count() - 1, 2));
-    return times(count * bytes_, times(times(stack.steps, stack.batch), width_));
+    return times(static_cast<std::int64_t>(between_count()), output_bytes(stack));
   }
 
   // Says where each layer-direction finds its rows and states; y of a layer is x of the one above.
@@ -247,6 +277,19 @@ class Packed {
   static Name weights_name(std::size_t i, const char* key = nullptr) { return {"weights", i, key}; }
 
   std::size_t layer_count() const { return layers_.size() / reverse_.size(); }
+
+  // Arrays between the layers where nothing is kept: two take turns.
+  std::size_t between_count() const { return std::min<std::size_t>(layer_count() - 1, 2); }
+
+  // Of the output of a layer.
+  std::int64_t output_bytes(const Stack& stack) const {
+    return times(times(times(stack.steps, stack.batch), width_), bytes_);
+  }
+
+  // Of what the steps of a layer-direction save for backward.
+  std::int64_t saved_bytes(const LayerSizes& sizes, std::int64_t T, std::int64_t B) const {
+    return times(times(times(T, B), kernels_.saved_elements(sizes)), bytes_);
+  }
 
   void add(std::int64_t inputs, const py::object& weights) {
     const std::size_t i = layers_.size();
@@ -448,9 +491,9 @@ class Packed {
     std::vector<Layer> layers = layers_with_rows(saved);
     for (std::size_t i = 0; i < layers.size(); ++i) {
       for (std::size_t s = 0; s < state_count(); ++s) layers[i].last[s] = row(last, s, i, B);
-      const std::int64_t row_elements = kernels_.saved_elements(layers[i].sizes);
-      if (row_elements == 0) continue;
-      saved.values.emplace_back(times(times(times(T, B), row_elements), bytes_));
+      const std::int64_t bytes = saved_bytes(layers[i].sizes, T, B);
+      if (bytes == 0) continue;
+      saved.values.emplace_back(bytes);
       layers[i].saved = saved.values.back().data;
     }
     run(saved, layers, false, masked.data());
@@ -460,10 +503,9 @@ class Packed {
   void go_back(const Saved& saved, void* dy, void* dx, const States& dlast, const States& dinitial,
                const std::vector<std::vector<py::array>>& gradients) const {
     const std::int64_t T = saved.steps, B = saved.batch;
-    // Between layers the gradient of one layer's input is that of the output below it; two buffers take turns.
+    // Between layers the gradient of one layer's input is that of the output below it.
     std::vector<py::array> between;
-    for (std::size_t i = 0; i < std::min<std::size_t>(layer_count() - 1, 2); ++i)
-      between.push_back(new_array(dtype_, {T, B, width_}));
+    for (std::size_t i = 0; i < between_count(); ++i) between.push_back(new_array(dtype_, {T, B, width_}));
     std::vector<Layer> layers = layers_with_rows(saved);
     std::size_t value = 0;
     for (std::size_t i = 0; i < layers.size(); ++i) {

@@ -547,6 +547,10 @@ class Native:
         packed = native.pack(**self.pack_arguments(stack, self.rng.random() < 0.5, True))
         return packed.forward, self.forward_arguments(stack), ("y",)
 
+    def plan(self) -> Call:
+        packed = native.pack(**self.pack_arguments(self.rng.choice(self.stacks), self.rng.random() < 0.9, True))
+        return packed.plan, {"steps": 5, "batch": 2, "backward": self.rng.random() < 0.5}, ()
+
     def backward(self) -> Call:
         stack, bias = self.rng.choice(self.stacks), self.rng.random() < 0.5
         packed, saved, given = self.run(stack, bias)
@@ -653,7 +657,7 @@ class Native:
         return self.rng.choice(calls)
 
     VALID = (pack, pack, forward, forward, forward, backward, backward, backward, linear, linear, small, instance)
-    VALID += (frozen_call, frozen_call, step, step)
+    VALID += (frozen_call, frozen_call, step, step, plan)
 
 
 TARGETS: dict[str, type[Any]] = {"public": Public, "native": Native}
