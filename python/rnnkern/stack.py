@@ -80,6 +80,17 @@ class Stack:
             for reverse in self.directions
         ]
 
+    @property
+    def flops(self) -> int:
+        """Additions and multiplications of forward's products in a row of one step; backward has twice as many."""
+        matrices = [
+            shape
+            for sizes in self.layers
+            for shape in sizes.weight_shapes(False, self.proj_size > 0).values()
+            if len(shape) == 2
+        ]
+        return sum(2 * rows * columns for rows, columns in matrices)
+
     def state_shapes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
         """Shape of each state: (L*D, B, P) for h, (L*D, B, H) for the others."""
         count = self.num_layers * len(self.directions)

@@ -68,10 +68,7 @@ def flops(workload: Workload, training: bool) -> int:
 
     Backward has two products for each one of forward: the gradients of its left and of its right side.
     """
-    stack = workload.checked.stack
-    gates, H = len(stack.cell.gates), workload.H
-    products = sum(2 * gates * H * (sizes.input_size + H) for sizes in stack.layers)
-    return workload.T * workload.B * products * (3 if training else 1)
+    return workload.T * workload.B * workload.checked.stack.flops * (3 if training else 1)
 
 
 def floor(workload: Workload, limits: Limits, threads: int, training: bool) -> Floor:
