@@ -412,6 +412,10 @@ class Public:
             given["tape"] = self.layers[0].forward(floats(3, 2, 3))[2]
         return layer.backward, given, ()
 
+    def memory_plan(self) -> Call:
+        layer = self.rng.choice(self.layers)
+        return rk.memory_plan, {"layer": layer, "shape": self.inputs(layer, self.rng.random() < 0.3)["x"].shape}, ()
+
     def functional(self) -> Call:
         weights = {"w_ih": floats(16, 3), "w_hh": floats(16, 4), "b_ih": floats(16), "b_hh": floats(16)}
         if self.rng.random() < 0.5:
@@ -484,7 +488,7 @@ class Public:
         return rk.load, {"path": str(damaged)}, ()
 
     VALID = (make, call, forward, backward, functional, stream, load_weights, output_layer, loss, training, settings)
-    VALID += (call, forward, backward, files)
+    VALID += (call, forward, backward, files, memory_plan)
 
 
 class Native:

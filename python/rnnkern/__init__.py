@@ -4,6 +4,7 @@ from .backends import BackendUnavailableError, backend_names
 from .config import num_threads, set_num_threads, show_config
 from .functional import Grads, Tape, backward, forward
 from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
+from .planning import Division, Explanation, MemoryPlan, explain, memory_plan
 from .train import SGD, Adam, Linear, clip_grad_norm, clip_grad_value, cross_entropy, mse
 from .weights import load, save
 
@@ -14,9 +15,12 @@ __all__ = [
     "SGD",
     "Adam",
     "BackendUnavailableError",
+    "Division",
+    "Explanation",
     "Frozen",
     "Grads",
     "Linear",
+    "MemoryPlan",
     "Recurrent",
     "Stream",
     "Tape",
@@ -25,8 +29,10 @@ __all__ = [
     "clip_grad_norm",
     "clip_grad_value",
     "cross_entropy",
+    "explain",
     "forward",
     "load",
+    "memory_plan",
     "mse",
     "num_threads",
     "save",

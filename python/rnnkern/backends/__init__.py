@@ -22,6 +22,11 @@ A backend that runs exact arrays sooner than Python has looked at them also has:
     stream(packed, batch, arguments) -> steps
         with what `functional.Steps` has; arguments(x_t, out) -> (x_t, y) are the friendly checks of a step
 
+A backend that can say how it runs a training call before it does also has:
+
+    plan(stack, weights, steps, batch) -> (bytes of the packed weights, forward, backward)
+        forward, backward: mappings with the fields of `planning.Division`
+
 Nothing a caller passes is written to but y, and no result aliases an argument other than y.
 """
 

@@ -37,6 +37,7 @@ __all__ = [
     "name",
     "native_module",
     "pack",
+    "plan",
     "stream",
     "unavailable",
 ]
@@ -127,6 +128,14 @@ def backward(
     """See `backends`; lengths, resets and masks are those that `saved` already holds."""
     dx, dinitial, gradients = packed.backward(saved, dy, dstate, need_x)
     return dx, dinitial, [_without_extras(stack.cell, one) for one in gradients]
+
+
+def plan(
+    stack: Stack, weights: Sequence[Mapping[str, Array]], steps: int, batch: int
+) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
+    """See `backends`."""
+    packed = pack(stack, weights, True)
+    return packed.nbytes, packed.plan(steps, batch, False), packed.plan(steps, batch, True)
 
 
 def frozen_call(packed: Any, friendly: Callable[..., Any], batch_first: bool) -> Callable[..., Any]:

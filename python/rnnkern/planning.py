@@ -1,0 +1,299 @@
+"""What a forward and backward of a layer will take: memory, and how the work is divided; asked without running it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .arguments import describe, integer
+from .backends.native import native_module
+from .layers import Recurrent
+
+if TYPE_CHECKING:
+    from .bench.limits import Floor, Limits
+
+__all__ = ["Division", "Explanation", "MemoryPlan", "explain", "memory_plan"]
+
+LARGEST = int(np.iinfo(np.intp).max)  # size of an axis
+
+
+@dataclass(frozen=True)
+class Division:
+    """How one call, forward or backward, is divided among threads and in time, and the bytes it works in."""
+
+    threads: int
+    split: str  # what the threads divide among them: "rows" of the batch or "units" of the layer
+    block_steps: int  # steps that are worked on while their gates are in cache
+    kept: int  # bytes that forward keeps for backward beside y and the states
+    scratch: int  # bytes of arrays that go when the call returns
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of the arrays that a forward and a backward allocate, by purpose; `str` gives a table.
+
+    `forward` and `backward` are the moments of each call at which it holds the most, `kept` is the time between them:
+    what the tape and the caller hold. The purposes:
+
+    - packed weights: those of forward and, with inputs and outputs exchanged, of backward.
+    - saved values: for each direction of each layer T B H elements times 5 (LSTM), 4 (GRU), 3 (GRU with the reset gate
+      before the product) or 0 (RNN), H rounded up to whole vectors; and the outputs of all layers but the last.
+    - y, and with `batch_first` x and the gradients of x and y: those that backends take and give have the time first,
+      so that each but the given one is there twice where neither T nor B is 1.
+    - states: the initial and the final one, and their gradients.
+    - scratch: a block of gates, which is meant to stay in cache, what else the steps work in, and with several layers
+      the gradients between them. Up to 16 KiB lie on the stack and count as 0.
+    """
+
+    forward: Mapping[str, int]
+    kept: Mapping[str, int]
+    backward: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that are held at once in both calls."""
+        return max(sum(self.forward.values()), sum(self.backward.values()))
+
+    def __str__(self) -> str:
+        columns = {"in forward": self.forward, "kept": self.kept, "in backward": self.backward}
+        purposes = dict.fromkeys(purpose for column in columns.values() for purpose in column)
+        lines = [("bytes", *columns)]
+        for purpose in purposes:
+            numbers = [column.get(purpose, 0) for column in columns.values()]
+            if any(numbers):
+                lines.append((purpose, *(f"{number:,}" for number in numbers)))
+        lines.append(("total", *(f"{sum(column.values()):,}" for column in columns.values())))
+        return "\n".join(f"{purpose:<22}" + "".join(f"{one:>18}" for one in numbers) for purpose, *numbers in lines)
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What `explain` found; its text is for reading, its fields for programs."""
+
+    call: str  # the layer and the shape
+    forward: Division
+    backward: Division
+    flops: int  # of the products of forward; those of backward are twice as many
+    weights: int  # bytes of the parameters
+    memory: MemoryPlan
+    floors: tuple[Floor, Floor] | None  # of forward alone, and of both calls
+    without_floors: str = ""  # why there are none
+
+    def __str__(self) -> str:
+        kept, peak = sum(self.memory.kept.values()), self.memory.peak
+        lines = {
+            "forward": _sentence(self.forward, self.flops),
+            "backward": _sentence(self.backward, 2 * self.flops),
+            "weights": f"{self.weights:,} bytes, {self.memory.kept['packed weights']:,} packed for both calls",
+            "memory": f"{kept:,} bytes between the calls, {peak:,} at the peak",
+            "floor": f"not known: {self.without_floors}",
+        }
+        if self.floors is not None:
+            forward, both = (f"{1e3 * one.seconds:.3g} ms ({one.bound})" for one in self.floors)
+            lines["floor"] = f"{forward} forward, {both} with backward: nothing is faster on this machine"
+        return "\n".join([self.call, *(f"{name:<10}{text}" for name, text in lines.items())])
+
+    __repr__ = __str__
+
+
+def _sentence(division: Division, flops: int) -> str:
+    """Who does what in a call."""
+    who = {
+        "rows": f"{division.threads} threads divide the rows",
+        "units": f"{division.threads} threads divide the units and meet at every step",
+    }
+    threads = who[division.split] if division.threads > 1 else "1 thread"
+    return f"{threads}; blocks of {division.block_steps:,} steps; {flops / 1e9:.3g} GFLOP"
+
+
+def memory_plan(layer: Recurrent, shape: Sequence[int]) -> MemoryPlan:
+    """The memory that `layer.forward(x)` and `layer.backward(tape, dy)` will allocate, for an x of this shape.
+
+    It is what `tracemalloc` shows in NumPy's domain, to the byte, where x and dy are C-contiguous arrays of the layer's
+    dtype (they are the caller's and not counted), without lengths, resets, initial state, `dstate`, dropout and `into`,
+    with `need_x`, and with the number of threads and the instruction set that are in use now.
+
+    Scratch of one layer is below 2 MiB a thread, mostly below 1, as long as 256 rows of gates (G H elements each, for a
+    GRU twice as many), or one step of the batch where that is more, take at most 512 KiB a thread. A block of backward
+    is not smaller, so with more units or rows scratch grows with both. It does not grow with the steps.
+
+    Parameters
+    ----------
+    layer
+        A layer of the native backend. Its weights are packed once in order to ask.
+    shape
+        Of x as the layer takes it: (T, B, I), (B, T, I) with `batch_first`, (T, I) unbatched; T and B at least 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as above; the message names it.
+
+    Examples
+    --------
+    >>> import rnnkern as rk
+    >>> plan = rk.memory_plan(rk.LSTM(64, 128, seed=0), (100, 32, 64))
+    >>> plan.kept["y"] == 100 * 32 * 128 * 4
+    True
+    >>> print(plan)
+    bytes                         in forward              kept       in backward
+    packed weights           ...
+    """
+    steps, batch = _steps_and_batch(layer, shape)
+    return _memory(layer, len(shape) == 3, steps, batch, *_plan(layer, steps, batch))
+
+
+def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = None) -> Explanation:
+    """How `layer.forward(x)` and `layer.backward(tape, dy)` will run, and how fast they could: `print` it.
+
+    Parameters
+    ----------
+    layer, shape
+        As for `memory_plan`.
+    limits
+        What `rnnkern.bench.limits.measure` returned. None measures the machine, which takes a few seconds, once in a
+        process for each instruction set and number of threads; a line on stderr says so.
+
+    Returns
+    -------
+    Explanation
+        The threads, what they divide among them and the steps in a block, for forward and backward; the additions and
+        multiplications; bytes of weights and `memory_plan`; and `floors`, the shortest times of a forward alone and of
+        both calls, by `rnnkern.bench.limits.floor`. There are none for float64 and projections, nor where other
+        programs kept the machine busy while it was measured.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as above; the message names it.
+
+    Examples
+    --------
+    >>> import rnnkern as rk
+    >>> rk.explain(rk.GRU(64, 128, dtype="float64", seed=0), (100, 1, 64))
+    GRU(64, 128, dtype='float64'), x (100, 1, 64)
+    forward   ... blocks of ... steps; 0.0147 GFLOP
+    backward  ... blocks of ... steps; 0.0295 GFLOP
+    weights   595,968 bytes, ... packed for both calls
+    memory    ... bytes between the calls, ... at the peak
+    floor     not known: the machine is measured for float32 without projections
+    """
+    steps, batch = _steps_and_batch(layer, shape)
+    packed, forward, backward = _plan(layer, steps, batch)
+    floors, reason = _floors(layer, steps, batch, limits)
+    return Explanation(
+        f"{layer!r}, x ({', '.join(map(str, shape))})",
+        forward,
+        backward,
+        steps * batch * layer._signature.stack.flops,
+        sum(array.nbytes for array in layer.parameters.values()),
+        _memory(layer, len(shape) == 3, steps, batch, packed, forward, backward),
+        floors,
+        reason,
+    )
+
+
+def _steps_and_batch(layer: object, shape: object) -> tuple[int, int]:
+    """T and B of a shape of x."""
+    if not isinstance(layer, Recurrent):
+        raise TypeError(f"layer: expected an RNN, LSTM, GRU or Recurrent, got {describe(layer)}")
+    dimensions, size = "B, T" if layer.batch_first else "T, B", layer.input_size
+    expected = f"shape: expected ({dimensions}, {size}) or (T, {size})"
+    if not isinstance(shape, tuple | list):
+        raise TypeError(f"{expected}, got {describe(shape)}")
+    if len(shape) not in (2, 3):
+        raise ValueError(f"{expected}, got {len(shape)} dimensions")
+    sizes = [integer(f"shape[{axis}]", one, 1, LARGEST) for axis, one in enumerate(shape)]
+    if sizes.pop() != size:
+        raise ValueError(f"{expected}, got {tuple(shape)}")
+    if len(sizes) == 1:
+        return sizes[0], 1
+    first, second = sizes
+    return (second, first) if layer.batch_first else (first, second)
+
+
+def _plan(layer: Recurrent, steps: int, batch: int) -> tuple[int, Division, Division]:
+    """Bytes of the packed weights, and both calls, from the backend that would run them."""
+    plan = getattr(layer._backend, "plan", None)
+    if plan is None:
+        raise ValueError(f"layer: expected a backend that plans its calls, as native does, got {layer.backend!r}")
+    packed, forward, backward = plan(layer._signature.stack, layer._weights, steps, batch)
+    return packed, Division(**forward), Division(**backward)
+
+
+def _memory(
+    layer: Recurrent, batched: bool, steps: int, batch: int, packed: int, forward: Division, backward: Division
+) -> MemoryPlan:
+    """Adds what Python allocates around the calls of the backend; see `functional.run_forward` and `run_backward`."""
+    stack = layer._signature.stack
+    x, y = (steps * batch * size * stack.dtype.itemsize for size in (stack.input_size, stack.output_size))
+    state = sum(math.prod(shape) for shape in stack.state_shapes(batch)) * stack.dtype.itemsize
+    parameters = sum(array.nbytes for array in layer.parameters.values())
+    # x, y and their gradients are copied on the way to the backend or back; an axis of one element moves for free.
+    copied = layer.batch_first and batched and steps > 1 and batch > 1
+    kept = {
+        "packed weights": packed,
+        "saved values": forward.kept,
+        "x": x * copied,
+        "y": y * (1 + copied),
+        "states": 2 * state,  # the initial one for backward, and the final one
+    }
+    in_forward = kept | {"states": 3 * state}  # with the zeros for the state that was not given
+    in_backward = kept | {
+        "gradient of y": y * copied,
+        "gradients of states": 2 * state,
+        "gradient of x": x,
+        "gradients of weights": parameters,
+    }
+    # A call holds the most while the kernels work in scratch, or after that, when its result is copied.
+    return MemoryPlan(
+        _larger(in_forward | {"y": y, "scratch": forward.scratch}, in_forward),
+        kept,
+        _larger(in_backward | {"scratch": backward.scratch}, in_backward | {"gradient of x": x * (1 + copied)}),
+    )
+
+
+def _larger(one: Mapping[str, int], other: Mapping[str, int]) -> Mapping[str, int]:
+    """The one of more bytes."""
+    return max(one, other, key=lambda parts: sum(parts.values()))
+
+
+def _floors(layer: Recurrent, steps: int, batch: int, limits: Limits | None) -> tuple[tuple[Floor, Floor] | None, str]:
+    """The floors of forward and of both calls, or why there are none."""
+    # Here, since who only trains need not wait for the import.
+    from .bench.limits import Limits, floor
+    from .bench.workloads import Workload
+
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"limits: expected None or what rnnkern.bench.limits.measure returned, got {describe(limits)}")
+    stack = layer._signature.stack
+    if stack.dtype != np.float32 or stack.proj_size:
+        return None, "the machine is measured for float32 without projections"
+    native = native_module()
+    if limits is None:
+        try:
+            limits = _measured(native.isa(), native.num_threads())
+        except RuntimeError as error:
+            return None, str(error)
+    workload = Workload(
+        stack.cell.name, stack.input_size, stack.hidden_size, batch, steps, stack.num_layers, len(stack.directions)
+    )
+    forward, both = (floor(workload, limits, native.num_threads(), training) for training in (False, True))
+    return (forward, both), ""
+
+
+@cache
+def _measured(isa: str, threads: int) -> Limits:
+    from .bench.limits import measure
+
+    sys.stderr.write(
+        f"rnnkern.explain: a few seconds to measure this machine with {isa} and {threads} threads, once; "
+        "with `limits=` it need not\n"
+    )
+    return measure(threads)

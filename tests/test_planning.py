@@ -1,0 +1,235 @@
+"""`memory_plan` and `explain`: what they promise is what a call takes."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rnnkern as rk
+from rnnkern import planning
+from rnnkern.bench import limits
+from rnnkern.cells import CELLS
+
+SAVED = {"lstm": 5, "lstm_peephole": 5, "gru": 4, "gru_reset_before": 3}  # values of an element of y; else none
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The most threads of a call."""
+    before = rk.num_threads()
+    rk.set_num_threads(request.param)
+    yield request.param
+    rk.set_num_threads(before)
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Allocations are counted from zero."""
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        tracemalloc.stop()
+
+
+def bytes_of_arrays() -> int:
+    """What NumPy holds of all that was allocated since the tracing began."""
+    traces = tracemalloc.take_snapshot().traces
+    return sum(trace.size for trace in traces if trace.domain == np.lib.tracemalloc_domain)
+
+
+def arrays(layer: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """x, and the gradient of y."""
+    width = layer.forward(np.zeros(shape, layer.dtype))[0].shape[-1]
+    return np.ones(shape, layer.dtype), np.ones((*shape[:-1], width), layer.dtype)
+
+
+def peak_while_sampled(layer: Any, x: Any, dy: Any) -> int:
+    """The most bytes of arrays that another thread saw, which looks all the time: kernels run without the GIL."""
+    over, most = threading.Event(), 0
+
+    def look() -> None:
+        nonlocal most
+        while not over.is_set():
+            most = max(most, bytes_of_arrays())
+
+    with traced():
+        looker = threading.Thread(target=look)
+        looker.start()
+        try:
+            results = layer.forward(x)
+            layer.backward(results[-1], dy)
+        finally:
+            over.set()
+            looker.join()
+    return most
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (rk.LSTM(8, 32, seed=0), (2_000, 16, 8)),
+        (rk.LSTM(8, 32, num_layers=3, proj_size=5, bidirectional=True, seed=0), (500, 16, 8)),
+        (rk.GRU(8, 33, num_layers=2, bias=False, dtype="float64", seed=0), (1_000, 16, 8)),
+        (rk.RNN(8, 64, seed=0), (4_000, 16, 8)),
+        (rk.GRU(200, 16, seed=0), (20_000, 200)),
+    ],
+    ids=repr,
+)
+def test_the_peak_is_that_of_numpys_domain(layer: Any, shape: tuple[int, ...]) -> None:
+    """To the byte. Within a kernel no array comes or goes, so one look at it is exact."""
+    x, dy = arrays(layer, shape)
+    # Where the machine is busy, the other thread may get no turn during a kernel.
+    peaks = [peak_while_sampled(layer, x, dy) for _ in range(3)]
+    assert max(peaks) == rk.memory_plan(layer, shape).peak
+
+
+# All of them are large beside what Python's objects take, a state too but for a single row.
+OPTIONS: list[tuple[dict[str, Any], tuple[int, ...]]] = [
+    ({}, (100, 96, 64)),
+    ({}, (2_000, 64)),
+    ({"batch_first": True}, (96, 100, 64)),
+    ({"batch_first": True}, (1, 2_000, 64)),
+    ({"batch_first": True, "bidirectional": True, "num_layers": 2}, (96, 50, 64)),
+    ({"num_layers": 4, "dtype": "float64"}, (50, 96, 64)),
+    ({"bias": False}, (50, 96, 64)),
+]
+OBJECTS = 16_000  # bytes that Python allocates in a call, at most; 7,000 were seen
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("options", "shape"), OPTIONS, ids=repr)
+def test_each_call_holds_what_is_planned(cell: str, options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Between the calls to the byte; at the tracer's own peaks, which count Python's objects too, but for those."""
+    layer = rk.Recurrent(cell, 64, 64, seed=0, **options)
+    x, dy = arrays(layer, shape)
+    plan = rk.memory_plan(layer, shape)
+    with traced():
+        results = layer.forward(x)
+        forward, kept = tracemalloc.get_traced_memory()[1], bytes_of_arrays()
+        tracemalloc.reset_peak()
+        layer.backward(results[-1], dy)
+        backward = tracemalloc.get_traced_memory()[1]
+    assert kept == sum(plan.kept.values())
+    assert 0 <= forward - sum(plan.forward.values()) < OBJECTS
+    assert 0 <= backward - sum(plan.backward.values()) < OBJECTS
+    assert plan.peak == max(sum(plan.forward.values()), sum(plan.backward.values()))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_what_is_kept_is_what_the_design_allows(cell: str, dtype: str, bidirectional: bool) -> None:
+    """For each direction a few values for each element of y, packed weights of a copy for each pass, and states."""
+    T, B, I, H = 100, 20, 32, 64
+    layer = rk.Recurrent(cell, I, H, bidirectional=bidirectional, dtype=dtype, seed=0)
+    kept = rk.memory_plan(layer, (T, B, I)).kept
+    size, directions = np.dtype(dtype).itemsize, 1 + bidirectional
+    alignment = 64 * directions
+    assert kept["y"] == T * B * H * directions * size
+    assert kept["saved values"] == (SAVED[cell] * kept["y"] + alignment if cell in SAVED else 0)
+    parameters = sum(array.nbytes for array in layer.parameters.values())
+    assert kept["packed weights"] <= 2 * parameters + alignment
+    assert kept["states"] == 2 * len(CELLS[cell].states) * directions * B * H * size
+    assert sum(kept.values()) == kept["y"] + kept["saved values"] + kept["packed weights"] + kept["states"]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("H", [1, 4, 16, 32, 64, 96, 128, 192, 256])
+def test_scratch_is_small_and_does_not_grow_with_the_steps(cell: str, H: int, dtype: str) -> None:
+    """Below 2 MiB a thread where the smallest block of backward takes a quarter of that at most."""
+    layer = rk.Recurrent(cell, 8, H, dtype=dtype, seed=0)
+    gates = len(CELLS[cell].gates) * (2 if cell == "gru" else 1)
+    for batch in (1, 16, 300):
+        short, long = (rk.explain(layer, (T, batch, 8), limits=MACHINE) for T in (100_000, 1_000_000))
+        for call, longer in ((short.forward, long.forward), (short.backward, long.backward)):
+            assert call.scratch == longer.scratch
+            if max(batch, 256) * gates * H * layer.dtype.itemsize <= call.threads << 19:
+                assert call.scratch < call.threads << 21
+
+
+STEPS = {cell: limits.Step(latency=1e-6, unit=0.0) for cell in CELLS}
+LEVELS = (limits.Level("memory", 1 << 40, True, 1e10, 2e10),)
+MACHINE = limits.Limits("none", 2, 1e9, 1e-9, 1e-6, LEVELS, STEPS, STEPS)
+
+
+def test_an_explanation_says_what_a_call_does() -> None:
+    """Its text has the figures of its fields; the floors are those of the benchmarks."""
+    layer = rk.LSTM(64, 128, num_layers=2, seed=0)
+    one = rk.explain(layer, (100, 32, 64), limits=MACHINE)
+    workload = limits.Workload("lstm", 64, 128, 32, 100, layers=2)
+    assert one.flops == limits.flops(workload, False)
+    assert one.floors == tuple(limits.floor(workload, MACHINE, rk.num_threads(), both) for both in (False, True))
+    assert one.memory == rk.memory_plan(layer, (100, 32, 64))
+    assert str(one).startswith("LSTM(64, 128, num_layers=2), x (100, 32, 64)\nforward ")
+    for figure in (one.forward.block_steps, one.backward.block_steps, one.weights, one.memory.peak):
+        assert f"{figure:,}" in str(one)
+    assert repr(one) == str(one)
+
+
+def test_an_explanation_names_what_threads_divide() -> None:
+    """Rows where there are enough, else units; one thread divides nothing."""
+    before = rk.num_threads()
+    rk.set_num_threads(2)
+    try:
+        rows = rk.explain(rk.LSTM(256, 256, seed=0), (50, 32, 256), limits=MACHINE)
+        units = rk.explain(rk.LSTM(256, 256, seed=0), (50, 1, 256), limits=MACHINE)
+        alone = rk.explain(rk.LSTM(2, 2, seed=0), (1, 1, 2), limits=MACHINE)
+    finally:
+        rk.set_num_threads(before)
+    assert "2 threads divide the rows;" in str(rows)
+    assert "2 threads divide the units and meet at every step;" in str(units)
+    assert "1 thread; blocks of 1 steps;" in str(alone)
+
+
+def test_the_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a word on stderr; and where that fails, the explanation says why and has the rest."""
+    measured: list[int] = []
+
+    def measure(threads: int) -> limits.Limits:
+        measured.append(threads)
+        if len(measured) == 1:
+            raise RuntimeError("other programs kept a core busy")
+        return replace(MACHINE, cores=threads)
+
+    monkeypatch.setattr(limits, "measure", measure)
+    planning._measured.cache_clear()
+    layer = rk.RNN(3, 4, seed=0)
+    try:
+        assert "floor     not known: other programs kept a core busy" in str(rk.explain(layer, (5, 3)))
+        assert [rk.explain(layer, (5, 3)).floors is None for _ in range(3)] == [False] * 3
+    finally:
+        planning._measured.cache_clear()
+    assert len(measured) == 2
+    assert capsys.readouterr().err.count("a few seconds to measure this machine") == 2
+
+
+def test_wrong_questions_are_refused() -> None:
+    """The message names the argument."""
+    layer = rk.LSTM(3, 4, seed=0)
+    wrong: list[tuple[Any, Any, type[Exception], str]] = [
+        (layer, (5, 2, 4), ValueError, r"shape: expected \(T, B, 3\) or \(T, 3\), got \(5, 2, 4\)"),
+        (layer, (5, 2, 2, 3), ValueError, "shape: expected .* got 4 dimensions"),
+        (layer, (0, 2, 3), ValueError, r"shape\[0\]: expected an integer from 1 to .*, got 0"),
+        (layer, (5, 2.0, 3), TypeError, r"shape\[1\]: expected an integer from 1 to .*, got float 2.0"),
+        (layer, "tbi", TypeError, "shape: expected .* got str 'tbi'"),
+        (layer, (2**40, 2**22, 3), ValueError, "sizes: their product exceeds 2"),
+        (layer, (2**70, 2, 3), ValueError, r"shape\[0\]: expected an integer from 1 to 9223372036854775807"),
+        (layer.freeze(), (5, 2, 3), TypeError, "layer: expected an RNN, LSTM, GRU or Recurrent, got Frozen"),
+        (rk.RNN(3, 4, backend="reference"), (5, 2, 3), ValueError, "layer: expected a backend .* got 'reference'"),
+    ]
+    for which, shape, error, message in wrong:
+        for ask in (rk.memory_plan, rk.explain):
+            with pytest.raises(error, match=message):
+                ask(which, shape)
+    with pytest.raises(TypeError, match="limits: expected None or what"):
+        rk.explain(layer, (5, 2, 3), limits=3)  # type: ignore[arg-type]
