@@ -34,11 +34,11 @@ inline Plan make_plan(const PlanInput& in) {
 
   Plan plan{Split::rows, in.max_threads, 1, 0};
   if (in.batch < plan.threads) {
-    // Sharing units costs a barrier a step and the other half of h from another core. Measured on two cores, B = 1:
-    // forward of LSTM 64 (2.2 us a step by this estimate) gains 1.4x; backward of GRU 64 (3.3 us) loses a tenth, of
-    // LSTM 64 (4.4 us) gains as much.
+    // Sharing units costs a barrier a step and the other half of h from another core. Measured on two cores, B = 1, by
+    // the step of this estimate: LSTM 64 loses a tenth (2.2 us forward, 4.4 backward), GRU 128 gains 1.1x to 1.8x (6.5,
+    // 13), LSTM 128 1.4x to 1.8x (8.7, 17).
     plan.split = Split::units;
-    if (step_ns < (in.backward ? 8 : 4) * barrier_ns) plan.threads = 1;
+    if (step_ns < (in.backward ? 16 : 8) * barrier_ns) plan.threads = 1;
   }
   if (total_ns < 2 * wake_ns) plan.threads = 1;
   plan.expected_ns = static_cast<std::int64_t>(std::min(total_ns / plan.threads, 1e15));

@@ -125,7 +125,7 @@ def test_a_stream_goes_on_with_another_number_of_threads(cell, native, B):
 
 
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
-@pytest.mark.parametrize("sizes", [(40, 1, 16, 128), (9, 37, 33, 48)], ids=str)
+@pytest.mark.parametrize("sizes", [(40, 1, 97, 230), (9, 37, 33, 48)], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, sizes):
     """Gradients of the parameters included; for few rows, where threads share units, and for many."""
     problem = Problem(cell, *sizes, dtype=dtype, **stack)

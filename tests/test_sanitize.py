@@ -101,8 +101,9 @@ def test_threads_share_rows(cell: str, dtype: str, options: dict[str, Any]) -> N
 @pytest.mark.usefixtures("native")
 def test_threads_share_units(cell: str, dtype: str, options: dict[str, Any]) -> None:
     """Fewer rows than threads: a barrier at each step and product."""
-    T = 2 + 16 // len(CELLS[cell].gates)  # just enough work for a team
-    assert_threads_agree(Problem(cell, T=T, B=1, I=97, H=135, dtype=dtype, **options))
+    gates = len(CELLS[cell].gates)  # just enough work for a team
+    H = 230 if gates == 1 else 135
+    assert_threads_agree(Problem(cell, T=2 + 16 // gates, B=1, I=97, H=H, dtype=dtype, **options))
 
 
 @pytest.mark.parametrize("B", [1, 33])
@@ -111,7 +112,7 @@ def test_threads_share_a_projection(dtype: str, B: int) -> None:
     """Two products a step, in rows and in units."""
     for name, cell in CELLS.items():
         if cell.projects:
-            assert_threads_agree(Problem(name, T=5, B=B, I=9, H=99, proj_size=35, dtype=dtype, **STACK))
+            assert_threads_agree(Problem(name, T=5, B=B, I=97, H=150, proj_size=135, dtype=dtype, **STACK))
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (1, 1, 1), (5, 7, 9), (33, 17, 15), (300, 35, 97)], ids=str)
