@@ -218,8 +218,8 @@ void plain_product(std::int64_t rows, const T* const* inputs, std::int64_t depth
 }
 
 // A sum of outer products is a product too: of the left side transposed and the right side packed. It goes through its
-// rows in parts of which a panel fills half of L1, through the outputs on the left in blocks that stay in L2 once
-// transposed, and through those on the right in blocks that use them while they are there.
+// rows in parts of which a panel takes 32 KiB, so that targets are read and written seldom; through the outputs on the
+// left in blocks that stay in L2 once transposed (100 KiB), and through those on the right in blocks of 256 KiB.
 template <class T>
 constexpr std::int64_t kOuterRows = 32 * 1024 / (Plain::vectors * kVectorBytes);
 constexpr std::int64_t kOuterLeft = 96, kOuterPanels = 8;

@@ -36,7 +36,7 @@ __all__ = ["MODES", "Options", "quick", "run"]
 MODES = ("inference", "training")
 ROUNDS = 5
 FEWEST_CALLS, MOST_CALLS = 3, 5000  # timed of a peer and a mode
-PAUSE = 0.01  # before a peer's turn: threads that the one before left spinning go to sleep
+PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds; before a peer's turn, see _settle
 WARM_UP = 0.1  # a call shorter than this is first run once untimed, in caches that others have filled
 COMPILE_SECONDS = 60.0  # to get ready and run for the first time
 QUICK_SECONDS = 160.0  # a workload takes 10 to 20 of them
@@ -366,13 +366,23 @@ def _in_turns(
                 tell(f"round {turn + 1} of {ROUNDS}, {key[0]} {key[1]}")
                 if count == 0:
                     continue
-                time.sleep(PAUSE)
+                _settle()
                 if once[key] < WARM_UP:
                     calls[key]()
                 samples[key] += [_seconds(calls[key]) for _ in range(count)]
     finally:
         gc.enable()
     return samples
+
+
+def _settle() -> None:
+    """Wait until the threads that the peer before left spinning sleep: 60 ms with ONNX Runtime, 100 ms with Numba."""
+    end = time.perf_counter() + LONGEST_PAUSE
+    idle = False
+    while not idle and time.perf_counter() < end:
+        start, cpu = time.perf_counter(), time.process_time()
+        time.sleep(PAUSE)
+        idle = time.process_time() - cpu < 0.1 * (time.perf_counter() - start)
 
 
 def _seconds(call: Callable[[], Any]) -> float:
