@@ -25,13 +25,14 @@ using std::chrono::microseconds;
 using std::chrono::nanoseconds;
 
 constexpr int kMaxThreads = 1024;
-constexpr int kSpins = 50;                       // 1 to 2 us, longer than threads with equal shares wait for each other
-constexpr microseconds kIdle{50};                // a helper without work sleeps after this
-constexpr nanoseconds kWorthWaking{100'000};     // waking a sleeping helper costs the caller up to 10 us
-constexpr nanoseconds kLongestCheckIn{100'000};  // a woken helper takes 10 to 50 us to arrive
-constexpr microseconds kSlice{1000};             // barriers closer than a turn of the scheduler wait for whole turns
-constexpr int kCrowded = 5;                      // a thread that was off its core for a fifth of a call was crowded out
-constexpr unsigned kLongestRetreat = 63;         // calls, and
+constexpr int kSpins = 50;                    // 1 to 2 us, longer than threads with equal shares wait for each other
+constexpr microseconds kIdle{50};             // a helper without work sleeps after this
+constexpr nanoseconds kWorthWaking{100'000};  // waking a sleeping helper costs the caller up to 10 us
+constexpr nanoseconds kLongestCheckIn{2'000'000};  // a woken helper takes 10 to 50 us, on a virtual core longer
+constexpr microseconds kSlice{1000};               // barriers closer than a turn of the scheduler wait for whole turns
+constexpr int kCrowded = 5;               // a thread that was off its core for a fifth of a call was crowded out
+constexpr nanoseconds kOffCore{20'000};   // and for longer than the two clocks may differ
+constexpr unsigned kLongestRetreat = 63;  // calls, and
 constexpr microseconds kRetreat{250'000};
 constexpr std::size_t kCacheLine = 64;
 
@@ -92,8 +93,8 @@ class Team {
     last_end_ = Clock::now();
     const nanoseconds took = last_end_ - start;
     const auto barriers = static_cast<std::int64_t>(arrivals_.load(std::memory_order_relaxed) / (taken + 1));
-    const bool crowded =
-        took < barriers * kSlice && nanoseconds(off_core_.load(std::memory_order_relaxed)) > took / kCrowded;
+    const nanoseconds off_core{off_core_.load(std::memory_order_relaxed)};
+    const bool crowded = took < barriers * kSlice && off_core > std::max(took / kCrowded, kOffCore);
     retreat_ = crowded ? std::min(2 * retreat_ + 1, kLongestRetreat) : 0;
     alone_ = retreat_;
   }

@@ -197,13 +197,12 @@ def _seconds(name: str, elements: int, threads: int = 1, cell: str = "") -> floa
 
     repeats, attempts = 1, 0
     while attempts < ATTEMPTS:
-        trial = fastest(repeats, 1)
+        trial = fastest(repeats, RUNS)  # the first of the runs wakes the team
         if trial is not None and trial[1] < SECONDS:
             repeats *= 2
             continue
-        best = trial and fastest(repeats, RUNS)
-        if best is not None:
-            return best[1] / best[0]
+        if trial is not None:
+            return trial[1] / trial[0]
         attempts += 1
         time.sleep(PAUSE)
     raise RuntimeError(f"other programs kept a core busy: {name} found no {threads} free cores in {ATTEMPTS} attempts")
