@@ -106,13 +106,14 @@ def test_threads_share_units(cell: str, dtype: str, options: dict[str, Any]) -> 
     assert_threads_agree(Problem(cell, T=2 + 16 // gates, B=1, I=97, H=H, dtype=dtype, **options))
 
 
-@pytest.mark.parametrize("B", [1, 33])
+@pytest.mark.parametrize("sizes", [(1, 97, 150, 135), (33, 9, 99, 35)], ids=["units", "rows"])
 @pytest.mark.usefixtures("native")
-def test_threads_share_a_projection(dtype: str, B: int) -> None:
+def test_threads_share_a_projection(dtype: str, sizes: tuple[int, int, int, int]) -> None:
     """Two products a step, in rows and in units."""
+    B, I, H, P = sizes
     for name, cell in CELLS.items():
         if cell.projects:
-            assert_threads_agree(Problem(name, T=5, B=B, I=97, H=150, proj_size=135, dtype=dtype, **STACK))
+            assert_threads_agree(Problem(name, T=5, B=B, I=I, H=H, proj_size=P, dtype=dtype, **STACK))
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (1, 1, 1), (5, 7, 9), (33, 17, 15), (300, 35, 97)], ids=str)
