@@ -41,7 +41,7 @@ void run_linear(Linear& call, const py::dtype& dtype, bool backward) {
   call.scratch = scratch.data();
   const WithoutGil gil;
   run_team(backward ? kernels.backward : kernels.forward, &call, threads,
-           static_cast<std::int64_t>(flops / 30 / threads));
+           static_cast<std::int64_t>(flops / 30 / threads), Joining::at_start);
 }
 
 struct LinearArrays {
@@ -145,7 +145,7 @@ std::pair<std::int64_t, std::vector<std::pair<double, int>>> measure(const std::
   for (int run = 0; run < runs; ++run) {
     Probe call{repeats, elements, data.data, 1};
     const auto start = Clock::now();
-    run_team(probe->run, &call, threads, std::int64_t{10'000'000});
+    run_team(probe->run, &call, threads, std::int64_t{10'000'000}, Joining::at_start);
     results.emplace_back(std::chrono::duration<double>(Clock::now() - start).count(), call.threads);
   }
   return {work, results};

@@ -79,19 +79,23 @@ class BackwardLayer : Context<Cell, T> {
         padded_h_(padded<T>(H_)),
         stride_p_(scratch_stride<T>(P_)) {}
 
-  // Returns the number of blocks begun in the call so far.
-  std::int64_t run() noexcept {
-    enter();
+  // Returns where the call has come to.
+  const Base& run() noexcept {
+    if (this->takes_part()) enter();
     for (std::int64_t end = stack.steps; end > 0; end -= stack.block_steps) {
       if (this->give_up()) break;
       block_first_ = end > stack.block_steps ? end - stack.block_steps : 0;
-      for (std::int64_t i = end - 1; i >= block_first_; --i) step(time(i), i - block_first_);
+      for (std::int64_t i = end - 1; i >= block_first_; --i) {
+        this->begin();
+        if (this->takes_part()) step(time(i), i - block_first_);
+      }
+      if (!this->takes_part()) continue;
       this->wait();
       add_gradients(end);
       this->wait();
     }
-    leave();
-    return this->block;
+    if (this->takes_part()) leave();
+    return *this;
   }
 
  private:

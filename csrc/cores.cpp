@@ -10,7 +10,8 @@
 #include <thread>
 
 #ifdef __linux__
-#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace rnnkern {
@@ -78,5 +79,28 @@ int usable_cores() {
   if (cores == 0) cores = static_cast<int>(std::thread::hardware_concurrency());
   return std::max(1, static_cast<int>(std::min<double>(cores, std::ceil(cgroup_quota()))));
 }
+
+#ifdef __linux__
+
+ThreadCpus::ThreadCpus() noexcept : thread_(static_cast<pid_t>(syscall(SYS_gettid))), allowed_{} {
+  sched_getaffinity(0, sizeof allowed_, &allowed_);
+}
+
+void ThreadCpus::exclude_callers() const noexcept {
+  cpu_set_t others = allowed_;
+  const int cpu = sched_getcpu();
+  if (cpu >= 0) CPU_CLR(static_cast<std::size_t>(cpu), &others);
+  if (CPU_COUNT(&others) > 0) sched_setaffinity(thread_, sizeof others, &others);
+}
+
+void ThreadCpus::restore() const noexcept { sched_setaffinity(0, sizeof allowed_, &allowed_); }
+
+#else
+
+ThreadCpus::ThreadCpus() noexcept {}
+void ThreadCpus::exclude_callers() const noexcept {}
+void ThreadCpus::restore() const noexcept {}
+
+#endif
 
 }  // namespace rnnkern

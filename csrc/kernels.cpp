@@ -18,7 +18,7 @@ void multiply(const Worker& worker, std::int64_t count, const T* a, const T* b, 
 }
 
 template <class Cell, class T>
-void forward(void* context, const Worker& worker) noexcept {
+void forward(void* context, Worker& worker) noexcept {
   const FlushDenormals flush;
   const Stack& stack = *static_cast<const Stack*>(context);
   Arena arena(stack.scratch);
@@ -27,10 +27,9 @@ void forward(void* context, const Worker& worker) noexcept {
   for (int layer = 0; layer < stack.layer_count; ++layer) {
     for (int direction = 0; direction < stack.directions; ++direction) {
       const Layer& one = stack.layers[layer * stack.directions + direction];
-      call.block = ForwardLayer<Cell, T>(call, one, scratch).run();
-      call.wait();
+      call.advance(ForwardLayer<Cell, T>(call, one, scratch).run());
     }
-    if (stack.masks && layer + 1 < stack.layer_count) {
+    if (stack.masks && layer + 1 < stack.layer_count && call.takes_part()) {
       const Layer& first = stack.layers[layer * stack.directions];
       multiply(worker, stack.steps * stack.batch * first.y_stride, static_cast<const T*>(first.y),
                static_cast<const T*>(stack.masks[layer]), static_cast<T*>(stack.masked[layer]));
@@ -40,7 +39,7 @@ void forward(void* context, const Worker& worker) noexcept {
 }
 
 template <class Cell, class T>
-void backward(void* context, const Worker& worker) noexcept {
+void backward(void* context, Worker& worker) noexcept {
   const FlushDenormals flush;
   const Stack& stack = *static_cast<const Stack*>(context);
   Arena arena(stack.scratch);
@@ -49,10 +48,9 @@ void backward(void* context, const Worker& worker) noexcept {
   for (int layer = stack.layer_count - 1; layer >= 0; --layer) {
     for (int direction = 0; direction < stack.directions; ++direction) {
       const Layer& one = stack.layers[layer * stack.directions + direction];
-      call.block = BackwardLayer<Cell, T>(call, one, scratch).run();
-      call.wait();
+      call.advance(BackwardLayer<Cell, T>(call, one, scratch).run());
     }
-    if (stack.masks && layer > 0) {
+    if (stack.masks && layer > 0 && call.takes_part()) {
       const Layer& first = stack.layers[layer * stack.directions];
       T* dx = static_cast<T*>(first.dx);
       multiply(worker, stack.steps * stack.batch * first.sizes.inputs, dx,
@@ -106,7 +104,7 @@ std::int64_t linear_scratch_bytes(const Linear& call, int max_threads) noexcept 
 }
 
 template <class T>
-void linear_forward(void* context, const Worker& worker) noexcept {
+void linear_forward(void* context, Worker& worker) noexcept {
   const FlushDenormals flush;
   const Linear& call = *static_cast<const Linear*>(context);
   Arena arena(call.scratch);
@@ -127,7 +125,7 @@ void linear_forward(void* context, const Worker& worker) noexcept {
 }
 
 template <class T>
-void linear_backward(void* context, const Worker& worker) noexcept {
+void linear_backward(void* context, Worker& worker) noexcept {
   const FlushDenormals flush;
   const Linear& call = *static_cast<const Linear*>(context);
   Arena arena(call.scratch);

@@ -22,7 +22,7 @@ RNNKERN_INLINE void begin(Probe& probe, const Worker& worker) noexcept {
 
 // `chains` multiply-adds a repeat, independent of each other; each waits for its own of the repeat before.
 template <int chains>
-void multiply_add(void* context, const Worker& worker) noexcept {
+void multiply_add(void* context, Worker& worker) noexcept {
   Probe& probe = *static_cast<Probe*>(context);
   begin(probe, worker);
   const F32 half = set<F32>(0.5f), one = set<F32>(1);
@@ -39,7 +39,7 @@ void multiply_add(void* context, const Worker& worker) noexcept {
 constexpr int kChains = kRegisters == 32 ? 24 : 12;
 
 // Reads a thread's part of the data once a repeat.
-void read(void* context, const Worker& worker) noexcept {
+void read(void* context, Worker& worker) noexcept {
   using Bits = BitsOf<F32>;
   Probe& probe = *static_cast<Probe*>(context);
   const float* data = static_cast<const float*>(probe.data) + worker.index * probe.elements;
@@ -57,7 +57,7 @@ void read(void* context, const Worker& worker) noexcept {
 }
 
 // Nothing but the barrier of the team; no time at all on one thread.
-void barrier(void* context, const Worker& worker) noexcept {
+void barrier(void* context, Worker& worker) noexcept {
   Probe& probe = *static_cast<Probe*>(context);
   begin(probe, worker);
   for (std::int64_t repeat = 0; repeat < probe.repeats; ++repeat) worker.wait(worker.team);
@@ -68,7 +68,7 @@ void barrier(void* context, const Worker& worker) noexcept {
 // step, with many the time of their elementwise part.
 //   data: [states + gates][elements]: the states, which the steps keep as small as they begin, and the input's share
 template <class Cell>
-void forward_steps(void* context, const Worker& worker) noexcept {
+void forward_steps(void* context, Worker& worker) noexcept {
   const FlushDenormals flush;
   Probe& probe = *static_cast<Probe*>(context);
   begin(probe, worker);
@@ -102,7 +102,7 @@ void forward_steps(void* context, const Worker& worker) noexcept {
 // The same in backward, from the gradients of the new states to those of the old ones.
 //   data: [states + saved][elements]: the gradients, which shrink, and what forward has saved
 template <class Cell>
-void backward_steps(void* context, const Worker& worker) noexcept {
+void backward_steps(void* context, Worker& worker) noexcept {
   const FlushDenormals flush;
   Probe& probe = *static_cast<Probe*>(context);
   begin(probe, worker);

@@ -152,7 +152,7 @@ void zero_fill(T* begin, std::int64_t count) noexcept {
 }
 
 template <class Cell, class T>
-void pack_layer(void* context, const Worker& worker) noexcept {
+void pack_layer(void* context, Worker& worker) noexcept {
   using Layout = PackedLayout<Cell, T>;
   constexpr int gates = Cell::gates, early = Layout::early, late = Layout::late;
   const PackCall& call = *static_cast<const PackCall*>(context);
@@ -166,7 +166,7 @@ void pack_layer(void* context, const Worker& worker) noexcept {
   const T* w_hr = static_cast<const T*>(call.weights.w_hr);
 
   if (worker.index == 0) {
-    const Worker alone{0, 1, nullptr, nullptr};
+    const Worker alone{0, 1, nullptr, nullptr, -1, nullptr};
     zero_fill(out + at.b_ih, at.w_early - at.b_ih);
     zero_fill(out + at.b_early, at.w_late - at.b_early);
     if (b_ih) pack_panels<gates>(alone, b_ih, H, 1, H, 1, 1, out + at.b_ih);

@@ -41,14 +41,14 @@ void launch(Task task, Stack& stack, const Plan& plan) {
   stack.stop = &stop;
   if (plan.expected_ns < kKeepsGil) {
     stack.poll = nullptr;
-    run_team(task, &stack, plan.threads, plan.expected_ns);
+    run_team(task, &stack, plan.threads, plan.expected_ns, Joining::at_places);
     return;
   }
   {
     WithoutGil gil;
     stack.poll = WithoutGil::poll;
     stack.poll_context = &gil;
-    run_team(task, &stack, plan.threads, plan.expected_ns);
+    run_team(task, &stack, plan.threads, plan.expected_ns, Joining::at_places);
   }
   if (stop != 0) throw py::error_already_set();
 }
@@ -310,10 +310,10 @@ class Packed {
     PackCall call{layer.sizes, weight_pointers<const void*>(arrays, layer.sizes), training_, packed_.back().data};
     const std::int64_t expected_ns = packed_bytes / 4;
     if (expected_ns < kKeepsGil) {
-      run_team(kernels_.pack, &call, 1, expected_ns);
+      run_team(kernels_.pack, &call, 1, expected_ns, Joining::at_start);
     } else {
       const WithoutGil gil;
-      run_team(kernels_.pack, &call, num_threads(), expected_ns / num_threads());
+      run_team(kernels_.pack, &call, num_threads(), expected_ns / num_threads(), Joining::at_start);
     }
     layers_.push_back(layer);
   }

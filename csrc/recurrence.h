@@ -36,8 +36,20 @@ struct Context {
   static constexpr int lanes = kLanes<T>;
 
   const Stack& stack;
-  const Worker& worker;
+  Worker& worker;
   std::int64_t block = 0;  // blocks begun so far in this call; the same on all workers at the same place
+  std::int64_t place = 0;  // blocks and steps
+
+  // Does this worker take part yet? A helper that joins a call on its way passes by what was done before.
+  bool takes_part() const noexcept { return place > worker.joins_at; }
+  // Begins a block or step; before it, helpers that have come meanwhile are let in. All rows and units are up to date.
+  void begin() noexcept {
+    if (worker.admit) {
+      worker.count = worker.admit(worker.team, place);
+      if (worker.count > 1) worker.admit = nullptr;
+    }
+    ++place;
+  }
 
   bool by_units() const noexcept { return stack.split == Split::units && worker.count > 1; }
   void wait() const noexcept {
@@ -60,6 +72,12 @@ struct Context {
     return (!reverse || link < length(b)) && stack.resets[link * stack.batch + b] != 0;
   }
 
+  // Goes on from where a layer-direction has come to, once all are there.
+  void advance(const Context& layer) noexcept {
+    block = layer.block, place = layer.place;
+    if (takes_part()) wait();
+  }
+
   // Begins a block; true when the call was given up. Worker 0 says so a block ahead, and between two blocks there is
   // either a barrier or nothing that waits, so that no worker is left alone at a barrier.
   bool give_up() noexcept {
@@ -69,6 +87,7 @@ struct Context {
     const std::int64_t stop = __atomic_load_n(stack.stop, __ATOMIC_ACQUIRE);
     const bool over = stop != 0 && block >= stop;
     ++block;
+    begin();
     return over;
   }
 };
@@ -152,23 +171,26 @@ class ForwardLayer : Context<Cell, T> {
         stride_p_(scratch_stride<T>(P_)),
         keep_(layer.saved != nullptr && Cell::saved > 0) {}
 
-  // Returns the number of blocks begun in the call so far.
-  std::int64_t run() noexcept {
-    enter();
+  // Returns where the call has come to.
+  const Base& run() noexcept {
+    if (this->takes_part()) enter();
     for (std::int64_t first = 0; first < stack.steps; first += stack.block_steps) {
       if (this->give_up()) break;
       const std::int64_t count = first + stack.block_steps < stack.steps ? stack.block_steps : stack.steps - first;
       block_first_ = first;
-      add_input_share(count);
-      this->wait_if_units();
-      for (std::int64_t i = first; i < first + count; ++i) {
+      if (this->takes_part()) {
+        add_input_share(count);
+        this->wait_if_units();
+      }
+      for (std::int64_t i = first; i < first + count; ++i, now_ = 1 - now_) {
+        this->begin();
+        if (!this->takes_part()) continue;
         step(time(i));
-        now_ = 1 - now_;
         this->wait_if_units();
       }
     }
-    leave();
-    return this->block;
+    if (this->takes_part()) leave();
+    return *this;
   }
 
  private:

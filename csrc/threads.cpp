@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <forward_list>
 #include <initializer_list>
 #include <new>
 #include <thread>
@@ -28,7 +29,9 @@ constexpr int kMaxThreads = 1024;
 constexpr int kSpins = 50;                    // 1 to 2 us, longer than threads with equal shares wait for each other
 constexpr microseconds kIdle{50};             // a helper without work sleeps after this
 constexpr nanoseconds kWorthWaking{100'000};  // waking a sleeping helper costs the caller up to 10 us
-constexpr nanoseconds kLongestCheckIn{2'000'000};  // a woken helper takes 10 to 50 us, on a virtual core longer
+constexpr microseconds kAwakeCheckIn{2};      // a helper that spins is there within a fraction of that
+constexpr microseconds kOthersCheckIn{30};    // between the first of several woken helpers and the last
+constexpr nanoseconds kLongestCheckIn{2'000'000};  // a woken one takes 10 to 50 us, on a virtual core up to 300
 constexpr microseconds kSlice{1000};               // barriers closer than a turn of the scheduler wait for whole turns
 constexpr int kCrowded = 5;               // a thread that was off its core for a fifth of a call was crowded out
 constexpr nanoseconds kOffCore{20'000};   // and for longer than the two clocks may differ
@@ -72,6 +75,11 @@ struct Seats {
   bool closed() const noexcept { return wanted() == taken(); }
 };
 
+struct Helper {
+  ThreadCpus cpus;  // written by the helper before it first sleeps
+  std::atomic<bool> asleep = false;
+};
+
 // Never destroyed: helpers may sleep in it when the process exits.
 class Team {
  public:
@@ -79,16 +87,25 @@ class Team {
   void release() noexcept { busy_.store(false, std::memory_order_release); }
 
   // The caller has acquired the team.
-  void run(Task task, void* context, int helpers, nanoseconds expected) noexcept {
+  void run(Task task, void* context, int helpers, nanoseconds expected, Joining joining) noexcept {
     hire(helpers);
     task_ = task;
     context_ = context;
     arrivals_.store(0, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
     off_core_.store(0, std::memory_order_relaxed);
+    joins_at_.store(kUndecided, std::memory_order_relaxed);
+    first_came_ = {};
     const Clock::time_point start = Clock::now();
-    const std::uint32_t taken = seat(helpers, expected);
-    work(Worker{0, static_cast<int>(taken) + 1, this, barrier});
+    offer(helpers, expected, joining);
+    Worker worker{0, 1, this, barrier, kStart, nullptr};
+    if (joining == Joining::at_start || seats().closed())
+      worker.count = let_in(kStart);
+    else
+      worker.admit = admit;
+    work(worker);
+    if (worker.admit) let_in(kNever);  // whoever has come by now came for nothing
+    const std::uint32_t taken = seats().taken();
     for (Patience patience; finished_.load(std::memory_order_acquire) != taken;) patience.wait();
     last_end_ = Clock::now();
     const nanoseconds took = last_end_ - start;
@@ -117,37 +134,61 @@ class Team {
     for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&blocked, fault);
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
     try {
-      for (; hired_ < helpers; ++hired_) std::thread([this] { help(); }).detach();
+      for (; hired_ < helpers; ++hired_) {
+        Helper& helper = helpers_.emplace_front();
+        std::thread([this, &helper] { help(helper); }).detach();
+      }
     } catch (...) {
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
-  // Offers the seats and waits for helpers to take them; returns how many have come. Those asleep are woken if the call
-  // is long, or if calls come so close together that a helper once awake stays so.
-  std::uint32_t seat(int helpers, nanoseconds expected) noexcept {
+  Seats seats() const noexcept { return {seats_.load(std::memory_order_acquire)}; }
+
+  // Offers the seats and waits a little for helpers to take them. Those asleep are woken if the call is long, or if
+  // calls come so close together that a helper once awake stays so.
+  void offer(int helpers, nanoseconds expected, Joining joining) noexcept {
     const Clock::time_point start = Clock::now();
     const bool wake = expected >= kWorthWaking || start - last_end_ < kIdle;
     int awake = hired_ - sleeping_.load();
     const int wanted = std::min(helpers, wake ? hired_ : awake);
     seats_.store(Seats::of(static_cast<std::uint32_t>(wanted), 0).packed);
-    for (; awake < wanted; ++awake) seats_.notify_one();
+    if (awake < wanted) {
+      for (const Helper& helper : helpers_)
+        if (helper.asleep.load()) helper.cpus.exclude_callers();
+      for (; awake < wanted; ++awake) seats_.notify_one();
+    }
     // A quarter of the call is well spent on a helper that comes, a twentieth is not much lost on one that does not.
-    const Clock::time_point deadline = start + std::min(kLongestCheckIn, expected / (missed_ % 8 == 0 ? 4 : 20));
-    Seats seats{seats_.load(std::memory_order_acquire)};
-    for (Patience patience; !seats.closed() && Clock::now() < deadline;) {
-      patience.wait();
-      seats.packed = seats_.load(std::memory_order_acquire);
+    const nanoseconds for_sleepers = std::min(kLongestCheckIn, expected / (missed_ % 8 == 0 ? 4 : 20));
+    const Clock::time_point deadline = start + (joining == Joining::at_start ? for_sleepers : kAwakeCheckIn);
+    for (Patience patience; !seats().closed() && Clock::now() < deadline;) patience.wait();
+    if (joining == Joining::at_start) missed_ = seats().closed() ? 0 : missed_ + 1;
+  }
+
+  // Closes the seats and lets those who have taken one begin at `place`. Returns the number of threads at work.
+  int let_in(std::int64_t place) noexcept {
+    Seats now = seats();
+    while (!now.closed() && !seats_.compare_exchange_weak(now.packed, Seats::of(now.taken(), now.taken()).packed)) {
     }
-    while (!seats.closed() &&
-           !seats_.compare_exchange_weak(seats.packed, Seats::of(seats.taken(), seats.taken()).packed)) {
+    joins_at_.store(place, std::memory_order_release);
+    return static_cast<int>(now.taken()) + 1;
+  }
+
+  // Worker::admit: lets in who has come, once all have or the first has waited long enough for the others.
+  static int admit(void* team, std::int64_t place) noexcept {
+    Team& self = *static_cast<Team*>(team);
+    const Seats now = self.seats();
+    if (now.taken() == 0) return 1;
+    if (!now.closed()) {
+      const Clock::time_point time = Clock::now();
+      if (self.first_came_ == Clock::time_point{}) self.first_came_ = time;
+      if (time - self.first_came_ < kOthersCheckIn) return 1;
     }
-    missed_ = static_cast<int>(seats.taken()) < wanted ? missed_ + 1 : 0;
-    return seats.taken();
+    return self.let_in(place);
   }
 
   // Runs the task and notes for how long this thread was off its core.
-  void work(const Worker& worker) noexcept {
+  void work(Worker& worker) noexcept {
     const Clock::time_point start = Clock::now();
     const nanoseconds cpu_start = cpu_time();
     task_(context_, worker);
@@ -157,20 +198,24 @@ class Team {
     }
   }
 
-  [[noreturn]] void help() noexcept {
+  [[noreturn]] void help(Helper& self) noexcept {
+    self.cpus = ThreadCpus();
     for (;;) {
-      Seats seats = await_call();
+      Seats seats = await_call(self);
       if (seats.closed() || !seats_.compare_exchange_strong(seats.packed, seats.packed + 1)) continue;
       const int index = static_cast<int>(seats.taken()) + 1;
-      Patience patience;
-      while (seats.packed = seats_.load(std::memory_order_acquire), !seats.closed()) patience.wait();
-      work(Worker{index, static_cast<int>(seats.taken()) + 1, this, barrier});
+      std::int64_t place = kUndecided;
+      for (Patience patience; (place = joins_at_.load(std::memory_order_acquire)) == kUndecided;) patience.wait();
+      if (place != kNever) {
+        Worker worker{index, static_cast<int>(this->seats().taken()) + 1, this, barrier, place, nullptr};
+        work(worker);
+      }
       finished_.fetch_add(1, std::memory_order_release);
     }
   }
 
   // Returns with the seats of a new call, which may be closed again by the time it is acted on.
-  Seats await_call() noexcept {
+  Seats await_call(Helper& self) noexcept {
     Seats seats{seats_.load(std::memory_order_acquire)};
     const Clock::time_point deadline = Clock::now() + kIdle;
     for (Patience patience; seats.closed() && Clock::now() < deadline;) {
@@ -179,10 +224,16 @@ class Team {
     }
     if (!seats.closed()) return seats;
     sleeping_.fetch_add(1);
+    self.asleep.store(true);
     seats_.wait(seats.packed);
+    self.asleep.store(false);
     sleeping_.fetch_sub(1);
+    self.cpus.restore();
     return Seats{seats_.load(std::memory_order_acquire)};
   }
+
+  // Of joins_at_: helpers wait, work from the start, or go away again.
+  static constexpr std::int64_t kUndecided = -3, kNever = -2, kStart = -1;
 
   static void barrier(void* team) noexcept { static_cast<Team*>(team)->wait_for_all(); }
 
@@ -195,16 +246,20 @@ class Team {
   }
 
   std::atomic<bool> busy_ = false;
-  int hired_ = 0;  // the next seven: written by the caller that has acquired the team, before it offers the seats
+  std::forward_list<Helper> helpers_;
+  int hired_ =
+      0;  // this and the next eight: written by the caller that has acquired the team, before it offers the seats
   Task task_ = nullptr;
   void* context_ = nullptr;
-  unsigned missed_ = 0;               // calls since all helpers came
+  unsigned missed_ = 0;               // calls that are joined at the start, since all helpers came
   unsigned retreat_ = 0, alone_ = 0;  // calls to run without helpers: at the last count, and still to come
   Clock::time_point last_end_{};
+  Clock::time_point first_came_{};  // of a call, seen by worker 0
   alignas(kCacheLine) std::atomic<std::uint32_t> seats_ = 0;
   std::atomic<int> sleeping_ = 0;
   alignas(kCacheLine) std::atomic<std::uint64_t> arrivals_ = 0;
   std::atomic<std::uint32_t> finished_ = 0;
+  std::atomic<std::int64_t> joins_at_ = kUndecided;
   std::atomic<std::int64_t> off_core_ = 0;  // ns, of the thread that was off its core for longest
 };
 
@@ -243,18 +298,18 @@ void set_num_threads(int count) noexcept {
   thread_limit.store(std::clamp(count, 1, kMaxThreads), std::memory_order_relaxed);
 }
 
-void run_team(Task task, void* context, int max_threads, std::int64_t expected_ns) noexcept {
+void run_team(Task task, void* context, int max_threads, std::int64_t expected_ns, Joining joining) noexcept {
   Team* team = nullptr;
   if (max_threads > 1) {
     max_threads = std::min(max_threads, num_threads());
     if (max_threads > 1) team = get_team();
   }
-  const Worker alone{0, 1, nullptr, [](void*) noexcept {}};
+  Worker alone{0, 1, nullptr, [](void*) noexcept {}, -1, nullptr};
   if (team == nullptr || !team->acquire()) return task(context, alone);
   if (team->retreats())
     task(context, alone);
   else
-    team->run(task, context, max_threads - 1, nanoseconds(expected_ns));
+    team->run(task, context, max_threads - 1, nanoseconds(expected_ns), joining);
   team->release();
 }
 

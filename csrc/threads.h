@@ -7,11 +7,14 @@
 
 namespace rnnkern {
 
+// When helpers may join a task: before it begins, or at any of its places too (see worker.h).
+enum class Joining { at_start, at_places };
+
 // Runs task(context, worker) once on each of worker.count <= max_threads threads, the calling one among them, and
-// returns when all are done. Helpers that are asleep are woken and given a short time, a fraction of expected_ns, to
-// arrive; the call goes on without those that have not. A call that finds the team at work for another caller runs on
-// its own thread alone. Results must therefore not depend on worker.count.
-void run_team(Task task, void* context, int max_threads, std::int64_t expected_ns) noexcept;
+// returns when all are done. Helpers that are asleep are woken; the call goes on without those that do not come in
+// time: a fraction of expected_ns where they can join only at the start. A call that finds the team at work for another
+// caller runs on its own thread alone. Results must therefore not depend on worker.count.
+void run_team(Task task, void* context, int max_threads, std::int64_t expected_ns, Joining joining) noexcept;
 
 // The upper bound on the threads of a call, at least 1. At first min(physical cores, scheduling affinity, cgroup CPU
 // quota, RNNKERN_NUM_THREADS, OMP_NUM_THREADS).

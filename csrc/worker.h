@@ -2,6 +2,8 @@
 // it.
 #pragma once
 
+#include <cstdint>
+
 namespace rnnkern {
 
 struct Worker {
@@ -9,8 +11,14 @@ struct Worker {
   int count;  // threads taking part in this call
   void* team;
   void (*wait)(void* team) noexcept;  // returns once all `count` threads have called it; does nothing if count is 1
+
+  // For tasks that helpers may join on the way. Such a task counts the places where they can, from 0 and alike on all
+  // threads. A helper works from place `joins_at` on and passes by what comes before; -1: it is there from the start.
+  // While worker 0 is alone and helpers may still come, it asks at each place for the new count; then null.
+  std::int64_t joins_at;
+  int (*admit)(void* team, std::int64_t place) noexcept;
 };
 
-using Task = void (*)(void* context, const Worker& worker) noexcept;
+using Task = void (*)(void* context, Worker& worker) noexcept;
 
 }  // namespace rnnkern

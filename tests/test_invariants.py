@@ -141,6 +141,22 @@ def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, s
         rk.set_num_threads(before)
 
 
+def test_helpers_that_come_during_a_call_change_no_bit(cell, native):
+    """They are asleep when it begins, and join at one step or another; for shared rows and shared units."""
+    for B in (1, 6):
+        problem = Problem(cell, T=60, B=B, I=40, H=160, num_layers=2, bidirectional=True, dropout=0.3, lengths=B > 1)
+        before = rk.num_threads()
+        try:
+            rk.set_num_threads(1)
+            expected = run(problem, native)
+            rk.set_num_threads(before)
+            for pause in (0.001, 0.003, 0.02):
+                time.sleep(pause)
+                same(run(problem, native), expected)
+        finally:
+            rk.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     "options",
     [
