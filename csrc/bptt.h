@@ -162,9 +162,9 @@ class BackwardLayer : Context<Cell, T> {
     if constexpr (Cell::late_gates > 0) {
       for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i) + Layout::early * H_;
       const Range panels = this->panels(Plain::panels<T>(H_));
-      product<T, Plain::vectors>(
-          rows, s_.inputs, Cell::late_gates * H_, packed_ + at_.w_late_t, static_cast<const T*>(nullptr), panels.begin,
-          panels.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+      product<T, Plain>(
+          rows, s_.inputs, Cell::late_gates * H_, packed_ + at_.w_late_t, static_cast<const T*>(nullptr), H_,
+          panels.begin, panels.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
             for_plain_vectors<T>(panel, H_,
                                  [&](int v, std::int64_t unit, int count) { finish_late(i, unit, count, sum[v]); });
           });
@@ -172,16 +172,16 @@ class BackwardLayer : Context<Cell, T> {
     }
     for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i);
     const Range panels = this->panels(Plain::panels<T>(P_));
-    product<T, Plain::vectors>(rows, s_.inputs, Layout::early * H_, packed_ + at_.w_early_t,
-                               static_cast<const T*>(nullptr), panels.begin, panels.end,
-                               [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                 for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) {
-                                   const std::int64_t b = s_.batch_index[i];
-                                   T* to = s_.carry_h + b * stride_p_ + unit;
-                                   const V before = layer_.sizes.projected ? sum[v] : sum[v] + load<V>(to);
-                                   store(to, this->cut(layer_.reverse, t, b) ? zero<V>() : before);
-                                 });
-                               });
+    product<T, Plain>(rows, s_.inputs, Layout::early * H_, packed_ + at_.w_early_t, static_cast<const T*>(nullptr), P_,
+                      panels.begin, panels.end,
+                      [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                        for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) {
+                          const std::int64_t b = s_.batch_index[i];
+                          T* to = s_.carry_h + b * stride_p_ + unit;
+                          const V before = layer_.sizes.projected ? sum[v] : sum[v] + load<V>(to);
+                          store(to, this->cut(layer_.reverse, t, b) ? zero<V>() : before);
+                        });
+                      });
     if (layer_.sizes.projected) this->wait_if_units();
   }
 
@@ -208,12 +208,12 @@ class BackwardLayer : Context<Cell, T> {
       }
       this->wait_if_units();
       for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * stride_p_;
-      product<T, Plain::vectors>(
-          rows, s_.inputs, P_, packed_ + at_.w_hr_t, static_cast<const T*>(nullptr), panels.begin, panels.end,
-          [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-            for_plain_vectors<T>(panel, H_,
-                                 [&](int v, std::int64_t unit, int count) { backward_vector(i, unit, count, sum[v]); });
-          });
+      product<T, Plain>(rows, s_.inputs, P_, packed_ + at_.w_hr_t, static_cast<const T*>(nullptr), H_, panels.begin,
+                        panels.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                          for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
+                            backward_vector(i, unit, count, sum[v]);
+                          });
+                        });
       return;
     }
     for (std::int64_t i = 0; i < rows; ++i)

@@ -13,9 +13,11 @@ namespace {
 
 // Rows of a tile of `vectors` vectors: what the registers hold beside one weight vector and a broadcast per row.
 // 16 registers: 3 rows of 4 (12 + 3 + 1) or 4 of 3 (12 + 4, the weight from memory); 32: 6 of 4 (24 + 6 + 1), 8 of 3.
-// 6 rows of 2, with 16, load as much per multiply-add but repeat the loop for each half: 10 % slower.
+// 6 rows of 2, with 16, load as much per multiply-add but repeat the loop for each half: 10 % slower. Of one or two
+// vectors, as the last panel may have, 8 rows are enough chains (below).
 template <int vectors>
-constexpr int kTileRows = (kRegisters == 32 ? 24 : 12) / vectors;
+constexpr int kTileRows =
+    vectors < 3 ? (kRegisters == 32 ? 8 : 8 - 2 * (vectors - 1)) : (kRegisters == 32 ? 24 : 12) / vectors;
 
 // Panels side by side when there is one row: FMA has 4 cycles latency and two ports, so 8 chains keep it busy.
 template <int vectors>
@@ -51,25 +53,43 @@ RNNKERN_INLINE void add_outer(Left&& left, const T* right, Vec<T> (&sums)[rows][
   }
 }
 
-// sums [panels][rows][vectors] = from + a w; a: `rows` pointers to `depth` elements; w: `panels` panels, panel_stride
-// elements apart; from: [panels][vectors * lanes] for all rows, or, for one panel, rows from_stride elements apart.
-template <class T, int vectors, int rows, int panels>
-RNNKERN_INLINE void accumulate(const T* const* a, std::int64_t depth, const T* w, std::int64_t panel_stride,
-                               const T* from, std::int64_t from_stride, Vec<T>* sums) noexcept {
+// sums [rows][vectors] = from + a w; a: `rows` pointers to `depth` elements; w: a panel; from: `vectors` vectors for
+// each row, from_stride elements apart (0: the same for all).
+template <class T, int vectors, int rows>
+RNNKERN_INLINE void accumulate(const T* const* a, std::int64_t depth, const T* w, const T* from,
+                               std::int64_t from_stride, Vec<T>* sums) noexcept {
   using V = Vec<T>;
-  V s[panels][rows][vectors];
+  V s[rows][vectors];
   const T* row[rows];
-  for (int p = 0; p < panels; ++p)
-    for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < vectors; ++v) s[p][r][v] = load<V>(from + (p * vectors + v) * kLanes<T> + r * from_stride);
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v) s[r][v] = load<V>(from + v * kLanes<T> + r * from_stride);
   for (int r = 0; r < rows; ++r) row[r] = a[r];
   for (std::int64_t k = 0; k < depth; ++k, w += vectors * kLanes<T>)
-#pragma GCC unroll 4
-    for (int p = 0; p < panels; ++p)
-      add_outer<T, rows, vectors>([&](int r) RNNKERN_INLINE_LAMBDA { return row[r][k]; }, w + p * panel_stride, s[p]);
-  for (int p = 0; p < panels; ++p)
-    for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < vectors; ++v) *sums++ = s[p][r][v];
+    add_outer<T, rows, vectors>([&](int r) RNNKERN_INLINE_LAMBDA { return row[r][k]; }, w, s);
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v) *sums++ = s[r][v];
+}
+
+// The same for one row and several panels: whole ones, and a last one of `tail` vectors.
+template <class T, int vectors, int panels, int tail>
+RNNKERN_INLINE void accumulate_panels(const T* a, std::int64_t depth, const T* w, const T* from,
+                                      Vec<T>* sums) noexcept {
+  using V = Vec<T>;
+  constexpr int count = panels * vectors + tail;
+  const std::int64_t stride = depth * vectors * kLanes<T>;
+  const T* last = w + panels * stride;
+  V s[count];
+  for (int v = 0; v < count; ++v) s[v] = load<V>(from + v * kLanes<T>);
+  for (std::int64_t k = 0; k < depth; ++k, w += vectors * kLanes<T>, last += tail * kLanes<T>) {
+    const V input = set<V>(a[k]);
+#pragma GCC unroll 16
+    for (int v = 0; v < count; ++v) {
+      const T* weight = v < panels * vectors ? w + v / vectors * stride + v % vectors * kLanes<T>
+                                             : last + (v - panels * vectors) * kLanes<T>;
+      s[v] = fma(input, load<V>(weight), s[v]);
+    }
+  }
+  for (int v = 0; v < count; ++v) sums[v] = s[v];
 }
 
 // Calls body.template operator()<n>() for a count that is known only now, 1 <= count <= limit <= 8.
@@ -97,24 +117,26 @@ template <class T, int vectors>
 __attribute__((noinline)) void tile_of_rows(std::int64_t rows, const T* const* a, std::int64_t depth, const T* w,
                                             const T* start, Vec<T>* sums) noexcept {
   with_count<kTileRows<vectors>>(
-      rows, [&]<int n>() RNNKERN_INLINE_LAMBDA { accumulate<T, vectors, n, 1>(a, depth, w, 0, start, 0, sums); });
+      rows, [&]<int n>() RNNKERN_INLINE_LAMBDA { accumulate<T, vectors, n>(a, depth, w, start, 0, sums); });
 }
 
 // The tile that goes on from sums of its own for each row.
 template <class T, int vectors>
 __attribute__((noinline)) void tile_on_rows(std::int64_t rows, const T* const* a, std::int64_t depth, const T* w,
                                             const T* from, std::int64_t from_stride, Vec<T>* sums) noexcept {
-  with_count<kTileRows<vectors>>(rows, [&]<int n>() RNNKERN_INLINE_LAMBDA {
-    accumulate<T, vectors, n, 1>(a, depth, w, 0, from, from_stride, sums);
-  });
+  with_count<kTileRows<vectors>>(
+      rows, [&]<int n>() RNNKERN_INLINE_LAMBDA { accumulate<T, vectors, n>(a, depth, w, from, from_stride, sums); });
 }
 
-// The tile of one row and up to kSingleRowPanels panels.
-template <class T, int vectors>
-__attribute__((noinline)) void tile_of_panels(std::int64_t panels, const T* const* a, std::int64_t depth, const T* w,
-                                              const T* start, Vec<T>* sums) noexcept {
-  with_count<kSingleRowPanels<vectors>>(panels, [&]<int n>() RNNKERN_INLINE_LAMBDA {
-    accumulate<T, vectors, 1, n>(a, depth, w, depth * vectors * kLanes<T>, start, 0, sums);
+// The tile of one row and up to kSingleRowPanels panels, with a last one of fewer subs behind them.
+template <class T, class Shape>
+__attribute__((noinline)) void tile_of_panels(std::int64_t panels, std::int64_t tail_subs, const T* a,
+                                              std::int64_t depth, const T* w, const T* start, Vec<T>* sums) noexcept {
+  constexpr int vectors = Shape::vectors, gates = vectors / Shape::subs;
+  with_count<kSingleRowPanels<vectors> + 1>(panels + 1, [&]<int n>() RNNKERN_INLINE_LAMBDA {
+    with_count<Shape::subs>(tail_subs + 1, [&]<int t>() RNNKERN_INLINE_LAMBDA {
+      if constexpr (n + t > 2) accumulate_panels<T, vectors, n - 1, (t - 1) * gates>(a, depth, w, start, sums);
+    });
   });
 }
 
@@ -162,34 +184,72 @@ __attribute__((noinline)) void tiles_of_parts(std::int64_t rows, const T* const*
   });
 }
 
-// For rows i in [0, rows) and panels p in [begin, end): sums of start and the product of inputs[i] (depth elements)
-// with the packed weights; done(i, p, sums) takes the `vectors` sums of a row and a panel: at once, so that the
-// divisions of a cell's step run beside the multiply-adds of the next tile.
-// start: [panel][vectors * lanes] or null for zeros.
-template <class T, int vectors, class Done>
+// The tile functions for panels of some number of vectors.
+template <class T>
+struct Tiles {
+  int vectors, max_rows;
+  std::int64_t part_depth;
+  void (*of_rows)(std::int64_t, const T* const*, std::int64_t, const T*, const T*, Vec<T>*) noexcept;
+  void (*on_rows)(std::int64_t, const T* const*, std::int64_t, const T*, const T*, std::int64_t, Vec<T>*) noexcept;
+  void (*of_parts)(std::int64_t, const T* const*, std::int64_t, const T*, const T*, Vec<T>*) noexcept;
+};
+template <class T, int vectors>
+constexpr Tiles<T> kTiles{vectors,
+                          kTileRows<vectors>,
+                          kPartDepth<vectors>,
+                          tile_of_rows<T, vectors>,
+                          tile_on_rows<T, vectors>,
+                          tiles_of_parts<T, vectors>};
+
+template <class T, class Shape>
+RNNKERN_INLINE const Tiles<T>& tiles_of(int subs) noexcept {
+  constexpr int gates = Shape::vectors / Shape::subs;
+  if constexpr (Shape::subs > 1)
+    if (subs == 1) return kTiles<T, gates>;
+  if constexpr (Shape::subs > 2) {
+    if (subs == 2) return kTiles<T, 2 * gates>;
+    if (subs == 3) return kTiles<T, 3 * gates>;
+  }
+  return kTiles<T, Shape::vectors>;
+}
+
+// For rows i in [0, rows) and panels p in [begin, end) of `units` units: sums of start and the product of inputs[i]
+// (depth elements) with the packed weights; done(i, p, sums) takes the sums of a row and a panel, [sub][gate]: at once,
+// so that the divisions of a cell's step run beside the multiply-adds of the next tile.
+// start: packed like one input of the weights, or null for zeros.
+template <class T, class Shape, class Done>
 RNNKERN_INLINE void product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed,
-                            const T* start, std::int64_t begin, std::int64_t end, Done&& done) noexcept {
-  constexpr int width = vectors * kLanes<T>;
-  Vec<T> sums[kPartRows * vectors];
-  if (rows == 1)
-    return for_parts(end - begin, kSingleRowPanels<vectors>,
-                     [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
-                       const std::int64_t panel = begin + first;
-                       tile_of_panels<T, vectors>(count, inputs, depth, packed + panel * depth * width,
-                                                  start ? start + panel * width : kZeros<T>, sums);
+                            const T* start, std::int64_t units, std::int64_t begin, std::int64_t end,
+                            Done&& done) noexcept {
+  constexpr int width = Shape::vectors * kLanes<T>;
+  Vec<T> sums[kPartRows * Shape::vectors];
+  if (begin == end) return;
+  if (rows == 1) {
+    const int last_subs = Shape::template subs_of<T>(end - 1, units);
+    const std::int64_t tail_subs = last_subs < Shape::subs ? last_subs : 0, whole = end - begin - (tail_subs ? 1 : 0);
+    std::int64_t panel = begin;
+    for (std::int64_t parts = whole ? divide_up(whole, kSingleRowPanels<Shape::vectors>) : 1; parts > 0; --parts) {
+      const std::int64_t count = divide_up(begin + whole - panel, parts), tail = parts == 1 ? tail_subs : 0;
+      tile_of_panels<T, Shape>(count, tail, inputs[0], depth, packed + panel * depth * width,
+                               start ? start + panel * width : kZeros<T>, sums);
 #pragma GCC unroll 1
-                       for (std::int64_t p = 0; p < count; ++p) done(0, panel + p, sums + p * vectors);
-                     });
-  const bool deep = rows > kTileRows<vectors> && depth > kPartDepth<vectors>;
-  const auto tile = deep ? tiles_of_parts<T, vectors> : tile_of_rows<T, vectors>;
-  for (std::int64_t panel = begin; panel < end; ++panel)
-    for_parts(rows, deep ? kPartRows : kTileRows<vectors>,
+      for (std::int64_t p = 0; p < count + (tail ? 1 : 0); ++p) done(0, panel + p, sums + p * Shape::vectors);
+      panel += count;
+    }
+    return;
+  }
+  for (std::int64_t panel = begin; panel < end; ++panel) {
+    const Tiles<T>& tiles = tiles_of<T, Shape>(Shape::template subs_of<T>(panel, units));
+    const bool deep = rows > tiles.max_rows && depth > tiles.part_depth;
+    const auto tile = deep ? tiles.of_parts : tiles.of_rows;
+    for_parts(rows, deep ? kPartRows : tiles.max_rows,
               [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
                 tile(count, inputs + first, depth, packed + panel * depth * width,
                      start ? start + panel * width : kZeros<T>, sums);
 #pragma GCC unroll 1
-                for (std::int64_t r = 0; r < count; ++r) done(first + r, panel, sums + r * vectors);
+                for (std::int64_t r = 0; r < count; ++r) done(first + r, panel, sums + r * tiles.vectors);
               });
+  }
 }
 
 // Calls done(v, unit, count): vector v of a plain panel begins at `unit` and has `count` valid lanes.
@@ -208,13 +268,13 @@ template <class T>
 void plain_product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed, const T* start,
                    std::int64_t units, std::int64_t begin, std::int64_t end, T* const* outputs, bool add) noexcept {
   using V = Vec<T>;
-  product<T, Plain::vectors>(rows, inputs, depth, packed, start, begin, end,
-                             [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                               for_plain_vectors<T>(panel, units, [&](int v, std::int64_t unit, int count) {
-                                 T* to = outputs[i] + unit;
-                                 store_some<V>(to, add ? load_some<V>(to, count) + sum[v] : sum[v], count);
-                               });
-                             });
+  product<T, Plain>(rows, inputs, depth, packed, start, units, begin, end,
+                    [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                      for_plain_vectors<T>(panel, units, [&](int v, std::int64_t unit, int count) {
+                        T* to = outputs[i] + unit;
+                        store_some<V>(to, add ? load_some<V>(to, count) + sum[v] : sum[v], count);
+                      });
+                    });
 }
 
 // A sum of outer products is a product too: of the left side transposed and the right side packed. It goes through its
@@ -246,33 +306,32 @@ __attribute__((noinline)) void transpose_rows(std::int64_t count, const T* const
     }
 }
 
-// to [i][4 vectors] = from[i][..] of the units of one panel, zero past the end.
+// to [i][vectors] = from[i][..] of the units of one panel, zero past the end.
 template <class T>
 RNNKERN_INLINE void pack_panel(std::int64_t count, const T* const* from, std::int64_t panel, std::int64_t columns,
                                T* to) noexcept {
-  using V = Vec<T>;
-  for (std::int64_t i = 0; i < count; ++i, to += Plain::vectors * kLanes<T>) {
-    for (int v = 0; v < Plain::vectors; ++v) store(to + v * kLanes<T>, zero<V>());
-    for_plain_vectors<T>(panel, columns, [&](int v, std::int64_t k, int some) {
-      store(to + v * kLanes<T>, load_some<V>(from[i] + k, some));
+  for (std::int64_t i = 0; i < count; ++i)
+    for_plain_vectors<T>(panel, columns, [&](int, std::int64_t k, int some) {
+      store(to, load_some<Vec<T>>(from[i] + k, some));
+      to += kLanes<T>;
     });
-  }
 }
 
 // target[r][k] += sum over i < depth of left[r][i] * right[i][k] for the k of one panel.
 template <class T>
-RNNKERN_INLINE void add_outer_tile(std::int64_t tile_rows, const T* left, std::int64_t depth, const T* right,
-                                   std::int64_t panel, std::int64_t columns, T* target) noexcept {
+RNNKERN_INLINE void add_outer_tile(const Tiles<T>& tiles, std::int64_t tile_rows, const T* left, std::int64_t depth,
+                                   const T* right, std::int64_t panel, std::int64_t columns, T* target) noexcept {
   using V = Vec<T>;
-  constexpr int vectors = Plain::vectors, width = vectors * kLanes<T>;
-  const T* inputs[kTileRows<vectors>];
-  V sums[kTileRows<vectors> * vectors] = {};
+  constexpr int most_rows = 8;
+  const T* inputs[most_rows];
+  V sums[most_rows * Plain::vectors] = {};
   for (std::int64_t r = 0; r < tile_rows; ++r) inputs[r] = left + r * kOuterStride<T>;
-  if ((panel + 1) * width <= columns) {
-    target += panel * width;
-    tile_on_rows<T, vectors>(tile_rows, inputs, depth, right, target, columns, sums);
+  const std::int64_t first = panel * Plain::vectors * kLanes<T>, vectors = tiles.vectors;
+  if (first + vectors * kLanes<T> <= columns) {
+    target += first;
+    tiles.on_rows(tile_rows, inputs, depth, right, target, columns, sums);
     for (std::int64_t r = 0; r < tile_rows; ++r)
-      for (int v = 0; v < vectors; ++v) store(target + r * columns + v * kLanes<T>, sums[r * vectors + v]);
+      for (std::int64_t v = 0; v < vectors; ++v) store(target + r * columns + v * kLanes<T>, sums[r * vectors + v]);
     return;
   }
   const auto for_targets = [&](auto&& body) RNNKERN_INLINE_LAMBDA {
@@ -282,7 +341,7 @@ RNNKERN_INLINE void add_outer_tile(std::int64_t tile_rows, const T* left, std::i
       });
   };
   for_targets([](const T* from, V& sum, int some) RNNKERN_INLINE_LAMBDA { sum = load_some<V>(from, some); });
-  tile_on_rows<T, vectors>(tile_rows, inputs, depth, right, reinterpret_cast<const T*>(sums), width, sums);
+  tiles.on_rows(tile_rows, inputs, depth, right, reinterpret_cast<const T*>(sums), vectors * kLanes<T>, sums);
   for_targets([](T* to, const V& sum, int some) RNNKERN_INLINE_LAMBDA { store_some<V>(to, sum, some); });
 }
 
@@ -291,7 +350,7 @@ RNNKERN_INLINE void add_outer_tile(std::int64_t tile_rows, const T* left, std::i
 template <class T>
 void add_outer_products(std::int64_t rows, const T* const* left, const T* const* right, std::int64_t begin,
                         std::int64_t end, std::int64_t columns, T* target, T* buffer) noexcept {
-  constexpr int vectors = Plain::vectors, width = vectors * kLanes<T>;
+  constexpr int width = Plain::vectors * kLanes<T>;
   T* const packed_left = buffer + kOuterRows<T> * kOuterPanels * width;
   for_parts(rows, kOuterRows<T>, [&](std::int64_t i, std::int64_t depth) {
     for_parts(Plain::panels<T>(columns), kOuterPanels, [&](std::int64_t panel0, std::int64_t panels) {
@@ -299,11 +358,13 @@ void add_outer_products(std::int64_t rows, const T* const* left, const T* const*
         pack_panel(depth, right + i, panel0 + p, columns, buffer + p * depth * width);
       for_parts(end - begin, kOuterLeft, [&](std::int64_t j0, std::int64_t outputs) {
         transpose_rows(depth, left + i, begin + j0, outputs, packed_left, kOuterStride<T>);
-        for (std::int64_t p = 0; p < panels; ++p)
-          for_parts(outputs, kTileRows<vectors>, [&](std::int64_t j, std::int64_t tile_rows) RNNKERN_INLINE_LAMBDA {
-            add_outer_tile(tile_rows, packed_left + j * kOuterStride<T>, depth, buffer + p * depth * width, panel0 + p,
-                           columns, target + (begin + j0 + j) * columns);
+        for (std::int64_t p = 0; p < panels; ++p) {
+          const Tiles<T>& tiles = tiles_of<T, Plain>(Plain::subs_of<T>(panel0 + p, columns));
+          for_parts(outputs, tiles.max_rows, [&](std::int64_t j, std::int64_t tile_rows) RNNKERN_INLINE_LAMBDA {
+            add_outer_tile(tiles, tile_rows, packed_left + j * kOuterStride<T>, depth, buffer + p * depth * width,
+                           panel0 + p, columns, target + (begin + j0 + j) * columns);
           });
+        }
       });
     });
   });

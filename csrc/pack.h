@@ -1,12 +1,12 @@
 // The layout of packed weights; the only file that knows it.
 //
-// A packed matrix is a row of panels. A panel holds `vectors` vectors of outputs for every input k, one k after the
-// other, so that a product reads it from front to back:
+// A packed matrix is a row of panels. A panel holds a few vectors of outputs for every input k, one k after the other,
+// so that a product reads it from front to back:
 //
-//   [panel][k][gate][sub][lane]    unit = (panel * subs + sub) * lanes + lane,  vectors = gates * subs
+//   [panel][k][sub][gate][lane]    unit = (panel * subs + sub) * lanes + lane
 //
 // The gates of a unit stand side by side: the product that fills them leaves all that a cell's step needs in registers.
-// Units past the end are zero.
+// The last panel has as many subs as are left; units past the end are zero.
 #pragma once
 
 #include "kernel_table.h"
@@ -45,19 +45,23 @@ constexpr std::int64_t scratch_stride(std::int64_t count) noexcept {
 }
 
 // The shape of a panel of `gates` gates: about four vectors, so that three rows of accumulators, three broadcasts and
-// a weight fill 16 registers; see tile_rows in gemm.h.
+// a weight fill 16 registers; see kTileRows in gemm.h.
 template <int gates>
 struct PanelShape {
   static constexpr int subs = gates >= 3 ? 1 : 4 / gates;
-  static constexpr int vectors = gates * subs;
+  static constexpr int vectors = gates * subs;  // of a whole panel
 
   template <class T>
   static constexpr std::int64_t panels(std::int64_t units) noexcept {
     return divide_up(units, subs * kLanes<T>);
   }
   template <class T>
+  static constexpr int subs_of(std::int64_t panel, std::int64_t units) noexcept {
+    return static_cast<int>(smaller(divide_up(units, kLanes<T>) - panel * subs, subs));
+  }
+  template <class T>
   static constexpr std::int64_t elements(std::int64_t units, std::int64_t depth) noexcept {
-    return panels<T>(units) * depth * vectors * kLanes<T>;
+    return padded<T>(units) * gates * depth;
   }
 };
 
@@ -72,7 +76,7 @@ void pack_vector(const T* from, std::int64_t present, std::int64_t depth, std::i
   constexpr int lanes = kLanes<T>;
   if (unit_stride == 1) {
     for (std::int64_t k = 0; k < depth; ++k)
-      store(to + k * step, present > 0 ? load_some<V>(from + k * k_stride, static_cast<int>(present)) : zero<V>());
+      store(to + k * step, load_some<V>(from + k * k_stride, static_cast<int>(present)));
     return;
   }
   for (std::int64_t k = 0; k < depth; k += lanes) {
@@ -93,15 +97,17 @@ void pack_panels(const Worker& worker, const T* source, std::int64_t units, std:
   using Shape = PanelShape<gates>;
   constexpr int lanes = kLanes<T>;
   const Range own = share(Shape::template panels<T>(units), worker.index, worker.count);
-  for (std::int64_t panel = own.begin; panel < own.end; ++panel)
-    for (int gate = 0; gate < gates; ++gate)
-      for (int sub = 0; sub < Shape::subs; ++sub) {
+  for (std::int64_t panel = own.begin; panel < own.end; ++panel) {
+    const int subs = Shape::template subs_of<T>(panel, units);
+    T* to = target + panel * depth * Shape::vectors * lanes;
+    for (int sub = 0; sub < subs; ++sub)
+      for (int gate = 0; gate < gates; ++gate, to += lanes) {
         const std::int64_t first = (panel * Shape::subs + sub) * lanes;
-        const std::int64_t present = first + lanes <= units ? lanes : first < units ? units - first : 0;
-        pack_vector(source + gate * gate_stride + (present > 0 ? first * unit_stride : 0), present, depth, unit_stride,
-                    k_stride, target + (panel * depth * Shape::vectors + gate * Shape::subs + sub) * lanes,
-                    Shape::vectors * lanes);
+        const std::int64_t present = smaller(units - first, lanes);
+        pack_vector(source + gate * gate_stride + first * unit_stride, present, depth, unit_stride, k_stride, to,
+                    gates * subs * lanes);
       }
+  }
 }
 
 // Where the parts of a packed layer-direction begin, in elements; all are multiples of 64 bytes.

@@ -238,60 +238,59 @@ class ForwardLayer : Context<Cell, T> {
       }
     }
     const Range panels = this->panels(Shape::template panels<T>(H_));
-    product<T, Shape::vectors>(rows, s_.block_inputs, layer_.sizes.inputs, packed_ + at_.w_ih, packed_ + at_.b_ih,
-                               panels.begin, panels.end,
-                               [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                 for (int sub = 0; sub < Shape::subs; ++sub) {
-                                   const std::int64_t unit = (panel * Shape::subs + sub) * lanes;
-                                   if (unit >= padded_h_) break;
-                                   for (int gate = 0; gate < Cell::gates; ++gate)
-                                     store(s_.block_gates[i] + gate * padded_h_ + unit, sum[gate * Shape::subs + sub]);
-                                 }
-                               });
+    product<T, Shape>(rows, s_.block_inputs, layer_.sizes.inputs, packed_ + at_.w_ih, packed_ + at_.b_ih, H_,
+                      panels.begin, panels.end,
+                      [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                        for (int sub = 0; sub < Shape::subs; ++sub) {
+                          const std::int64_t unit = (panel * Shape::subs + sub) * lanes;
+                          if (unit >= padded_h_) break;
+                          for (int gate = 0; gate < Cell::gates; ++gate)
+                            store(s_.block_gates[i] + gate * padded_h_ + unit, sum[sub * Cell::gates + gate]);
+                        }
+                      });
   }
 
   void step(std::int64_t t) noexcept {
     const std::int64_t rows = list_rows(t);
     using Early = typename Layout::Early;
     const Range panels = this->panels(Early::template panels<T>(H_));
-    product<T, Early::vectors>(rows, s_.h_prev, P_, packed_ + at_.w_early, packed_ + at_.b_early, panels.begin,
-                               panels.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                 for (int sub = 0; sub < Early::subs; ++sub) {
-                                   const std::int64_t unit = (panel * Early::subs + sub) * lanes;
-                                   if (unit >= padded_h_) break;
-                                   V r[Cell::gates];
-                                   for (int gate = 0; gate < Layout::early; ++gate)
-                                     r[gate] = sum[gate * Early::subs + sub];
-                                   if constexpr (Cell::late_gates > 0)
-                                     prepare(i, unit, r);
-                                   else
-                                     finish(t, i, unit, r);
-                                 }
-                               });
+    product<T, Early>(rows, s_.h_prev, P_, packed_ + at_.w_early, packed_ + at_.b_early, H_, panels.begin, panels.end,
+                      [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                        for (int sub = 0; sub < Early::subs; ++sub) {
+                          const std::int64_t unit = (panel * Early::subs + sub) * lanes;
+                          if (unit >= padded_h_) break;
+                          V r[Cell::gates];
+                          for (int gate = 0; gate < Layout::early; ++gate) r[gate] = sum[sub * Layout::early + gate];
+                          if constexpr (Cell::late_gates > 0)
+                            prepare(i, unit, r);
+                          else
+                            finish(t, i, unit, r);
+                        }
+                      });
     if constexpr (Cell::late_gates > 0) {
       using Late = typename Layout::Late;
       this->wait_if_units();
       const Range late = this->panels(Late::template panels<T>(H_));
-      product<T, Late::vectors>(rows, s_.hidden_rows, H_, packed_ + at_.w_late, packed_ + at_.b_late, late.begin,
-                                late.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                  for (int sub = 0; sub < Late::subs; ++sub) {
-                                    const std::int64_t unit = (panel * Late::subs + sub) * lanes;
-                                    if (unit >= padded_h_) break;
-                                    V r[Cell::gates] = {};
-                                    for (int gate = 0; gate < Cell::late_gates; ++gate)
-                                      r[Layout::early + gate] = sum[gate * Late::subs + sub];
-                                    finish(t, i, unit, r);
-                                  }
-                                });
+      product<T, Late>(rows, s_.hidden_rows, H_, packed_ + at_.w_late, packed_ + at_.b_late, H_, late.begin, late.end,
+                       [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                         for (int sub = 0; sub < Late::subs; ++sub) {
+                           const std::int64_t unit = (panel * Late::subs + sub) * lanes;
+                           if (unit >= padded_h_) break;
+                           V r[Cell::gates] = {};
+                           for (int gate = 0; gate < Cell::late_gates; ++gate)
+                             r[Layout::early + gate] = sum[sub * Cell::late_gates + gate];
+                           finish(t, i, unit, r);
+                         }
+                       });
     }
     if (layer_.sizes.projected) {
       this->wait_if_units();
       const Range plain = this->panels(Plain::panels<T>(P_));
-      product<T, Plain::vectors>(
-          rows, s_.hidden_rows, H_, packed_ + at_.w_hr, static_cast<const T*>(nullptr), plain.begin, plain.end,
-          [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-            for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) { store_h(t, i, unit, sum[v]); });
-          });
+      product<T, Plain>(rows, s_.hidden_rows, H_, packed_ + at_.w_hr, static_cast<const T*>(nullptr), P_, plain.begin,
+                        plain.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                          for_plain_vectors<T>(panel, P_,
+                                               [&](int v, std::int64_t unit, int) { store_h(t, i, unit, sum[v]); });
+                        });
     }
   }
 
