@@ -2,14 +2,17 @@
 #include "cores.h"
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstddef>
+#include <cstdio>
 #include <fstream>
 #include <set>
 #include <string>
 #include <thread>
 
 #ifdef __linux__
+#include <fcntl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -82,6 +85,17 @@ int usable_cores() {
 
 #ifdef __linux__
 
+int idle_cpus() noexcept {
+  static const int file = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
+  static const long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+  char text[64] = {};  // "0.20 0.18 0.12 1/80 11206": the fourth are the threads that run or wait for a CPU, and all
+  long runnable = 0;
+  if (file < 0 || pread(file, text, sizeof text - 1, 0) <= 0 || std::sscanf(text, "%*f %*f %*f %ld/", &runnable) != 1 ||
+      runnable < 1)
+    return INT_MAX;
+  return static_cast<int>(cpus - runnable);
+}
+
 ThreadCpus::ThreadCpus() noexcept : thread_(static_cast<pid_t>(syscall(SYS_gettid))), allowed_{} {
   sched_getaffinity(0, sizeof allowed_, &allowed_);
 }
@@ -97,6 +111,7 @@ void ThreadCpus::restore() const noexcept { sched_setaffinity(0, sizeof allowed_
 
 #else
 
+int idle_cpus() noexcept { return INT_MAX; }
 ThreadCpus::ThreadCpus() noexcept {}
 void ThreadCpus::exclude_callers() const noexcept {}
 void ThreadCpus::restore() const noexcept {}

@@ -12,6 +12,10 @@ namespace rnnkern {
 // at least 1.
 int usable_cores();
 
+// How many more CPUs this machine has than threads that want one at this moment, the caller among them; negative where
+// they wait for each other, a large number where that cannot be found out. Takes about a microsecond.
+int idle_cpus() noexcept;
+
 // The CPUs of the thread that made it. A kernel may wake a sleeping thread on the CPU of the thread that wakes it;
 // where that one goes on computing, the other waits for milliseconds to be moved.
 class ThreadCpus {

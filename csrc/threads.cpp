@@ -30,6 +30,8 @@ constexpr int kSpins = 50;                    // 1 to 2 us, longer than threads 
 constexpr microseconds kIdle{50};             // a helper without work sleeps after this
 constexpr nanoseconds kWorthWaking{100'000};  // waking a sleeping helper costs the caller up to 10 us
 constexpr microseconds kAwakeCheckIn{2};      // a helper that spins is there within a fraction of that
+constexpr nanoseconds kWorthAsking{50'000};   // to ask whether cores are free takes a microsecond,
+constexpr microseconds kLook{200};            // and is asked again this often while none are
 constexpr microseconds kOthersCheckIn{30};    // between the first of several woken helpers and the last
 constexpr nanoseconds kLongestCheckIn{2'000'000};  // a woken one takes 10 to 50 us, on a virtual core up to 300
 constexpr microseconds kSlice{1000};               // barriers closer than a turn of the scheduler wait for whole turns
@@ -99,7 +101,7 @@ class Team {
     const Clock::time_point start = Clock::now();
     offer(helpers, expected, joining);
     Worker worker{0, 1, this, barrier, kStart, nullptr};
-    if (joining == Joining::at_start || seats().closed())
+    if (joining == Joining::at_start || (seats().closed() && !withheld_))
       worker.count = let_in(kStart);
     else
       worker.admit = admit;
@@ -150,19 +152,35 @@ class Team {
   void offer(int helpers, nanoseconds expected, Joining joining) noexcept {
     const Clock::time_point start = Clock::now();
     const bool wake = expected >= kWorthWaking || start - last_end_ < kIdle;
-    int awake = hired_ - sleeping_.load();
-    const int wanted = std::min(helpers, wake ? hired_ : awake);
-    seats_.store(Seats::of(static_cast<std::uint32_t>(wanted), 0).packed);
-    if (awake < wanted) {
-      for (const Helper& helper : helpers_)
-        if (helper.asleep.load()) helper.cpus.exclude_callers();
-      for (; awake < wanted; ++awake) seats_.notify_one();
+    wanted_ = std::min(helpers, wake ? hired_ : hired_ - sleeping_.load());
+    withheld_ = joining == Joining::at_places && expected >= kWorthAsking && crowded();
+    if (withheld_) {
+      next_look_ = start + kLook;
+      seats_.store(Seats::of(0, 0).packed);
+      return;
     }
+    open_seats();
     // A quarter of the call is well spent on a helper that comes, a twentieth is not much lost on one that does not.
     const nanoseconds for_sleepers = std::min(kLongestCheckIn, expected / (missed_ % 8 == 0 ? 4 : 20));
     const Clock::time_point deadline = start + (joining == Joining::at_start ? for_sleepers : kAwakeCheckIn);
     for (Patience patience; !seats().closed() && Clock::now() < deadline;) patience.wait();
     if (joining == Joining::at_start) missed_ = seats().closed() ? 0 : missed_ + 1;
+  }
+
+  // Whether helpers would have to share a core with whoever else is running: then each barrier would wait for turns of
+  // the scheduler. Helpers that spin already are not others.
+  bool crowded() const noexcept {
+    const int awake = hired_ - sleeping_.load();
+    return wanted_ > 0 && static_cast<std::int64_t>(idle_cpus()) + awake < wanted_;
+  }
+
+  void open_seats() noexcept {
+    int awake = hired_ - sleeping_.load();
+    seats_.store(Seats::of(static_cast<std::uint32_t>(wanted_), 0).packed);
+    if (awake >= wanted_) return;
+    for (const Helper& helper : helpers_)
+      if (helper.asleep.load()) helper.cpus.exclude_callers();
+    for (; awake < wanted_; ++awake) seats_.notify_one();
   }
 
   // Closes the seats and lets those who have taken one begin at `place`. Returns the number of threads at work.
@@ -174,9 +192,18 @@ class Team {
     return static_cast<int>(now.taken()) + 1;
   }
 
-  // Worker::admit: lets in who has come, once all have or the first has waited long enough for the others.
+  // Worker::admit: lets in who has come, once all have or the first has waited long enough for the others. While the
+  // cores are wanted by others nobody is asked to come.
   static int admit(void* team, std::int64_t place) noexcept {
     Team& self = *static_cast<Team*>(team);
+    if (self.withheld_) {
+      const Clock::time_point time = Clock::now();
+      if (time < self.next_look_) return 1;
+      self.next_look_ = time + kLook;
+      self.withheld_ = self.crowded();
+      if (!self.withheld_) self.open_seats();
+      return 1;
+    }
     const Seats now = self.seats();
     if (now.taken() == 0) return 1;
     if (!now.closed()) {
@@ -247,14 +274,17 @@ class Team {
 
   std::atomic<bool> busy_ = false;
   std::forward_list<Helper> helpers_;
-  int hired_ =
-      0;  // this and the next eight: written by the caller that has acquired the team, before it offers the seats
+  // Written by the caller that has acquired the team, before it offers the seats.
+  int hired_ = 0;
   Task task_ = nullptr;
   void* context_ = nullptr;
   unsigned missed_ = 0;               // calls that are joined at the start, since all helpers came
   unsigned retreat_ = 0, alone_ = 0;  // calls to run without helpers: at the last count, and still to come
   Clock::time_point last_end_{};
   Clock::time_point first_came_{};  // of a call, seen by worker 0
+  int wanted_ = 0;                  // helpers of a call
+  bool withheld_ = false;           // the seats are not offered while the cores are wanted by others
+  Clock::time_point next_look_{};   // whether they still are
   alignas(kCacheLine) std::atomic<std::uint32_t> seats_ = 0;
   std::atomic<int> sleeping_ = 0;
   alignas(kCacheLine) std::atomic<std::uint64_t> arrivals_ = 0;
