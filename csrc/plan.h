@@ -25,7 +25,7 @@ struct PlanInput {
 
 inline Plan make_plan(const PlanInput& in) {
   // Rates of one core, within a factor of two: they only weigh work against the cost of waking and waiting.
-  constexpr double flops_per_ns = 30, wake_ns = 15'000, barrier_ns = 500;
+  constexpr double flops_per_ns = 30, wake_ns = 15'000;
   const double rows = static_cast<double>(in.steps) * static_cast<double>(in.batch);
   const double weights = static_cast<double>(in.gates) * static_cast<double>(in.hidden) *
                          static_cast<double>(in.inputs + in.outputs) * static_cast<double>(in.layers);
@@ -34,11 +34,12 @@ inline Plan make_plan(const PlanInput& in) {
 
   Plan plan{Split::rows, in.max_threads, 1, 0};
   if (in.batch < plan.threads) {
-    // Sharing units costs a barrier a step and the other half of h from another core. Measured on two cores, B = 1, by
-    // the step of this estimate: LSTM 64 loses a tenth (2.2 us forward, 4.4 backward), GRU 128 gains 1.1x to 1.8x (6.5,
-    // 13), LSTM 128 1.4x to 1.8x (8.7, 17).
+    // Sharing units costs a barrier a step and the other half of h from another core. Measured on two cores of a Zen 4
+    // server, B = 1, AVX2 and AVX-512, against one thread, by the step of this estimate: RNN 64 loses a tenth (0.6 us
+    // forward, 1.1 backward), GRU 32 a fifth (0.4); GRU 64 gains 1.15x to 1.7x (1.7, 3.3), LSTM 64 1.2x to 1.6x (2.2,
+    // 4.4), GRU 128 1.7x (6.5, 13), LSTM 256 2.0x.
     plan.split = Split::units;
-    if (step_ns < (in.backward ? 16 : 8) * barrier_ns) plan.threads = 1;
+    if (step_ns < (in.backward ? 3'000 : 1'500)) plan.threads = 1;
   }
   if (total_ns < 2 * wake_ns) plan.threads = 1;
   plan.expected_ns = static_cast<std::int64_t>(std::min(total_ns / plan.threads, 1e15));
