@@ -67,18 +67,12 @@ struct PanelShape {
 
 using Plain = PanelShape<1>;
 
-// to [k][step] = vectors of `present` units from k on, of sources whose units (unit_stride 1) or inputs (k_stride 1)
-// stand side by side; zero past the end.
+// to [k][step] = vectors of `present` units, whose inputs stand side by side, unit_stride apart; zero past the end.
 template <class T>
-void pack_vector(const T* from, std::int64_t present, std::int64_t depth, std::int64_t unit_stride,
-                 std::int64_t k_stride, T* to, std::int64_t step) noexcept {
+void pack_vector(const T* from, std::int64_t present, std::int64_t depth, std::int64_t unit_stride, T* to,
+                 std::int64_t step) noexcept {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  if (unit_stride == 1) {
-    for (std::int64_t k = 0; k < depth; ++k)
-      store(to + k * step, load_some<V>(from + k * k_stride, static_cast<int>(present)));
-    return;
-  }
   for (std::int64_t k = 0; k < depth; k += lanes) {
     const int some = depth - k < lanes ? static_cast<int>(depth - k) : lanes;
     V block[lanes];
@@ -89,24 +83,36 @@ void pack_vector(const T* from, std::int64_t present, std::int64_t depth, std::i
   }
 }
 
-// weight(gate, unit, k) = source[gate * gate_stride + unit * unit_stride + k * k_stride]; one of the last two is 1
-// This worker's part of the panels.
+// weight(gate, unit, k) = source[gate * gate_stride + unit * unit_stride + k * k_stride]; one of the last two is 1.
+// This worker's part of the panels. The source is read row by row: each row may be a page of its own.
 template <int gates, class T>
 void pack_panels(const Worker& worker, const T* source, std::int64_t units, std::int64_t depth,
                  std::int64_t gate_stride, std::int64_t unit_stride, std::int64_t k_stride, T* target) noexcept {
+  using V = Vec<T>;
   using Shape = PanelShape<gates>;
   constexpr int lanes = kLanes<T>;
   const Range own = share(Shape::template panels<T>(units), worker.index, worker.count);
-  for (std::int64_t panel = own.begin; panel < own.end; ++panel) {
-    const int subs = Shape::template subs_of<T>(panel, units);
-    T* to = target + panel * depth * Shape::vectors * lanes;
-    for (int sub = 0; sub < subs; ++sub)
-      for (int gate = 0; gate < gates; ++gate, to += lanes) {
-        const std::int64_t first = (panel * Shape::subs + sub) * lanes;
-        const std::int64_t present = smaller(units - first, lanes);
-        pack_vector(source + gate * gate_stride + first * unit_stride, present, depth, unit_stride, k_stride, to,
-                    gates * subs * lanes);
-      }
+  const auto for_vectors = [&](auto&& body) {
+    for (std::int64_t panel = own.begin; panel < own.end; ++panel) {
+      const int subs = Shape::template subs_of<T>(panel, units);
+      T* to = target + panel * depth * Shape::vectors * lanes;
+      for (int sub = 0; sub < subs; ++sub)
+        for (int gate = 0; gate < gates; ++gate, to += lanes) {
+          const std::int64_t first = (panel * Shape::subs + sub) * lanes;
+          body(source + gate * gate_stride + first * unit_stride, smaller(units - first, lanes), to,
+               gates * subs * lanes);
+        }
+    }
+  };
+  if (unit_stride == 1) {
+    for (std::int64_t k = 0; k < depth; ++k)
+      for_vectors([&](const T* from, std::int64_t present, T* to, std::int64_t step) {
+        store(to + k * step, load_some<V>(from + k * k_stride, static_cast<int>(present)));
+      });
+  } else {
+    for_vectors([&](const T* from, std::int64_t present, T* to, std::int64_t step) {
+      pack_vector(from, present, depth, unit_stride, to, step);
+    });
   }
 }
 
