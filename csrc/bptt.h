@@ -161,20 +161,19 @@ class BackwardLayer : Context<Cell, T> {
     this->wait_if_units();
     if constexpr (Cell::late_gates > 0) {
       for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i) + Layout::early * H_;
-      const Range panels = this->panels(Plain::panels<T>(H_));
-      product<T, Plain>(
-          rows, s_.inputs, Cell::late_gates * H_, packed_ + at_.w_late_t, static_cast<const T*>(nullptr), H_,
-          panels.begin, panels.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-            for_plain_vectors<T>(panel, H_,
-                                 [&](int v, std::int64_t unit, int count) { finish_late(i, unit, count, sum[v]); });
-          });
+      const Panels panels = this->panels(Plain::panels<T>(H_), step_in_block % 2 == 1);
+      product<T, Plain>(rows, s_.inputs, Cell::late_gates * H_, packed_ + at_.w_late_t, static_cast<const T*>(nullptr),
+                        H_, panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                          for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
+                            finish_late(i, unit, count, sum[v]);
+                          });
+                        });
       this->wait_if_units();
     }
     for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i);
-    const Range panels = this->panels(Plain::panels<T>(P_));
+    const Panels panels = this->panels(Plain::panels<T>(P_), step_in_block % 2 == 1);
     product<T, Plain>(rows, s_.inputs, Layout::early * H_, packed_ + at_.w_early_t, static_cast<const T*>(nullptr), P_,
-                      panels.begin, panels.end,
-                      [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                      panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                         for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) {
                           const std::int64_t b = s_.batch_index[i];
                           T* to = s_.carry_h + b * stride_p_ + unit;
@@ -198,7 +197,7 @@ class BackwardLayer : Context<Cell, T> {
   }
 
   void add_elementwise(std::int64_t rows) noexcept {
-    const Range panels = this->panels(Plain::panels<T>(H_));
+    const Panels panels = this->panels(Plain::panels<T>(H_));
     if (layer_.sizes.projected) {
       const Range own = this->by_units() ? share(rows, worker.index, worker.count) : Range{0, rows};
       for (std::int64_t i = own.begin; i < own.end; ++i) {
@@ -208,8 +207,8 @@ class BackwardLayer : Context<Cell, T> {
       }
       this->wait_if_units();
       for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * stride_p_;
-      product<T, Plain>(rows, s_.inputs, P_, packed_ + at_.w_hr_t, static_cast<const T*>(nullptr), H_, panels.begin,
-                        panels.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+      product<T, Plain>(rows, s_.inputs, P_, packed_ + at_.w_hr_t, static_cast<const T*>(nullptr), H_, panels,
+                        [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                           for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
                             backward_vector(i, unit, count, sum[v]);
                           });
@@ -352,8 +351,8 @@ class BackwardLayer : Context<Cell, T> {
           std::memset(row, 0, static_cast<std::size_t>(I) * sizeof(T));
       }
     const Range own = share(rows, worker.index, worker.count);
-    plain_product<T>(own.end - own.begin, s_.left + own.begin, Cell::gates * H_, packed_ + at_.w_ih_t, nullptr, I, 0,
-                     Plain::panels<T>(I), s_.outputs + own.begin, layer_.add_to_dx);
+    plain_product<T>(own.end - own.begin, s_.left + own.begin, Cell::gates * H_, packed_ + at_.w_ih_t, nullptr, I,
+                     s_.outputs + own.begin, layer_.add_to_dx);
   }
 
   const Layer& layer_;

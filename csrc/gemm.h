@@ -21,7 +21,9 @@ constexpr int kTileRows =
 
 // Panels side by side when there is one row: FMA has 4 cycles latency and two ports, so 8 chains keep it busy.
 template <int vectors>
-constexpr int kSingleRowPanels = vectors * 3 <= kRegisters - 4 ? 3 : 2;
+constexpr int kSingleRowPanels = kRegisters == 32                ? 1
+                                 : vectors * 3 <= kRegisters - 4 ? 3
+                                                                 : 2;
 
 // sums[r][v] += left(r) * right[v]. The shorter side waits in registers, the longer one passes through a single one:
 // with the other order GCC spills an accumulator of 4 rows by 3 vectors, and the tile runs at half speed. Pinned,
@@ -213,32 +215,43 @@ RNNKERN_INLINE const Tiles<T>& tiles_of(int subs) noexcept {
   return kTiles<T, Shape::vectors>;
 }
 
-// For rows i in [0, rows) and panels p in [begin, end) of `units` units: sums of start and the product of inputs[i]
-// (depth elements) with the packed weights; done(i, p, sums) takes the sums of a row and a panel, [sub][gate]: at once,
+// Which panels a product visits. Every other step backwards, so that it begins with what the step before has left in
+// the nearer caches: in the same order, weights that exceed a cache would evict themselves just before they are read
+// again.
+struct Panels {
+  std::int64_t begin, end;
+  bool backwards = false;
+};
+
+// For rows i in [0, rows) and the given panels of `units` units: sums of start and the product of inputs[i] (depth
+// elements) with the packed weights; done(i, p, sums) takes the sums of a row and a panel, [sub][gate]: at once,
 // so that the divisions of a cell's step run beside the multiply-adds of the next tile.
 // start: packed like one input of the weights, or null for zeros.
 template <class T, class Shape, class Done>
 RNNKERN_INLINE void product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed,
-                            const T* start, std::int64_t units, std::int64_t begin, std::int64_t end,
-                            Done&& done) noexcept {
+                            const T* start, std::int64_t units, Panels panels, Done&& done) noexcept {
   constexpr int width = Shape::vectors * kLanes<T>;
   Vec<T> sums[kPartRows * Shape::vectors];
+  const std::int64_t begin = panels.begin, end = panels.end;
   if (begin == end) return;
   if (rows == 1) {
     const int last_subs = Shape::template subs_of<T>(end - 1, units);
     const std::int64_t tail_subs = last_subs < Shape::subs ? last_subs : 0, whole = end - begin - (tail_subs ? 1 : 0);
-    std::int64_t panel = begin;
-    for (std::int64_t parts = whole ? divide_up(whole, kSingleRowPanels<Shape::vectors>) : 1; parts > 0; --parts) {
-      const std::int64_t count = divide_up(begin + whole - panel, parts), tail = parts == 1 ? tail_subs : 0;
+    const int parts = whole ? static_cast<int>(divide_up(whole, kSingleRowPanels<Shape::vectors>)) : 1;
+    for (int i = 0; i < parts; ++i) {
+      const int part = panels.backwards ? parts - 1 - i : i;
+      const Range own = share(whole, part, parts);
+      const std::int64_t panel = begin + own.begin, count = own.end - own.begin;
+      const std::int64_t tail = part == parts - 1 ? tail_subs : 0;
       tile_of_panels<T, Shape>(count, tail, inputs[0], depth, packed + panel * depth * width,
                                start ? start + panel * width : kZeros<T>, sums);
 #pragma GCC unroll 1
       for (std::int64_t p = 0; p < count + (tail ? 1 : 0); ++p) done(0, panel + p, sums + p * Shape::vectors);
-      panel += count;
     }
     return;
   }
-  for (std::int64_t panel = begin; panel < end; ++panel) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    const std::int64_t panel = panels.backwards ? begin + end - 1 - i : i;
     const Tiles<T>& tiles = tiles_of<T, Shape>(Shape::template subs_of<T>(panel, units));
     const bool deep = rows > tiles.max_rows && depth > tiles.part_depth;
     const auto tile = deep ? tiles.of_parts : tiles.of_rows;
@@ -263,12 +276,12 @@ RNNKERN_INLINE void for_plain_vectors(std::int64_t panel, std::int64_t units, Do
   }
 }
 
-// outputs[i][0..units) = inputs[i] W, added to what is there if `add`. Columns: panels [begin, end).
+// outputs[i][0..units) = inputs[i] W, added to what is there if `add`.
 template <class T>
 void plain_product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed, const T* start,
-                   std::int64_t units, std::int64_t begin, std::int64_t end, T* const* outputs, bool add) noexcept {
+                   std::int64_t units, T* const* outputs, bool add) noexcept {
   using V = Vec<T>;
-  product<T, Plain>(rows, inputs, depth, packed, start, units, begin, end,
+  product<T, Plain>(rows, inputs, depth, packed, start, units, Panels{0, Plain::panels<T>(units)},
                     [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                       for_plain_vectors<T>(panel, units, [&](int v, std::int64_t unit, int count) {
                         T* to = outputs[i] + unit;

@@ -120,8 +120,8 @@ void linear_forward(void* context, Worker& worker) noexcept {
     s.left[i] = static_cast<const T*>(call.x) + i * inputs;
     s.outputs[i] = static_cast<T*>(call.y) + i * outputs;
   }
-  plain_product<T>(own.end - own.begin, s.left + own.begin, inputs, s.packed, bias ? packed_bias : nullptr, outputs, 0,
-                   Plain::panels<T>(outputs), s.outputs + own.begin, false);
+  plain_product<T>(own.end - own.begin, s.left + own.begin, inputs, s.packed, bias ? packed_bias : nullptr, outputs,
+                   s.outputs + own.begin, false);
 }
 
 template <class T>
@@ -143,8 +143,8 @@ void linear_backward(void* context, Worker& worker) noexcept {
   if (!call.dx) return;
   if (worker.count > 1) worker.wait(worker.team);
   const Range rows = share(call.rows, worker.index, worker.count);
-  plain_product<T>(rows.end - rows.begin, s.left + rows.begin, outputs, s.packed, nullptr, inputs, 0,
-                   Plain::panels<T>(inputs), s.outputs + rows.begin, false);
+  plain_product<T>(rows.end - rows.begin, s.left + rows.begin, outputs, s.packed, nullptr, inputs,
+                   s.outputs + rows.begin, false);
 }
 
 template <class V, V (*function)(V) noexcept>

@@ -60,8 +60,9 @@ struct Context {
   }
   Range rows() const noexcept { return by_units() ? Range{0, stack.batch} : rows_to_own(); }
   Range rows_to_own() const noexcept { return share(stack.batch, worker.index, worker.count); }
-  Range panels(std::int64_t count) const noexcept {
-    return by_units() ? share(count, worker.index, worker.count) : Range{0, count};
+  Panels panels(std::int64_t count, bool backwards = false) const noexcept {
+    const Range own = by_units() ? share(count, worker.index, worker.count) : Range{0, count};
+    return {own.begin, own.end, backwards};
   }
   std::int64_t length(std::int64_t b) const noexcept { return stack.lengths ? stack.lengths[b] : stack.steps; }
 
@@ -237,9 +238,8 @@ class ForwardLayer : Context<Cell, T> {
         s_.block_gates[rows++] = gates(t, b);
       }
     }
-    const Range panels = this->panels(Shape::template panels<T>(H_));
-    product<T, Shape>(rows, s_.block_inputs, layer_.sizes.inputs, packed_ + at_.w_ih, packed_ + at_.b_ih, H_,
-                      panels.begin, panels.end,
+    const Panels panels = this->panels(Shape::template panels<T>(H_));
+    product<T, Shape>(rows, s_.block_inputs, layer_.sizes.inputs, packed_ + at_.w_ih, packed_ + at_.b_ih, H_, panels,
                       [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                         for (int sub = 0; sub < Shape::subs; ++sub) {
                           const std::int64_t unit = (panel * Shape::subs + sub) * lanes;
@@ -253,8 +253,8 @@ class ForwardLayer : Context<Cell, T> {
   void step(std::int64_t t) noexcept {
     const std::int64_t rows = list_rows(t);
     using Early = typename Layout::Early;
-    const Range panels = this->panels(Early::template panels<T>(H_));
-    product<T, Early>(rows, s_.h_prev, P_, packed_ + at_.w_early, packed_ + at_.b_early, H_, panels.begin, panels.end,
+    const Panels panels = this->panels(Early::template panels<T>(H_), now_ == 1);
+    product<T, Early>(rows, s_.h_prev, P_, packed_ + at_.w_early, packed_ + at_.b_early, H_, panels,
                       [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                         for (int sub = 0; sub < Early::subs; ++sub) {
                           const std::int64_t unit = (panel * Early::subs + sub) * lanes;
@@ -270,8 +270,8 @@ class ForwardLayer : Context<Cell, T> {
     if constexpr (Cell::late_gates > 0) {
       using Late = typename Layout::Late;
       this->wait_if_units();
-      const Range late = this->panels(Late::template panels<T>(H_));
-      product<T, Late>(rows, s_.hidden_rows, H_, packed_ + at_.w_late, packed_ + at_.b_late, H_, late.begin, late.end,
+      const Panels late = this->panels(Late::template panels<T>(H_), now_ == 1);
+      product<T, Late>(rows, s_.hidden_rows, H_, packed_ + at_.w_late, packed_ + at_.b_late, H_, late,
                        [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                          for (int sub = 0; sub < Late::subs; ++sub) {
                            const std::int64_t unit = (panel * Late::subs + sub) * lanes;
@@ -285,9 +285,9 @@ class ForwardLayer : Context<Cell, T> {
     }
     if (layer_.sizes.projected) {
       this->wait_if_units();
-      const Range plain = this->panels(Plain::panels<T>(P_));
-      product<T, Plain>(rows, s_.hidden_rows, H_, packed_ + at_.w_hr, static_cast<const T*>(nullptr), P_, plain.begin,
-                        plain.end, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+      const Panels plain = this->panels(Plain::panels<T>(P_), now_ == 1);
+      product<T, Plain>(rows, s_.hidden_rows, H_, packed_ + at_.w_hr, static_cast<const T*>(nullptr), P_, plain,
+                        [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                           for_plain_vectors<T>(panel, P_,
                                                [&](int v, std::int64_t unit, int) { store_h(t, i, unit, sum[v]); });
                         });
