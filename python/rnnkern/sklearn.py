@@ -278,7 +278,7 @@ class _RNNEstimator(BaseEstimator):  # type: ignore[misc]
         if targets.ndim == 1:  # of a classifier
             rows = rows[np.argsort(targets[rows], kind="stable")]
         chosen = np.zeros(len(rows), bool)
-        chosen[((np.arange(count) + self._generator.random()) * (len(rows) / count)).astype(int)] = True
+        chosen[(np.arange(count) * len(rows) + self._generator.integers(len(rows))) // count] = True
         return rows[~chosen], rows[chosen]
 
     def _epoch(self, optimizer: Adam, data: Sequences, targets: Array, weights: Array, rows: Array) -> float:
