@@ -12,6 +12,8 @@ import pytest
 from rnnkern import backends, config
 from rnnkern.cells import CELLS
 
+os.environ.setdefault("SCIPY_ARRAY_API", "1")  # read when SciPy is imported; scikit-learn skips a check without it
+
 # The native backend once on each ISA of the machine. A device backend joins where there is a device; the simulator runs
 # in a process and with tests of its own.
 NATIVE: list[tuple[str, str | None]] = [("native", isa) for isa in config.isas()] or [("native", None)]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import rnnkern as rk
-from rnnkern import backends, cli, demo, doctor, reference
+from rnnkern import backends, cli, demo, doctor, reference, terminal
 from rnnkern.cells import CELLS
 from rnnkern.text import Text, read_text, witten_bell_bits
 
@@ -330,18 +330,18 @@ def test_progress_follows_the_work_on_a_terminal(rich: bool, monkeypatch: pytest
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("TERM", "xterm")
     if not rich:
-        monkeypatch.setattr(cli, "_rich_live", lambda: None)
-    with cli.Terminal() as terminal:
-        terminal.progress("working on it")
-        terminal.say("done")
+        monkeypatch.setattr(terminal, "_rich_live", lambda: None)
+    with terminal.Terminal() as shown:
+        shown.progress("working on it")
+        shown.say("done")
     assert "working on it" in screen.getvalue()
     assert screen.getvalue().rstrip("\x1b[?25h").endswith("done\n")
 
 
 def test_lines_replace_progress_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """A progress line now and then."""
-    with cli.Terminal() as terminal:
+    with terminal.Terminal() as shown:
         for count in range(100):
-            terminal.progress(f"step {count}")
-        terminal.say("done")
+            shown.progress(f"step {count}")
+        shown.say("done")
     assert capsys.readouterr().out == f"step 0{os.linesep}done{os.linesep}"

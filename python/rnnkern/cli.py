@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,9 @@ from .bench.peers import PEERS
 from .bench.workloads import named
 from .cells import CELLS
 from .config import num_threads
+from .terminal import Terminal
 
 __all__ = ["main"]
-
-PLAIN_INTERVAL = 5.0  # seconds between progress lines where they cannot replace each other
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,59 +151,6 @@ def add_bench(commands: Any) -> None:
 
 
 COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_doctor, add_bench)
-
-
-class Terminal:
-    """Lines on stdout and one that follows the work: by rich or a carriage return on a terminal, else now and then."""
-
-    def __init__(self) -> None:
-        self._interactive = sys.stdout.isatty()
-        self._live = _rich_live() if self._interactive else None
-        self._shown = -math.inf  # when a progress line was last written
-        self._width = 0  # of the progress line on the screen
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._clear()
-
-    def say(self, text: str = "") -> None:
-        """Write lines that stay."""
-        self._clear()
-        print(text, flush=True)
-
-    def progress(self, text: str) -> None:
-        """Show one line in place of the last one."""
-        now = time.monotonic()
-        if now - self._shown < (0.1 if self._interactive else PLAIN_INTERVAL):
-            return
-        self._shown = now
-        if self._live is not None:
-            self._live.start()
-            self._live.update(self._live.console.render_str(text, markup=False), refresh=True)
-        elif self._interactive:
-            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be replaced
-            print(f"\r{text:<{self._width}}", end="", flush=True)
-            self._width = len(text)
-        else:
-            print(text, flush=True)
-
-    def _clear(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-        elif self._width:
-            print(f"\r{'':<{self._width}}\r", end="")
-            self._width = 0
-
-
-def _rich_live() -> Any:
-    """rich's live display without its thread, which would take time from the training; None without rich."""
-    try:
-        from rich.live import Live
-    except ImportError:
-        return None
-    return Live(auto_refresh=False, transient=True)
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,66 @@
+"""Lines on stdout, and one that follows the work; rich draws it where it is installed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from typing import Any
+
+__all__ = ["Terminal"]
+
+PLAIN_INTERVAL = 5.0  # seconds between progress lines where they cannot replace each other
+
+
+class Terminal:
+    """Lines on stdout and one that follows the work: by rich or a carriage return on a terminal, else now and then."""
+
+    def __init__(self) -> None:
+        self._interactive = sys.stdout.isatty()
+        self._live = _rich_live() if self._interactive else None
+        self._shown = -math.inf  # when a progress line was last written
+        self._width = 0  # of the progress line on the screen
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._clear()
+
+    def say(self, text: str = "") -> None:
+        """Write lines that stay."""
+        self._clear()
+        print(text, flush=True)
+
+    def progress(self, text: str) -> None:
+        """Show one line in place of the last one."""
+        now = time.monotonic()
+        if now - self._shown < (0.1 if self._interactive else PLAIN_INTERVAL):
+            return
+        self._shown = now
+        if self._live is not None:
+            self._live.start()
+            self._live.update(self._live.console.render_str(text, markup=False), refresh=True)
+        elif self._interactive:
+            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be replaced
+            print(f"\r{text:<{self._width}}", end="", flush=True)
+            self._width = len(text)
+        else:
+            print(text, flush=True)
+
+    def _clear(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+        elif self._width:
+            print(f"\r{'':<{self._width}}\r", end="")
+            self._width = 0
+
+
+def _rich_live() -> Any:
+    """rich's live display without its thread, which would take time from the training; None without rich."""
+    try:
+        from rich.live import Live
+    except ImportError:
+        return None
+    return Live(auto_refresh=False, transient=True)

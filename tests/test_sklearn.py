@@ -1,0 +1,508 @@
+"""The scikit-learn estimators: what scikit-learn asks of them, and what sequences of unequal length ask."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+
+import joblib
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.utils.estimator_checks import check_sample_weight_equivalence_on_dense_data, parametrize_with_checks
+
+import rnnkern as rk
+from rnnkern.sklearn import RNNClassifier, RNNRegressor
+
+BOTH = pytest.mark.parametrize("estimator", [RNNClassifier, RNNRegressor])
+EXPECTED_FAILURES = {
+    "check_sample_weight_equivalence_on_dense_data": "compares to 1e-7, and in float32 three equal rows added up round "
+    "differently from one row times three; a test of its own runs it in float64"
+}
+POOLINGS = pytest.mark.parametrize("pooling", ["last", "mean"])
+
+
+def parities(count, seed, least=3, most=12):
+    """Sequences of bits, and whether their sum is odd: no linear model of the steps knows it better than chance."""
+    generator = np.random.default_rng(seed)
+    X = [generator.integers(0, 2, (length, 1)).astype(float) for length in generator.integers(least, most, count)]
+    return X, ["odd" if x.sum() % 2 else "even" for x in X]
+
+
+def sequences(count=40, features=2, outputs=None, seed=0):
+    """Random sequences of unequal length, and classes or numbers that depend on them."""
+    generator = np.random.default_rng(seed)
+    X = [generator.normal(size=(length, features)) for length in generator.integers(1, 9, count)]
+    sums = np.array([x[:, 0].sum() for x in X])
+    return X, np.where(sums > 0, "up", "down"), sums if outputs is None else sums[:, None] * np.arange(1, outputs + 1)
+
+
+def data_for(estimator, **options):
+    """X and y of `sequences` for an estimator's class."""
+    X, labels, numbers = sequences(**options)
+    return X, labels if estimator is RNNClassifier else numbers
+
+
+def parameters(model):
+    """Every array that training changes."""
+    return [*model.layer_.parameters.values(), *model.output_.parameters.values()]
+
+
+def outputs(model, X):
+    """Everything the model says about X."""
+    return model.predict_log_proba(X) if isinstance(model, RNNClassifier) else model.predict(X)
+
+
+def same_bits(a, b):
+    """Both models have the same weights and history, to the last bit."""
+    return a.loss_curve_ == b.loss_curve_ and all(map(np.array_equal, parameters(a), parameters(b)))
+
+
+@parametrize_with_checks([RNNClassifier(), RNNRegressor()], expected_failed_checks=lambda _: EXPECTED_FAILURES)
+def test_scikit_learn_finds_an_estimator(estimator, check):
+    """Every check that scikit-learn has, with the defaults."""
+    check(estimator)
+
+
+@BOTH
+def test_an_integer_weight_counts_as_so_many_copies_of_a_sequence(estimator):
+    """scikit-learn's check, to 1e-7, in double precision."""
+    check_sample_weight_equivalence_on_dense_data(estimator.__name__, estimator(dtype="float64"))
+
+
+# What it learns
+
+
+def test_a_classifier_learns_what_a_linear_model_cannot():
+    """The parity of bits, on sequences it has not seen; the linear model sees them padded."""
+    (X, y), (X_new, y_new) = parities(1200, seed=0), parities(400, seed=1)
+    model = RNNClassifier(32, random_state=0).fit(X, y)
+
+    def padded(X):
+        return np.array([np.pad(x[:, 0], (0, 12 - len(x)), constant_values=-1) for x in X])
+
+    assert LogisticRegression().fit(padded(X), y).score(padded(X_new), y_new) < 0.65
+    assert model.score(X_new, y_new) > 0.95
+    assert list(model.classes_) == ["even", "odd"]
+
+
+def test_a_regressor_learns_what_a_linear_model_cannot():
+    """The product of two steps, of targets far from mean 0 and deviation 1."""
+    X = np.random.default_rng(0).normal(size=(900, 5))
+    y = 1e6 + 1e4 * X[:, 1] * X[:, 3]
+    assert Ridge().fit(X[:600], y[:600]).score(X[600:], y[600:]) < 0.1
+    assert RNNRegressor(32, random_state=0).fit(X[:600], y[:600]).score(X[600:], y[600:]) > 0.8
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+@POOLINGS
+def test_every_cell_and_pooling_learns_a_sum(cell, pooling):
+    """With two layers in both directions, so that each part of the network takes part."""
+    X, _, y = sequences(300)
+    model = RNNRegressor(12, cell=cell, pooling=pooling, num_layers=2, bidirectional=True, dropout=0.1, random_state=0)
+    assert model.fit(X, y).score(X, y) > 0.9
+
+
+def test_features_far_from_zero_are_no_hindrance():
+    """Scales are those of the training data; a feature that is constant, but for rounding, does no harm."""
+    X, labels, _ = sequences(300)
+    moved = [np.hstack([1e5 + 1e-2 * x, np.full((len(x), 1), 0.1)]) for x in X]
+    assert RNNClassifier(16, random_state=0).fit(moved, labels).score(moved, labels) > 0.95
+
+
+# What it computes
+
+
+@BOTH
+@POOLINGS
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_a_prediction_is_that_of_the_layers_on_each_sequence_alone(estimator, pooling, bidirectional, cell, native):
+    """`layer_` and `output_` are all there is, and a batch with padding changes no bit of a sequence's outputs."""
+    X, y = data_for(estimator)
+    options = {"cell": cell, "num_layers": 2, "bidirectional": bidirectional, "pooling": pooling}
+    model = estimator(6, **options, max_iter=2, backend=native, random_state=0).fit(X, y)
+    for x, found in zip(X, outputs(model, X), strict=True):
+        assert np.array_equal(outputs(model, [x])[0], found)
+        h, _ = model.layer_(((x - model.input_mean_) / model.input_scale_).astype(np.float32))
+        ends = np.concatenate([h[-1, :6], h[0, 6:]]) if pooling == "last" else h.mean(axis=0)
+        result = model.output_(ends).astype(np.float64)
+        if estimator is RNNClassifier:
+            result -= np.log(np.exp(result).sum())
+        else:
+            result = result[0] * model.target_scale_ + model.target_mean_
+        np.testing.assert_allclose(found, result, rtol=1e-5, atol=1e-6)
+
+
+@POOLINGS
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_gradient_of_what_is_pooled_reaches_y_and_the_state(pooling, cell, ragged):
+    """The pooled values are linear in both, so that products with their gradients agree."""
+    X, y = data_for(RNNClassifier, count=5)
+    model = RNNClassifier(3, cell=cell, pooling=pooling, num_layers=2, bidirectional=True, dtype="float64", max_iter=1)
+    model.fit(X, y)
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(7, 4, 2))
+    lengths = np.array([7, 1, 3, 6]) if ragged else None
+    y, state, _ = model.layer_.forward(x, lengths=lengths)
+    pooled = model._pool(y, state, lengths)
+    gradient = generator.normal(size=pooled.shape)
+    dy, dstate = model._unpool(gradient, y, state, lengths)
+    found = 0.0 if dy is None else (dy * y).sum()
+    h, dh = (state[0], dstate and dstate[0]) if cell == "lstm" else (state, dstate)
+    found += 0.0 if dh is None else (dh * h).sum()
+    assert found == pytest.approx((gradient * pooled).sum(), rel=1e-12)
+
+
+@BOTH
+def test_the_gradient_of_the_outputs_is_the_derivative_of_the_losses(estimator):
+    """Central differences in double precision, of one output at a time."""
+    X, y = data_for(estimator) if estimator is RNNClassifier else data_for(estimator, outputs=3)
+    model = estimator(2, max_iter=1).fit(X, y)
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(4, 3))
+    targets = np.array([0, 2, 1, 2]) if estimator is RNNClassifier else generator.normal(size=(4, 3))
+    _, gradient = model._losses(values, targets)
+    for index in np.ndindex(values.shape):
+        step = np.zeros_like(values)
+        step[index] = 1e-5
+        difference = model._losses(values + step, targets)[0] - model._losses(values - step, targets)[0]
+        assert gradient[index] == pytest.approx(difference[index[0]] / 2e-5, abs=1e-9)
+
+
+# What X may be
+
+
+@BOTH
+def test_all_forms_of_the_same_sequences_give_the_same_model(estimator):
+    """Arrays, lists of arrays, lists of lists, an array of objects, a generator's tuple; a table has one feature."""
+    X = np.random.default_rng(0).normal(size=(30, 5, 2))
+    y = X[:, :, 0].sum(axis=1)
+    y = y > 0 if estimator is RNNClassifier else y
+    objects = np.empty(len(X), object)
+    objects[:] = list(X)
+
+    def fitted(X):
+        return estimator(4, max_iter=2, random_state=0).fit(X, y)
+
+    expected = fitted(X)
+    assert expected.n_features_in_ == 2
+    for form in (list(X), tuple(X), X.tolist(), objects, X.astype(object), np.asfortranarray(X)):
+        assert same_bits(fitted(form), expected)
+        assert np.array_equal(outputs(expected, form), outputs(expected, X))
+    expected = fitted(X[:, :, 0])
+    assert expected.n_features_in_ == 5
+    for form in (X[:, :, :1], list(X[:, :, :1]), list(X[:, :, 0]), X[:, :, 0].tolist()):
+        assert same_bits(fitted(form), expected)
+        assert np.array_equal(outputs(expected, form), outputs(expected, X[:, :, 0]))
+
+
+def test_a_model_of_one_feature_takes_sequences_of_any_length():
+    """As a list of one-dimensional arrays or of lists, or as a table where it was not fitted with a wider one."""
+    X, y = parities(40, seed=0)
+    model = RNNClassifier(4, max_iter=2, random_state=0).fit([x[:, 0] for x in X], y)
+    expected = model.predict_proba(X)
+    assert np.array_equal(model.predict_proba([x[:, 0].tolist() for x in X]), expected)
+    assert np.array_equal(model.predict_proba(X[3].T), expected[3:4])
+    tabular = RNNClassifier(4, max_iter=2).fit(np.eye(6), np.arange(6))
+    assert tabular.predict(X).shape == (40,)
+    with pytest.raises(ValueError, match="X has 5 features, but RNNClassifier is expecting 6 features as input"):
+        tabular.predict(np.eye(5))
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        ([np.ones((3, 2)), np.ones((0, 2))], r"X\[1\]: expected at least one step, got an empty sequence"),
+        (np.ones((2, 0, 3)), r"X: expected sequences of at least one step, got an array of shape \(2, 0, 3\)"),
+        ([[1.0], []], r"X\[1\]: expected at least one step, got an empty sequence"),
+        ([np.ones((3, 2)), np.ones((3, 1))], r"X\[1\]: expected shape \(T, 2\), got \(3, 1\)"),
+        ([np.ones((3, 2, 2)), np.ones((3, 1))], r"X\[0\]: expected shape \(T, I\), got \(3, 2, 2\)"),
+        ([np.ones((3, 2)), np.array([[1.0, np.nan]])], "Input X contains NaN"),
+        ([np.ones((3, 2)), np.full((2, 2), np.inf)], "Input X contains infinity"),
+        ([np.ones((3, 2)), np.ones((2, 2)) * 1j], "Complex data not supported"),
+        ([np.array(["a", "b"]), np.array(["c"])], "could not convert string to float"),
+        ([np.ones((3, 2))], "inconsistent numbers of samples"),
+        ([], "Expected 2D array, got 1D array"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_of_sequences_is_refused(X, message):
+    """By fit and by predict, with what is wrong and where."""
+    with pytest.raises(ValueError, match=message):
+        RNNClassifier().fit(X, [0, 1])
+    if "samples" not in message:
+        model = RNNClassifier(2, max_iter=1).fit(np.ones((2, 3, 2)), [0, 1])
+        with pytest.raises(ValueError, match=message):
+            model.predict(X)
+
+
+def test_sequences_of_other_features_are_refused():
+    """By predict and partial_fit, in every form."""
+    model = RNNClassifier(2, max_iter=1).fit(np.ones((2, 3, 2)), [0, 1])
+    for X in (np.ones((2, 3, 4)), [np.ones((3, 4)), np.ones((1, 4))]):
+        with pytest.raises(ValueError, match="X: expected sequences of 2 features, as in fit, got 4 features"):
+            model.partial_fit(X, [0, 1])
+    with pytest.raises(ValueError, match="X: expected sequences of 2 features, as in fit, got 1 features"):
+        model.predict(np.ones((2, 3)))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"cell": "elman"}, ValueError, "cell: expected one of rnn_tanh"),
+        ({"hidden_size": 0}, ValueError, "hidden_size: expected an integer >= 1, got 0"),
+        ({"batch_size": 2.5}, TypeError, "batch_size: expected an integer >= 1, got float 2.5"),
+        ({"max_iter": 0}, ValueError, "max_iter: expected an integer >= 1, got 0"),
+        ({"n_iter_no_change": 0}, ValueError, "n_iter_no_change: expected an integer >= 1, got 0"),
+        ({"pooling": "max"}, ValueError, "pooling: expected one of last, mean, got 'max'"),
+        ({"learning_rate": 0}, ValueError, "learning_rate: expected a finite number > 0, got 0"),
+        ({"max_norm": -1}, ValueError, "max_norm: expected a number > 0, got -1"),
+        ({"tol": None}, TypeError, "tol: expected a number, got NoneType"),
+        ({"validation_fraction": 1}, ValueError, r"validation_fraction: expected a number in \[0, 1\), got 1"),
+        ({"dropout": 2}, ValueError, "dropout: expected a number from 0 to 1, got 2"),
+        ({"dtype": "int8"}, ValueError, "dtype: expected float32 or float64, got 'int8'"),
+        ({"backend": "best"}, ValueError, "backend: expected 'auto' or one of"),
+    ],
+)  # fmt: skip
+def test_a_wrong_parameter_is_named_by_fit(estimator, options, error, message):
+    """And not earlier: scikit-learn sets parameters without a check."""
+    model = estimator(**options)
+    X, y = data_for(estimator, count=4)
+    with pytest.raises(error, match=message):
+        model.fit(X, y)
+    with pytest.raises(NotFittedError):
+        model.predict(X)
+
+
+def test_several_numbers_at_once():
+    """Each output has its own scale, and comes in the shape it was given in."""
+    X, _, y = sequences(200, outputs=3)
+    y = y * [1, 1e3, 1e-3] + [0, 1e6, 1]
+    model = RNNRegressor(16, random_state=0).fit(X, y)
+    assert model.score(X, y) > 0.9
+    assert model.predict(X).shape == (200, 3)
+    assert model.fit(X, y[:, :1]).predict(X).shape == (200, 1)
+    with pytest.raises(ValueError, match=r"y: expected shape \(200, 1\), got \(200, 3\)"):
+        model.partial_fit(X, y)
+
+
+@pytest.mark.parametrize("labels", [(False, True), (-1, 7), ("no", "yes"), (2.0, 3.0)], ids=str)
+def test_labels_are_of_any_type(labels):
+    """Predictions have the labels' own."""
+    X, y, _ = sequences(60)
+    y = np.where(y == "up", labels[1], labels[0])
+    model = RNNClassifier(8, random_state=0).fit(X, y)
+    predicted = model.predict(X)
+    assert predicted.dtype == y.dtype
+    assert set(predicted.tolist()) == set(labels)
+
+
+def test_probabilities_of_a_confident_model_stay_finite():
+    """Where a probability underflows, its logarithm does not."""
+    model = RNNClassifier(4, max_iter=1).fit(*data_for(RNNClassifier))
+    X, _ = data_for(RNNClassifier)
+    model.output_.parameters["weight"][...] = [[1e4] * 4, [-1e4] * 4]
+    assert np.isfinite(model.predict_log_proba(X)).all()
+    assert model.predict_proba(X).sum(axis=1) == pytest.approx(1)
+
+
+# How it trains
+
+
+@BOTH
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_one_seed_gives_one_model(estimator, early_stopping):
+    """To the last bit, dropout included, whatever the number of threads; another seed gives another."""
+    X, y = data_for(estimator, count=80)
+    model = estimator(8, num_layers=2, dropout=0.3, max_iter=4, early_stopping=early_stopping, random_state=3)
+    first, second = clone(model).fit(X, y), clone(model)
+    before = rk.num_threads()
+    rk.set_num_threads(1)
+    try:
+        second.fit(X, y)
+    finally:
+        rk.set_num_threads(before)
+    assert same_bits(first, second)
+    assert not same_bits(first, clone(model).set_params(random_state=4).fit(X, y))
+    seeded = [clone(model).set_params(random_state=np.random.RandomState(5)).fit(X, y) for _ in range(2)]
+    assert same_bits(*seeded)
+
+
+@BOTH
+def test_sequences_of_weight_zero_count_as_left_out(estimator):
+    """Whatever they hold; of the others only the ratios matter."""
+    X, y = data_for(estimator, count=30)
+    weights = np.arange(30) % 3.0
+    kept = np.flatnonzero(weights)
+    model = estimator(4, max_iter=3, random_state=0)
+    without = clone(model).fit([X[index] for index in kept], y[kept], weights[kept])
+    spoiled = [x if weight else 1e6 * x for x, weight in zip(X, weights, strict=True)]
+    assert without.loss_curve_ == pytest.approx(clone(model).fit(spoiled, y, weights).loss_curve_, rel=1e-5)
+    assert same_bits(clone(model).fit(X, y, weights), clone(model).fit(X, y, 4 * weights))
+
+
+@pytest.mark.parametrize("weights", [[1, -1, 1, 1], [0] * 4, [1] * 3, [1, 1, 1, np.nan]])
+def test_wrong_weights_are_refused(weights):
+    """By name."""
+    X, y = data_for(RNNClassifier, count=4)
+    with pytest.raises(ValueError, match="sample_weight"):
+        RNNClassifier(2, max_iter=1).fit(X, y, weights)
+
+
+@BOTH
+def test_early_stopping_restores_the_best_weights(estimator):
+    """They are the bits of a training that ended with the best epoch."""
+    X, y = data_for(estimator, count=60)
+    y = np.random.default_rng(0).permutation(y)  # nothing to learn but by heart
+    model = estimator(16, early_stopping=True, validation_fraction=0.3, n_iter_no_change=5, random_state=0).fit(X, y)
+    assert len(model.validation_scores_) == model.n_iter_ == len(model.loss_curve_) < model.max_iter
+    best = int(np.argmax(model.validation_scores_)) + 1
+    assert best < model.n_iter_
+    assert max(model.validation_scores_[-5:]) <= model.validation_scores_[best - 1] + model.tol
+    shorter = clone(model).set_params(max_iter=best).fit(X, y)
+    assert all(map(np.array_equal, parameters(shorter), parameters(model)))
+
+
+def test_every_class_has_its_share_of_the_held_out_sequences():
+    """The number that its size asks for, but for one."""
+    targets = np.repeat([0, 1, 2], [60, 30, 10])
+    model = RNNClassifier(2, max_iter=1, validation_fraction=0.2).fit(np.ones((100, 1)), targets)
+    for _ in range(20):
+        training, validation = model._split(targets, np.arange(100))
+        assert sorted([*training, *validation]) == list(range(100))
+        assert np.abs(np.bincount(targets[validation], minlength=3) - [12, 6, 2]).max() <= 1
+    with pytest.raises(ValueError, match="validation_fraction: expected to leave sequences to train on"):
+        RNNClassifier(early_stopping=True).fit([[1], [2]], [0, 1])
+
+
+@BOTH
+def test_training_ends_when_the_loss_no_longer_falls(estimator):
+    """By as much as tol, for as many epochs as n_iter_no_change."""
+    X, y = data_for(estimator)
+    assert estimator(4, tol=1e9, n_iter_no_change=3, random_state=0).fit(X, y).n_iter_ == 4
+    assert estimator(4, tol=-np.inf, max_iter=7).fit(X, y).n_iter_ == 7
+
+
+@BOTH
+def test_training_goes_on_where_it_stopped(estimator):
+    """`fit` with `warm_start`, `partial_fit` and one longer `fit` are the same bits, through a pickle too."""
+    X, y = data_for(estimator)
+    classes = {"classes": np.unique(y)} if estimator is RNNClassifier else {}
+    options = {"num_layers": 2, "dropout": 0.2, "random_state": 0}
+    whole = estimator(4, max_iter=4, **options).fit(X, y)
+    warm = estimator(4, max_iter=2, warm_start=True, **options).fit(X, y).fit(X, y)
+    parts = estimator(4, **options)
+    for _ in range(4):
+        parts = pickle.loads(pickle.dumps(parts.partial_fit(X, y, **classes)))
+    assert same_bits(whole, warm)
+    assert same_bits(whole, parts)
+    assert whole.n_iter_ == warm.n_iter_ == parts.n_iter_ == 4
+    assert warm.set_params(warm_start=False).fit(X, y).n_iter_ == 2
+
+
+def test_the_first_partial_fit_names_the_classes():
+    """All of them, whether the first sequences have them or not; a later call may repeat them."""
+    X, y, _ = sequences()
+    with pytest.raises(ValueError, match="classes: expected all labels in the first call of partial_fit, got None"):
+        RNNClassifier().partial_fit(X, y)
+    model = RNNClassifier(2).partial_fit(X, y, classes=["up", "level", "down"])
+    assert model.predict_proba(X).shape == (40, 3)
+    model.partial_fit(X, ["level"] * 40, classes=["down", "level", "up"])
+    with pytest.raises(ValueError, match=r"classes: expected \[.*\] as in the first call"):
+        model.partial_fit(X, y, classes=["up", "down"])
+    with pytest.raises(ValueError, match=r"y: expected labels among \[.*\], got 'sideways'"):
+        model.partial_fit(X, ["sideways"] * 40)
+
+
+@BOTH
+def test_ctrl_c_keeps_what_was_learned(estimator):
+    """A warning, and a model that predicts and goes on learning."""
+    X, y = data_for(estimator, count=200)
+    model = estimator(16, max_iter=10**9, tol=-np.inf, random_state=0)
+
+    def interrupt():
+        while len(getattr(model, "loss_curve_", ())) < 50:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.warns(UserWarning, match="training was interrupted in epoch"):
+        model.fit(X, y)
+    assert 50 <= model.n_iter_ < 10**9
+    assert model.score(X, y) > 0.8
+    model.partial_fit(X, y)
+
+
+def test_a_loss_that_is_no_number_ends_the_training():
+    """With a warning; the weights stay finite."""
+    X = [np.full((3, 1), 1e30), np.full((2, 1), -1e30)]
+    model = RNNRegressor(4, cell="rnn_relu", num_layers=4, standardize=False, random_state=0)
+    with pytest.warns(ConvergenceWarning, match="the loss of epoch 1 is .*: training ends; lower learning_rate"):
+        model.fit(X, [0, 1])
+    assert model.n_iter_ == 1
+    assert all(np.isfinite(array).all() for array in parameters(model))
+
+
+def test_verbose_shows_the_last_epoch(capsys):
+    """Silent otherwise."""
+    X, y, _ = sequences()
+    RNNClassifier(2, max_iter=3).fit(X, y)
+    assert capsys.readouterr().out == ""
+    RNNClassifier(2, max_iter=3, early_stopping=True, verbose=True).fit(X, y)
+    assert re.search(r"^epoch 3  loss \S+  validation score \d\.\d+$", capsys.readouterr().out, re.MULTILINE)
+
+
+# Among the tools of scikit-learn
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("workers", ["loky", "threading", "multiprocessing"])
+def test_a_grid_search_runs_in_parallel(workers):
+    """In new processes, threads, and forks of a process whose helper threads have run; ragged lists are split."""
+    X, y = parities(60, seed=0, least=2, most=5)
+    RNNClassifier(64, max_iter=1).fit(X, y)
+    search = GridSearchCV(RNNClassifier(16, max_iter=10, random_state=0), {"cell": ["gru", "lstm"]}, cv=2, n_jobs=2)
+    with joblib.parallel_config(workers):
+        search.fit(X, y)
+    alone = GridSearchCV(search.estimator, search.param_grid, cv=2).fit(X, y)
+    assert list(search.cv_results_["mean_test_score"]) == list(alone.cv_results_["mean_test_score"])
+    assert same_bits(search.best_estimator_, alone.best_estimator_)
+
+
+def test_cross_validation_takes_a_list_of_sequences():
+    """Without a pipeline or a wrapper."""
+    X, _, y = sequences(120)
+    assert cross_val_score(RNNRegressor(16, random_state=0), X, y, cv=3).min() > 0.7
+
+
+@BOTH
+def test_a_saved_model_predicts_the_same_bits(estimator, tmp_path):
+    """Through pickle, joblib, and joblib's arrays mapped from the file, which cannot be written."""
+    X, y = data_for(estimator)
+    model = estimator(8, max_iter=2, random_state=0).fit(X, y)
+    joblib.dump(model, tmp_path / "model")
+    copies = [joblib.load(tmp_path / "model", mmap_mode=mode) for mode in (None, "r")]
+    for copy in (pickle.loads(pickle.dumps(model)), *copies):
+        assert np.array_equal(outputs(copy, X), outputs(model, X))
+
+
+def test_the_program_of_the_page_runs():
+    """docs/sklearn.md, as printed."""
+    text = (Path(__file__).parent.parent / "docs" / "sklearn.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(program, names)
+    assert float(names["accuracy"]) > 0.9
