@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rnnkern as rk
 from rnnkern import convert
@@ -466,3 +471,71 @@ def test_a_state_dict_that_is_none_is_refused_by_name():
         convert.to_flax("lstm", good, "haiku")
     with pytest.raises(ValueError, match=r"cell: expected one that Flax nnx\.LSTMCell has \(lstm\), got 'gru'"):
         convert.to_flax("gru", rk.GRU(3, 4).parameters, "nnx.LSTMCell")
+
+
+# Round trips without a framework
+
+
+FRAMEWORKS = {
+    "torch": TORCH,
+    "keras": KERAS,
+    "onnx": ONNX,
+    "flax": FLAX,
+}
+
+
+@settings(deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_stack_comes_back_from_every_framework_that_has_it(data):
+    """Matrices and peepholes in every bit, the two biases where the framework has two, else their sum."""
+    framework = data.draw(st.sampled_from(list(FRAMEWORKS)))
+    cell = data.draw(st.sampled_from(list(FRAMEWORKS[framework])))
+    inputs_, hidden, layers = (data.draw(st.integers(1, most)) for most in (4, 5, 3))
+    bias, bidirectional = data.draw(st.booleans()), data.draw(st.booleans())
+    dtype = data.draw(st.sampled_from(["float32", "float64"]))
+    projection = data.draw(st.integers(0, hidden - 1)) if (framework, cell) == ("torch", "lstm") else 0
+    options = {"bidirectional": bidirectional, "proj_size": projection, "dtype": dtype, "backend": "reference"}
+    layer = rk.Recurrent(cell, inputs_, hidden, layers, bias, seed=0, **options)
+    there, back = getattr(convert, f"to_{framework}"), getattr(convert, f"from_{framework}")
+    more = {}
+    if framework == "flax":
+        modules = (
+            ["linen"] if cell == "gru" else ["linen", "nnx", "nnx.LSTMCell"] if cell == "lstm" else ["linen", "nnx"]
+        )
+        more = {"module": data.draw(st.sampled_from(modules))}
+    converted = there(cell, layer.parameters, **more)
+    again = back(cell, converted)
+    other = rk.Recurrent(cell, inputs_, hidden, layers, bias or framework == "flax", seed=1, **options)
+    other.load_state_dict(again)
+    for name, array in other.parameters.items():
+        assert again[name].dtype == dtype
+        assert not any(np.shares_memory(again[name], one) for one in layer.parameters.values())
+        if not name.startswith("bias"):
+            assert np.array_equal(array, layer.parameters[name])
+        elif name.startswith("bias_ih") and bias:
+            pair = name.replace("_ih_", "_hh_")
+            total = layer.parameters[name] + layer.parameters[pair]
+            assert np.array_equal(array + other.parameters[pair], total)
+    np.testing.assert_equal(there(cell, again, **more), converted)
+
+
+# The page
+
+
+@pytest.mark.usefixtures("torch", "keras")
+def test_the_programs_of_the_page_run(tmp_path, monkeypatch):
+    """As printed, and what they compare is equal but for rounding."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    page = Path(__file__).parent.parent / "docs" / "convert.md"
+    of_keras, of_torch = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.setenv("KERAS_BACKEND", "torch")  # as the program sets it: so that it is unset again
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(of_keras, names)
+    assert abs(names["head"](names["y"]) - names["model"].predict(names["x"], verbose=0)).max() < 1e-6
+    assert_same(names["state"]["rnn"], names["layer"].parameters)
+    assert names["state"]["epoch"] == 3
+    names = {}
+    exec(of_torch, names)
+    for name, array in names["layer"].parameters.items():
+        assert np.array_equal(names["model"].state_dict()[f"encoder.{name}"].numpy(), array)

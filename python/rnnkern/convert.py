@@ -332,8 +332,7 @@ def _from(format: _Format, cell: str, layers: Sequence[Any]) -> dict[str, Array]
             expected = f"{sizes['D']} direction(s), as layers[0]" if index else "one or two directions"
             raise ValueError(f"{name}: expected {expected}, got {len(directions)}")
         read.append([{key: _by_gate(key, array, order) for key, array in one.items()} for one in directions])
-        first, *others = (one for layer in (read[0], read[-1]) for one in layer)
-        if any(one.keys() != first.keys() for one in others):
+        if any(one.keys() != read[0][0].keys() for one in read[-1]):
             raise ValueError(f"{name}: expected biases in all layers and directions or in none, got them in some")
         sizes["I"] = sizes["D"] * sizes["H"]
     return _joined(entry, read)
