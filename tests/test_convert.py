@@ -99,6 +99,15 @@ def test_torch_computes_the_same_with_converted_weights(torch, cell, options, mo
     assert_same(convert.from_torch(cell, model.state_dict(), prefix="rnn."), layer_of(problem).parameters)
 
 
+def test_a_prefix_that_no_name_has_is_refused():
+    """With the names there are."""
+    weights = rk.GRU(3, 4).parameters
+    with pytest.raises(ValueError, match=r"prefix: expected what some of weight_ih_l0, .* begin with, got 'rnn\.'"):
+        convert.from_torch("gru", weights, prefix="rnn.")
+    with pytest.raises(TypeError, match=r"prefix: expected a str, got NoneType"):
+        convert.from_torch("gru", weights, prefix=None)
+
+
 def test_tensors_of_dtypes_that_numpy_lacks_are_refused(torch):
     """With the name of the weight."""
     weights = torch.nn.GRU(3, 4).to(torch.bfloat16).state_dict()
@@ -197,6 +206,8 @@ def test_a_layer_of_another_class_or_merge_mode_is_refused(keras):
         convert.from_keras("lstm", [layer])
     with pytest.raises(ValueError, match=r"class='LSTM'.*got 'GRU'"):
         convert.from_keras("lstm", [keras.layers.GRU(4)])
+    with pytest.raises(ValueError, match=r"activation='tanh'.*got a custom one"):
+        convert.from_keras("lstm", [keras.layers.LSTM(4, activation=keras.ops.square)])
     with pytest.raises(ValueError, match=r"reset_after=True for the cell 'gru', got False"):
         convert.from_keras("gru", [keras.layers.GRU(4, reset_after=False)])
     with pytest.raises(ValueError, match=r"class='LSTM'.*got 'GRU'"):

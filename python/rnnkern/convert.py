@@ -61,7 +61,11 @@ def from_torch(cell: str, weights: Mapping[str, Any], prefix: str = "") -> dict[
     """
     entry = _of(_TORCH, "PyTorch", cell)
     check_names("weights", weights, weights)  # that it is a mapping
-    ours = {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix: expected a str, got {describe(prefix)}")
+    ours = {str(name).removeprefix(prefix): one for name, one in weights.items() if str(name).startswith(prefix)}
+    if not ours and weights:
+        raise ValueError(f"prefix: expected what some of {', '.join(map(str, weights))} begin with, got {prefix!r}")
     return _joined(entry, _split(entry, ours))
 
 
@@ -266,7 +270,7 @@ def to_flax(cell: str, weights: Mapping[str, Any], module: str = "linen") -> lis
     >>> list(params), params["if"]["kernel"].shape
     (['ii', 'if', 'ig', 'io', 'hi', 'hf', 'hg', 'ho'], (3, 4))
     """
-    if module not in _FLAX:
+    if not isinstance(module, str) or module not in _FLAX:
         raise ValueError(f"module: expected one of {', '.join(_FLAX)}, got {describe(module)}")
     return _to(_FLAX[module], cell, weights)
 
@@ -420,10 +424,12 @@ def _check_keras(cell: Cell, name: str, came: Mapping[str, Any], go_backwards: b
         for key, reverse in (("layer", False), ("backward_layer", True)):
             _check_keras(cell, name, {"class": came[key]["class_name"]} | came[key]["config"], reverse)
     for option, value in expected.items():
-        if came.get(option) != value:
+        given = came.get(option)
+        if given != value:
             raise ValueError(
-                f"{name}: expected a Keras layer with {option}={value!r} for the cell {cell.name!r}, "
-                f"got {came.get(option)!r}; what its get_weights() gives converts without this check"
+                f"{name}: expected a Keras layer with {option}={value!r} for the cell {cell.name!r}, got "
+                f"{'a custom one' if isinstance(given, dict) else repr(given)}; what its get_weights() gives converts "
+                f"without this check"
             )
 
 
