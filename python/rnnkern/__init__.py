@@ -1,5 +1,6 @@
 """Recurrent networks from NumPy: fused forward and backpropagation through time for RNN, LSTM and GRU."""
 
+from . import convert
 from .backends import BackendUnavailableError, backend_names
 from .config import num_threads, set_num_threads, show_config
 from .functional import Grads, Tape, backward, forward
@@ -28,6 +29,7 @@ __all__ = [
     "backward",
     "clip_grad_norm",
     "clip_grad_value",
+    "convert",
     "cross_entropy",
     "explain",
     "forward",

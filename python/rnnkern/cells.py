@@ -66,6 +66,7 @@ class Cell:
     extras: tuple[str, ...] = ()  # vectors of H elements beside the matrices and biases
     late_gates: int = 0  # last gates whose recurrent product waits for `prepare`
     projects: bool = False  # may have a projection: the math never reads the previous h elementwise
+    separate_gates: tuple[str, ...] = ()  # use x[g] and r[g] apart and not their sum, so that two biases do not merge
 
     def __reduce__(self) -> tuple[Callable[[str], Cell], tuple[str]]:
         return _cell, (self.name,)  # by name: functions made in functions cannot be pickled
@@ -308,6 +309,6 @@ CELLS: Mapping[str, Cell] = _Registry(
         extras=("p_i", "p_f", "p_o"),
         projects=True,
     ),
-    Cell("gru", tuple("rzn"), ("h",), ("r", "z", "n", "m"), _gru),
+    Cell("gru", tuple("rzn"), ("h",), ("r", "z", "n", "m"), _gru, separate_gates=("n",)),
     Cell("gru_reset_before", tuple("rzn"), ("h",), ("r", "z", "n"), _gru_reset_before, late_gates=1),
 )
