@@ -1,7 +1,7 @@
 """ONNX models on this package's kernels, and its layers as ONNX models; needs the package `onnx`."""
 
 from .backend import Backend, PreparedModel, prepare, run_model, run_node, supports_device
-from .export import export, to_model
+from .writer import export, to_model
 
 __all__ = [
     "Backend",

@@ -64,7 +64,8 @@ class _Recurrent(OpRun):
         dtype = given["X"].dtype
         run = self._run_kernels if attributes.obstacle is None else self._run_formulas
         y, state = run(attributes, given, np.dtype(np.float64 if dtype == np.float64 else np.float32))
-        y = y.reshape(*y.shape[:2], len(attributes.reverse), -1)  # (B, T, D, H) with batch_first, else (T, B, D, H)
+        D, _, H = given["R"].shape
+        y = y.reshape(*y.shape[:2], D, H)  # (B, T, D, H) with batch_first, else (T, B, D, H)
         outputs = (y, *(one.swapaxes(0, 1) for one in state)) if attributes.batch_first else (y.swapaxes(1, 2), *state)
         return tuple(
             one.astype(dtype, copy=False) if name else None

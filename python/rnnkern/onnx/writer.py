@@ -14,13 +14,13 @@ from ..arguments import describe, flag
 from ..layers import Recurrent
 from .standard import OPERATORS
 
-__all__ = ["export", "to_model"]
+__all__ = ["CELL_OPERATORS", "export", "to_model"]
 
 OPSET = 14  # the oldest whose operators read these models as they are
 IR_VERSION = 7  # the one that came with it
 
 # The operator of each cell, with its attributes; the activations are those of one direction.
-_OPERATORS: dict[str, tuple[str, dict[str, Any]]] = {
+CELL_OPERATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn_tanh": ("RNN", {"activations": ["Tanh"]}),
     "rnn_relu": ("RNN", {"activations": ["Relu"]}),
     "rnn_sigmoid": ("RNN", {"activations": ["Sigmoid"]}),
@@ -75,8 +75,8 @@ def to_model(layer: Recurrent, *, state: bool = False, lengths: bool = False) ->
     """The `onnx.ModelProto` that `export` writes, with its arguments and errors."""
     if not isinstance(layer, Recurrent):
         raise TypeError(f"layer: expected a layer of rnnkern, got {describe(layer)}")
-    if layer.cell not in _OPERATORS:
-        raise ValueError(f"layer: expected a cell that ONNX has, {', '.join(_OPERATORS)}, got {layer.cell!r}")
+    if layer.cell not in CELL_OPERATORS:
+        raise ValueError(f"layer: expected a cell that ONNX has, {', '.join(CELL_OPERATORS)}, got {layer.cell!r}")
     if layer.proj_size:
         raise ValueError(f"layer: expected proj_size=0, since no operator of ONNX has a projection, got {layer!r}")
     graph = _layer_graph(layer, flag("state", state), flag("lengths", lengths))
@@ -86,7 +86,7 @@ def to_model(layer: Recurrent, *, state: bool = False, lengths: bool = False) ->
 
 def _layer_graph(layer: Recurrent, state: bool, lengths: bool) -> Any:
     """x -> (Transpose ->) operator -> Transpose -> Reshape -> operator -> ... -> y, and the states beside it."""
-    operator, attributes = _OPERATORS[layer.cell]
+    operator, attributes = CELL_OPERATORS[layer.cell]
     D, L, H = (2 if layer.bidirectional else 1), layer.num_layers, layer.hidden_size
     attributes = attributes | {"hidden_size": H, "direction": "bidirectional" if layer.bidirectional else "forward"}
     if "activations" in attributes:
