@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
+from onnx import helper
 from onnx.backend import base
 from onnx.reference import ReferenceEvaluator
 
@@ -16,8 +16,6 @@ from ..arguments import as_array, describe
 from .operators import GRU, LSTM, RNN, as_constant
 
 __all__ = ["Backend", "PreparedModel", "prepare", "run_model", "run_node", "supports_device"]
-
-Array = NDArray[Any]
 
 
 class _Evaluator(ReferenceEvaluator):
@@ -38,7 +36,7 @@ class PreparedModel(base.BackendRep):
         self._evaluator = _Evaluator(model)
         graph = model.graph
         held = {one.name for one in graph.initializer} | {one.values.name for one in graph.sparse_initializer}
-        self._inputs = {one.name: one.type for one in graph.input}
+        self._inputs = {one.name: _dtype_of(one.type) for one in graph.input}
         self._required = [name for name in self._inputs if name not in held]
 
     def run(self, inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -76,12 +74,11 @@ class PreparedModel(base.BackendRep):
 
     def _checked(self, name: str, value: Any) -> Any:
         """Tensors as arrays of the dtype that the graph says."""
-        kind = self._inputs[name]
-        if kind.WhichOneof("value") != "tensor_type" or not kind.tensor_type.elem_type:
+        expected = self._inputs[name]
+        if expected is None:
             return value
         array = as_array(f"inputs[{name!r}]", value)
-        expected = onnx.helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)
-        if array.dtype != expected and expected.kind in "biufc":
+        if array.dtype != expected:
             raise TypeError(f"inputs[{name!r}]: expected {expected}, got {describe(array)}")
         return array
 
@@ -179,3 +176,14 @@ supports_device = Backend.supports_device
 def _no_options(options: Mapping[str, Any]) -> None:
     if options:
         raise TypeError(f"expected no further options, got {', '.join(options)}")
+
+
+def _dtype_of(kind: Any) -> np.dtype[Any] | None:
+    """Of a graph's input; None of what is no tensor, and of text, which NumPy has in several forms."""
+    if kind.WhichOneof("value") != "tensor_type" or kind.tensor_type.elem_type in (
+        onnx.TensorProto.UNDEFINED,
+        onnx.TensorProto.STRING,
+    ):
+        return None
+    dtype: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)
+    return dtype

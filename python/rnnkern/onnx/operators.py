@@ -143,16 +143,16 @@ class _Recurrent(OpRun):
             if name not in given:
                 raise ValueError(f"{self._label}: expected an input {name}, got none")
         X, R = given["X"], given["R"]
+        if X.dtype.name not in REALS:
+            raise self._wrong("X", f"one of {', '.join(REALS)}", X)
         for name, array in given.items():
-            if name == "sequence_lens":
-                self._expect(array.dtype.kind in "iu", name, "integers", array)
-            else:
-                self._expect(array.dtype.name in REALS, name, f"one of {', '.join(REALS)}", array)
-                self._expect(array.dtype == X.dtype, name, f"{X.dtype}, which X has", array)
+            if name != "sequence_lens" and array.dtype != X.dtype:
+                raise self._wrong(name, f"{X.dtype}, which X has", array)
         D, G = len(attributes.reverse), attributes.operator.gates
-        order = "B, T" if attributes.batch_first else "T, B"
-        self._expect(X.ndim == 3 and X.shape[2] > 0, "X", f"shape ({order}, I)", X)
-        self._expect(R.ndim == 3 and R.size > 0, "R", f"shape ({D}, {G}*H, H)", R)
+        if X.ndim != 3 or not X.shape[2]:
+            raise self._wrong("X", "shape (B, T, I)" if attributes.batch_first else "shape (T, B, I)", X)
+        if R.ndim != 3 or not R.size:
+            raise self._wrong("R", f"shape ({D}, {G}*H, H)", R)
         T, B = X.shape[1::-1] if attributes.batch_first else X.shape[:2]
         H, I = R.shape[2], X.shape[2]
         if attributes.hidden_size not in (None, H):
@@ -161,16 +161,19 @@ class _Recurrent(OpRun):
         shapes = {"R": (D, G * H, H), "W": (D, G * H, I), "B": (D, 2 * G * H), "P": (D, 3 * H), "sequence_lens": (B,)}
         shapes |= {"initial_h": state, "initial_c": state}
         for name, shape in shapes.items():
-            if name in given:
-                self._expect(given[name].shape == shape, name, f"shape {shape}", given[name])
+            if name in given and given[name].shape != shape:
+                raise self._wrong(name, f"shape {shape}", given[name])
         lengths = given.get("sequence_lens")
-        if lengths is not None and lengths.size and (lengths.min() < 0 or lengths.max() > T):
+        if lengths is None:
+            return
+        if lengths.dtype.kind not in "iu":
+            raise self._wrong("sequence_lens", "integers", lengths)
+        if lengths.size and (lengths.min() < 0 or lengths.max() > T):
             came = f"{lengths.min()} to {lengths.max()}"
             raise ValueError(f"{self._input('sequence_lens')}: expected values from 0 to {T}, got {came}")
 
-    def _expect(self, holds: bool, name: str, expected: str, array: Array) -> None:
-        if not holds:
-            raise ValueError(f"{self._input(name)}: expected {expected}, got {describe(array)}")
+    def _wrong(self, name: str, expected: str, came: Array) -> ValueError:
+        return ValueError(f"{self._input(name)}: expected {expected}, got {describe(came)}")
 
     def _input(self, name: str) -> str:
         """How messages call an input: by the standard's name and by that in the graph."""

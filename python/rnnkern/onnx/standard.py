@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -190,7 +190,7 @@ class Attributes:
         clipped = [partial(_clipped, one, self.clip) for one in plain]
         return (*clipped[:2], *plain[2:])
 
-    @property
+    @cached_property
     def obstacle(self) -> str | None:
         """What the kernels cannot do; None where there is no such thing."""
         if self.clip is not None:

@@ -106,7 +106,8 @@ def _layer_graph(layer: Recurrent, state: bool, lengths: bool) -> Any:
         given["sequence_lens"] = "sequence_lens"
     if state:
         inputs += [helper.make_tensor_value_info(f"{one}_0", real, (L * D, "B", H)) for one in states]
-        nodes += [helper.make_node("Split", [f"{one}_0"], _each_layer(f"{one}_0", L), axis=0) for one in states]
+        if L > 1:
+            nodes += [helper.make_node("Split", [f"{one}_0"], _each_layer(f"{one}_0", L), axis=0) for one in states]
 
     x = "x"
     if layer.batch_first:
@@ -127,11 +128,12 @@ def _layer_graph(layer: Recurrent, state: bool, lengths: bool) -> Any:
         nodes.append(helper.make_node("Transpose", [f"Y_l{index}"], [f"Y_l{index}_rows"], perm=perm))
         x = "y" if last else f"y_l{index}"
         nodes.append(helper.make_node("Reshape", [f"Y_l{index}_rows", "directions_merged"], [x]))
-    nodes += [helper.make_node("Concat", _each_layer(f"{one}_n", L), [f"{one}_n"], axis=0) for one in states]
+    if L > 1:
+        nodes += [helper.make_node("Concat", _each_layer(f"{one}_n", L), [f"{one}_n"], axis=0) for one in states]
     initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     return helper.make_graph(nodes, layer.cell, inputs, outputs, initializers)
 
 
 def _each_layer(name: str, layers: int) -> list[str]:
-    """What the parts of a state are called, one for each layer."""
-    return [f"{name}_l{index}" for index in range(layers)]
+    """What the parts of a state are called, one for each layer; the only layer has it all."""
+    return [f"{name}_l{index}" for index in range(layers)] if layers > 1 else [name]
