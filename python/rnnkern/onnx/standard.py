@@ -229,6 +229,8 @@ def _activations(operator: Operator, directions: int, values: Mapping[str, Any])
     """The activations of each direction; alpha and beta go, in order, to those that take one."""
     names = values.get("activations") or operator.activations * directions
     count = len(operator.activations)
+    if operator.name == "RNN" and directions == 1 and len(names) == 2:
+        names = names[:1]  # the default of the schema is for two directions, so nodes of one may have it too
     if len(names) != count * directions:
         raise ValueError(f"activations: expected {count} for each direction, {count * directions}, got {list(names)}")
     given = {key: list(values.get(f"activation_{key}") or ()) for key in ("alpha", "beta")}
