@@ -372,14 +372,21 @@ def test_empty_inputs_give_empty_outputs_of_the_right_shape(steps, rows, clip):
     assert np.array_equal(results["Y_h"], values["initial_h"])
 
 
-def test_an_output_that_is_left_out_is_no_input_of_the_next_node():
-    """The name "" stands for both."""
+def test_an_output_that_a_node_leaves_out_is_no_input_of_others():
+    """The name "" stands for both: here the bounds of a Clip that has none."""
     values = drawn("LSTM", ("B",))
-    first = helper.make_node("LSTM", ["X", "W", "R", "B"], ["", "", "C"], hidden_size=H)
-    lengths = helper.make_node("LSTM", ["X", "W", "R", "B", "", "", "C"], ["", "Y_h"], hidden_size=H)
-    (Y_h,) = bridge.prepare(model_of([first, lengths], values, ["Y_h"])).run(values)
-    C = run_node_model(values, "LSTM")["Y_c"]
-    assert np.array_equal(Y_h, run_node_model(values | {"initial_c": C}, "LSTM")["Y_h"])
+    first = node_of("LSTM", values, ["", "H"])
+    last = helper.make_node("Clip", ["H", "", ""], ["Y_h"])
+    (Y_h,) = bridge.prepare(model_of([first, last], values, ["Y_h"])).run(values)
+    assert np.array_equal(Y_h, run_node_model(values, "LSTM")["Y_h"])
+
+
+def test_an_output_that_another_node_leaves_out_is_no_input():
+    """The bias is none, and not the indices that nobody asked Unique for."""
+    values = drawn("LSTM", ("initial_h",))
+    unique = helper.make_node("Unique", ["X"], ["unique", "", "inverse"])
+    model = model_of([unique, node_of("LSTM", values)], values, ["Y"])
+    assert np.array_equal(bridge.prepare(model).run(values)[0], run_node_model(values, "LSTM")["Y"])
 
 
 def counting(monkeypatch):
@@ -484,10 +491,11 @@ def test_nodes_in_a_function_take_attributes_from_its_call():
         for way in ("forward", "reverse")
     ]
     total = helper.make_node("Sub", ["forward", "reverse"], ["Y"])
-    graph = model_of([*calls, total], values, ["Y"]).graph
+    weights = {name: value for name, value in values.items() if name != "X"}
+    graph = model_of([*calls, total], {"X": values["X"]}, ["Y"], weights).graph
     model = helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=8)
     forward, reverse = (run_node_model(values, "LSTM", direction=way)["Y"] for way in ("forward", "reverse"))
-    assert np.array_equal(bridge.prepare(model).run(values)[0], forward - reverse)
+    assert np.array_equal(bridge.prepare(model).run([values["X"]])[0], forward - reverse)
 
 
 def test_the_backend_interface(tmp_path):
