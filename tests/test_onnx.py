@@ -498,6 +498,15 @@ def test_nodes_in_a_function_take_attributes_from_its_call():
     assert np.array_equal(bridge.prepare(model).run([values["X"]])[0], forward - reverse)
 
 
+def test_weights_may_lie_beside_the_file(tmp_path):
+    """In the external data of a model given by its path."""
+    layer = rk.LSTM(I, 64, seed=0)
+    path, X = tmp_path / "model.onnx", drawn("LSTM")["X"]
+    onnx.save(bridge.to_model(layer), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert (tmp_path / "weights.bin").stat().st_size > path.stat().st_size
+    assert np.array_equal(bridge.prepare(path).run([X])[0], layer(X)[0])
+
+
 def test_the_backend_interface(tmp_path):
     """run_node, run_model, bytes, a path, and the device."""
     values = drawn("GRU", ("B", "initial_h"))

@@ -171,7 +171,7 @@ class Attributes:
             entry,
             reverse,
             _activations(entry, len(reverse), values),
-            # The largest float32 and infinity are how some exporters say that there is no clip.
+            # The largest float32 is what ONNX Runtime takes where there is no clip: it says so too, like infinity.
             None if clip is None or clip >= np.finfo(np.float32).max else float(clip),
             values.get("hidden_size"),
             _switch("layout", values),

@@ -16,8 +16,8 @@ from .standard import OPERATORS
 
 __all__ = ["CELL_OPERATORS", "export", "to_model"]
 
-OPSET = 14  # the oldest whose operators read these models as they are
-IR_VERSION = 7  # the one that came with it
+OPSET = 14  # since then the three operators only gained types; every ONNX Runtime from 1.8 on reads it
+IR_VERSION = 7  # came with that opset
 
 # The operator of each cell, with its attributes; the activations are those of one direction.
 CELL_OPERATORS: dict[str, tuple[str, dict[str, Any]]] = {
