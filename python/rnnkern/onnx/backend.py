@@ -1,0 +1,189 @@
+"""Whole models by the interface `onnx.backend`, on onnx's reference evaluator with the operators of this package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+from onnx.backend import base
+from onnx.reference import ReferenceEvaluator
+
+from ..arguments import as_array, describe
+from .operators import GRU, LSTM, RNN, as_constant
+
+__all__ = ["Backend", "PreparedModel", "prepare", "run_model", "run_node", "supports_device"]
+
+
+class _Evaluator(ReferenceEvaluator):
+    """The reference evaluator, which makes more of its own class for subgraphs and functions."""
+
+    def __init__(self, proto: Any, *, new_ops: Any = None, **options: Any) -> None:
+        super().__init__(proto, new_ops=[RNN, LSTM, GRU, *(new_ops or ())], **options)
+        # Nodes keep what they made of weights that cannot change.
+        for name, value in self.rt_inits_.items():
+            if isinstance(value, np.ndarray):
+                self.rt_inits_[name] = as_constant(value)
+
+
+class PreparedModel(base.BackendRep):
+    """A model ready to run, from `prepare`. Several threads may run it at once."""
+
+    def __init__(self, model: Any) -> None:
+        self._evaluator = _Evaluator(model)
+        graph = model.graph
+        held = {one.name for one in graph.initializer} | {one.values.name for one in graph.sparse_initializer}
+        self._inputs = {one.name: _dtype_of(one.type) for one in graph.input}
+        self._required = [name for name in self._inputs if name not in held]
+
+    def run(self, inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The outputs of the graph, in its order.
+
+        Parameters
+        ----------
+        inputs
+            A list of arrays in the order of the graph's inputs, without those that have an initializer; or a mapping
+            from names to arrays, which may replace such initializers.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An input is missing, unknown or of another dtype than the graph says, or does not fit a node; the message
+            names it.
+        """
+        _no_options(kwargs)
+        if isinstance(inputs, Mapping):
+            feeds = dict(inputs)
+        elif isinstance(inputs, list | tuple):
+            if len(inputs) != len(self._required):
+                raise ValueError(f"inputs: expected {len(self._required)} arrays, {self._names()}, got {len(inputs)}")
+            feeds = dict(zip(self._required, inputs, strict=True))
+        else:
+            raise TypeError(f"inputs: expected a list of arrays or a mapping, got {describe(inputs)}")
+        missing = [name for name in self._required if name not in feeds]
+        unknown = [str(name) for name in feeds if name not in self._inputs]
+        if missing or unknown:
+            raise ValueError(f"inputs: expected {self._names()}, got {', '.join(map(str, feeds)) or 'nothing'}")
+        return tuple(self._evaluator.run(None, {name: self._checked(name, value) for name, value in feeds.items()}))
+
+    def _names(self) -> str:
+        return ", ".join(self._required) or "nothing"
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """Tensors as arrays of the dtype that the graph says."""
+        expected = self._inputs[name]
+        if expected is None:
+            return value
+        array = as_array(f"inputs[{name!r}]", value)
+        if array.dtype != expected:
+            raise TypeError(f"inputs[{name!r}]: expected {expected}, got {describe(array)}")
+        return array
+
+
+class Backend(base.Backend):
+    """The interface `onnx.backend.base.Backend`; its methods are functions of `rnnkern.onnx` too."""
+
+    @classmethod
+    def prepare(cls, model: Any, device: str = "CPU", **kwargs: Any) -> PreparedModel:
+        """Check a model and make it ready to run.
+
+        Parameters
+        ----------
+        model
+            An `onnx.ModelProto`, its bytes, or the path of a file.
+        device
+            `"CPU"`.
+
+        Warns
+        -----
+        UserWarning
+            A node has an attribute that the kernels lack and runs step by step in NumPy: once for each such node.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An attribute of an RNN, LSTM or GRU node is not as the standard says; the message names both. Or device
+            or model is not as above.
+        onnx.checker.ValidationError
+            The model is malformed.
+
+        Examples
+        --------
+        >>> import numpy as np, rnnkern as rk, rnnkern.onnx
+        >>> model = rnnkern.onnx.prepare(rnnkern.onnx.to_model(rk.GRU(3, 4, seed=0)))
+        >>> y, h = model.run([np.zeros((5, 2, 3), np.float32)])
+        >>> y.shape, h.shape
+        ((5, 2, 4), (1, 2, 4))
+        """
+        _no_options(kwargs)
+        if not cls.supports_device(device):
+            raise ValueError(f"device: expected 'CPU', got {describe(device)}")
+        if isinstance(model, str | os.PathLike):
+            model = onnx.load(model)
+        elif isinstance(model, bytes):
+            model = onnx.load_model_from_string(model)
+        elif not isinstance(model, onnx.ModelProto):
+            raise TypeError(f"model: expected an onnx.ModelProto, bytes or a path, got {describe(model)}")
+        super().prepare(model, device)  # the checks of onnx
+        return PreparedModel(model)
+
+    @classmethod
+    def run_node(
+        cls, node: Any, inputs: Any, device: str = "CPU", outputs_info: Any = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """The outputs of a single node.
+
+        Parameters
+        ----------
+        node
+            An `onnx.NodeProto`.
+        inputs
+            The arrays of its inputs in order, without those it leaves out.
+        device
+            `"CPU"`.
+        outputs_info
+            Ignored.
+        **kwargs
+            `opset_version`: of the node; the newest that the installed onnx knows.
+        """
+        opset = kwargs.pop("opset_version", onnx.defs.onnx_opset_version())
+        _no_options(kwargs)
+        super().run_node(node, inputs, device, outputs_info, opset_version=opset)  # the checks of onnx
+        names = [name for name in dict.fromkeys(node.input) if name]
+        graph = onnx.GraphProto(name="node", node=[node])
+        graph.input.extend(onnx.ValueInfoProto(name=name) for name in names)
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
+        if len(inputs) != len(names):
+            raise ValueError(f"inputs: expected {len(names)} arrays, {', '.join(names)}, got {len(inputs)}")
+        feeds = {name: as_array(f"inputs[{name!r}]", value) for name, value in zip(names, inputs, strict=True)}
+        return tuple(_Evaluator(graph, opsets={node.domain: opset}).run(None, feeds))
+
+    @classmethod
+    def supports_device(cls, device: str) -> bool:
+        """Whether `device` is `"CPU"`."""
+        return device == "CPU"
+
+
+prepare = Backend.prepare
+run_model = Backend.run_model
+run_node = Backend.run_node
+supports_device = Backend.supports_device
+
+
+def _no_options(options: Mapping[str, Any]) -> None:
+    if options:
+        raise TypeError(f"expected no further options, got {', '.join(options)}")
+
+
+def _dtype_of(kind: Any) -> np.dtype[Any] | None:
+    """Of a graph's input; None of what is no tensor, and of text, which NumPy has in several forms."""
+    if kind.WhichOneof("value") != "tensor_type" or kind.tensor_type.elem_type in (
+        onnx.TensorProto.UNDEFINED,
+        onnx.TensorProto.STRING,
+    ):
+        return None
+    dtype: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)
+    return dtype

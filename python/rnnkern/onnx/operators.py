@@ -1,0 +1,215 @@
+"""The operators as classes of `onnx.reference`: the checks of a node, and its run on the kernels or step by step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx.reference.op_run import OpRun
+
+from .. import convert
+from ..arguments import Signature, describe
+from ..cells import CELLS
+from ..layers import Frozen, parameter_names
+from ..stack import Stack
+from . import standard
+from .standard import Attributes
+
+__all__ = ["GRU", "LSTM", "RNN", "as_constant"]
+
+Array = NDArray[Any]
+
+OLDEST_OPSET = 7
+REALS = ("float16", "bfloat16", "float32", "float64")
+
+
+class _Recurrent(OpRun):
+    """What the three operators share; `onnx.reference` knows each by the name of its class."""
+
+    def __init__(self, onnx_node: Any, run_params: Any) -> None:
+        super().__init__(onnx_node, run_params)
+        name = repr(onnx_node.name) if onnx_node.name else f"with the outputs {list(onnx_node.output)}"
+        self._label = f"{self.op_type} node {name}"
+        opset = run_params["opsets"][onnx_node.domain]
+        if opset < OLDEST_OPSET:
+            raise ValueError(f"{self._label}: expected opset {OLDEST_OPSET} or newer, got {opset}")
+        self._warned = False
+        self._held: tuple[Attributes, list[Array | None], Frozen] | None = None
+        # Attributes that refer to those of a function are known when it is called.
+        self._fixed = None if self.has_linked_attribute else self._parse(vars(self))
+
+    def _parse(self, values: Mapping[str, Any]) -> Attributes:
+        """The attributes that the node has; the defaults that the schema added to the values stay out."""
+        try:
+            attributes = Attributes.of(self.op_type, {one.name: values[one.name] for one in self.onnx_node.attribute})
+        except ValueError as error:
+            raise ValueError(f"{self._label}: {error}") from None
+        if attributes.obstacle is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._label} runs step by step in NumPy: the kernels have no {attributes.obstacle}", stacklevel=2
+            )
+        return attributes
+
+    def _run(self, *arrays: Array | None, **values: Any) -> tuple[Array | None, ...]:
+        attributes = self._fixed or self._parse(values)
+        # By name: where another node leaves out an output, onnx.reference has a value for the input "" too.
+        named = zip(attributes.operator.inputs, arrays, self.onnx_node.input, strict=False)
+        given = {key: array for key, array, name in named if name and array is not None}
+        self._check(attributes, given)
+        dtype = given["X"].dtype
+        run = self._run_kernels if attributes.obstacle is None else self._run_formulas
+        y, state = run(attributes, given, np.dtype(np.float64 if dtype == np.float64 else np.float32))
+        D, _, H = given["R"].shape
+        y = y.reshape(*y.shape[:2], D, H)  # (B, T, D, H) with batch_first, else (T, B, D, H)
+        outputs = (y, *(one.swapaxes(0, 1) for one in state)) if attributes.batch_first else (y.swapaxes(1, 2), *state)
+        return tuple(
+            one.astype(dtype, copy=False) if name else None
+            for one, name in zip(outputs, self.onnx_node.output, strict=False)
+        )
+
+    def _run_kernels(
+        self, attributes: Attributes, given: Mapping[str, Array], dtype: np.dtype[Any]
+    ) -> tuple[Array, list[Array]]:
+        """y (T, B, D*H), (B, T, D*H) with batch_first, and the final states (D, B, H)."""
+        frozen = self._frozen(attributes, given, dtype)
+        state: Any = self._states(attributes, given, dtype) if given.keys() & {"initial_h", "initial_c"} else None
+        if state is not None and len(state) == 1:
+            (state,) = state
+        y, final = frozen(given["X"].astype(dtype, copy=False), state, lengths=given.get("sequence_lens"))
+        return y, list(final) if isinstance(final, tuple) else [final]
+
+    def _frozen(self, attributes: Attributes, given: Mapping[str, Array], dtype: np.dtype[Any]) -> Frozen:
+        """The layer of the node, kept from call to call where its weights are constants."""
+        arrays = [given.get(name) for name in ("W", "R", "B", "P")]
+        held = self._held
+        if held and held[0] == attributes and all(a is b for a, b in zip(held[1], arrays, strict=True)):
+            return held[2]
+        weights = {name: given[name].astype(dtype) for name in ("W", "R", "B", "P") if name in given}
+        cell = attributes.cell(peepholes="P" in given)
+        D, _, I = given["W"].shape
+        # In convert, as in layers, one direction alone is the forward one.
+        stack = Stack(CELLS[cell], I, given["R"].shape[2], directions=(False, True)[:D], dtype=dtype)
+        parameters = convert.from_onnx(cell, [weights])
+        by_direction = [
+            {key: parameters[name] for key, name in one.items()} for one in parameter_names(stack, "B" in weights)
+        ]
+        stack = replace(stack, directions=attributes.reverse)
+        frozen = Frozen(Signature(stack, attributes.batch_first), "auto", by_direction, self._label)
+        if all(array is None or _is_constant(array) for array in arrays):
+            self._held = (attributes, arrays, frozen)
+        return frozen
+
+    def _run_formulas(
+        self, attributes: Attributes, given: Mapping[str, Array], dtype: np.dtype[Any]
+    ) -> tuple[Array, list[Array]]:
+        """As `_run_kernels`."""
+        reals = {name: array.astype(dtype) for name, array in given.items() if name != "sequence_lens"}
+        x = reals["X"].swapaxes(0, 1) if attributes.batch_first else reals["X"]
+        with np.errstate(all="ignore"):
+            y, final = standard.run(
+                attributes,
+                x,
+                reals["W"],
+                reals["R"],
+                reals.get("B"),
+                reals.get("P"),
+                given.get("sequence_lens"),
+                self._states(attributes, given, dtype),
+            )
+        return (y.swapaxes(0, 1) if attributes.batch_first else y), final
+
+    def _states(self, attributes: Attributes, given: Mapping[str, Array], dtype: np.dtype[Any]) -> list[Array]:
+        """The initial states (D, B, H), zeros for those that are not given."""
+        batch = given["X"].shape[0 if attributes.batch_first else 1]
+        D, _, H = given["R"].shape
+        states = []
+        for name in attributes.operator.states:
+            array = given.get(name)
+            if array is None:
+                array = np.zeros((D, batch, H), dtype)
+            elif attributes.batch_first:
+                array = array.swapaxes(0, 1)
+            states.append(array.astype(dtype, copy=False))
+        return states
+
+    def _check(self, attributes: Attributes, given: Mapping[str, Array]) -> None:
+        """The inputs are there, of one dtype, and of the shapes that X, R and the attributes imply."""
+        for name in ("X", "W", "R"):
+            if name not in given:
+                raise ValueError(f"{self._label}: expected an input {name}, got none")
+        X, R = given["X"], given["R"]
+        if X.dtype.name not in REALS:
+            raise self._wrong("X", f"one of {', '.join(REALS)}", X)
+        for name, array in given.items():
+            if name != "sequence_lens" and array.dtype != X.dtype:
+                raise self._wrong(name, f"{X.dtype}, which X has", array)
+        D, G = len(attributes.reverse), attributes.operator.gates
+        if X.ndim != 3 or not X.shape[2]:
+            raise self._wrong("X", "shape (B, T, I)" if attributes.batch_first else "shape (T, B, I)", X)
+        if R.ndim != 3 or not R.size:
+            raise self._wrong("R", f"shape ({D}, {G}*H, H)", R)
+        T, B = X.shape[1::-1] if attributes.batch_first else X.shape[:2]
+        H, I = R.shape[2], X.shape[2]
+        if attributes.hidden_size not in (None, H):
+            raise ValueError(f"{self._label}: hidden_size: expected {H}, as R has, got {attributes.hidden_size}")
+        state = (B, D, H) if attributes.batch_first else (D, B, H)
+        shapes = {"R": (D, G * H, H), "W": (D, G * H, I), "B": (D, 2 * G * H), "P": (D, 3 * H), "sequence_lens": (B,)}
+        shapes |= {"initial_h": state, "initial_c": state}
+        for name, shape in shapes.items():
+            if name in given and given[name].shape != shape:
+                raise self._wrong(name, f"shape {shape}", given[name])
+        lengths = given.get("sequence_lens")
+        if lengths is None:
+            return
+        if lengths.dtype.kind not in "iu":
+            raise self._wrong("sequence_lens", "integers", lengths)
+        if lengths.size and (lengths.min() < 0 or lengths.max() > T):
+            came = f"{lengths.min()} to {lengths.max()}"
+            raise ValueError(f"{self._input('sequence_lens')}: expected values from 0 to {T}, got {came}")
+
+    def _wrong(self, name: str, expected: str, came: Array) -> ValueError:
+        return ValueError(f"{self._input(name)}: expected {expected}, got {describe(came)}")
+
+    def _input(self, name: str) -> str:
+        """How messages call an input: by the standard's name and by that in the graph."""
+        index = standard.OPERATORS[self.op_type].inputs.index(name)
+        return f"{self._label}: input {name} ({self.onnx_node.input[index]!r})"
+
+    def _check_and_fix_outputs(self, res: tuple[Any, ...]) -> tuple[Any, ...]:
+        """None stands for an output that the node leaves out, which the base class does not allow."""
+        return res
+
+
+class RNN(_Recurrent):
+    """Elman's cell."""
+
+
+class LSTM(_Recurrent):
+    """With or without peepholes."""
+
+
+class GRU(_Recurrent):
+    """With the reset gate before or after the product."""
+
+
+def as_constant(array: Array) -> Array:
+    """The array where nothing can change it, else a copy of that kind."""
+    if _is_constant(array):
+        return array
+    copy = array.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+def _is_constant(array: Any) -> bool:
+    """No array is left through which its memory may be written to."""
+    while isinstance(array, np.ndarray):
+        if array.flags.writeable:
+            return False
+        array = array.base
+    return array is None or isinstance(array, bytes)

@@ -1,0 +1,784 @@
+"""ONNX: the operators against onnx's own cases and ONNX Runtime, whole models, exported layers, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import unittest
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import rnnkern as rk
+from rnnkern.cells import CELLS
+from rnnkern.testing import Problem, assert_accurate, assert_within_rounding, inputs, layer_of, named_states, state_of
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+
+import rnnkern.onnx as bridge  # noqa: E402
+from rnnkern.onnx import operators, standard, writer  # noqa: E402
+
+helper, numpy_helper, TensorProto = onnx.helper, onnx.numpy_helper, onnx.TensorProto
+
+T, B, I, H = 6, 4, 3, 5
+OPSETS = [7, 14, 22, onnx.defs.onnx_opset_version()]
+GATES = {name: operator.gates for name, operator in standard.OPERATORS.items()}
+OUTPUTS = {"RNN": ["Y", "Y_h"], "GRU": ["Y", "Y_h"], "LSTM": ["Y", "Y_h", "Y_c"]}
+
+
+@pytest.fixture(scope="module")
+def runtime() -> ModuleType:
+    """ONNX Runtime."""
+    return pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+
+def drawn(operator, optional=(), direction="forward", layout=0, scale=0.7):
+    """Values for the inputs of a node by name: X, W, R and the optional ones asked for; `scale` is of the weights."""
+    generator = np.random.default_rng(0)
+    D, G = len(standard.DIRECTIONS[direction]), GATES[operator]
+    state = (B, D, H) if layout else (D, B, H)
+    shapes = {"X": (B, T, I) if layout else (T, B, I), "W": (D, G * H, I), "R": (D, G * H, H), "B": (D, 2 * G * H)}
+    shapes |= {"P": (D, 3 * H), "initial_h": state, "initial_c": state}
+    values = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    for name in ("W", "R", "B", "P"):
+        values[name] *= np.float32(scale)
+    values["sequence_lens"] = np.array([4, T, 1, 3], np.int32)
+    return {name: values[name] for name in standard.OPERATORS[operator].inputs if name in {"X", "W", "R", *optional}}
+
+
+def node_of(operator, names, outputs=None, **attributes):
+    """A node whose inputs and outputs are called what the standard calls them."""
+    used = [name if name in names else "" for name in standard.OPERATORS[operator].inputs]
+    while not used[-1]:
+        used.pop()
+    outputs = OUTPUTS[operator] if outputs is None else outputs
+    return helper.make_node(operator, used, outputs, name="rec", **{"hidden_size": H} | attributes)
+
+
+def info(name, dtype, rank):
+    """The type of a graph's input or output; its sizes are free."""
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), [None] * rank)
+
+
+def model_of(nodes, feeds, outputs, constants=(), opset=17, **more):
+    """A model with these inputs and constants, each a mapping of names to arrays; Y is an output of rank 4."""
+    dtype = feeds["X"].dtype
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [info(name, value.dtype, value.ndim) for name, value in feeds.items()],
+        [info(name, dtype, 4 if name == "Y" else 3) for name in outputs],
+        [numpy_helper.from_array(value, name) for name, value in dict(constants).items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8, **more)
+
+
+def run_node_model(values, operator, opset=17, **attributes):
+    """Our outputs of a model of one node, weights as constants, by the names of the standard."""
+    weights = {name: value for name, value in values.items() if name in ("W", "R", "B", "P")}
+    feeds = {name: value for name, value in values.items() if name not in weights}
+    names = OUTPUTS[operator]
+    model = model_of([node_of(operator, values, **attributes)], feeds, names, weights, opset)
+    return dict(zip(names, bridge.prepare(model).run(feeds), strict=True))
+
+
+def run_runtime(runtime, model, feeds):
+    """The outputs of ONNX Runtime."""
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+def run_formulas(values, operator, dtype, **attributes):
+    """The outputs of the formulas of the standard in a dtype."""
+    given = {name: value.astype(dtype) for name, value in values.items() if name != "sequence_lens"}
+    checked = standard.Attributes.of(operator, attributes)
+    zeros = np.zeros((len(checked.reverse), given["X"].shape[1], H), dtype)
+    Y, state = standard.run(
+        checked,
+        *(given.get(name) for name in ("X", "W", "R", "B", "P")),
+        values.get("sequence_lens"),
+        [given.get(name, zeros) for name in checked.operator.states],
+    )
+    return dict(zip(OUTPUTS[operator], (Y.swapaxes(1, 2), *state), strict=True))
+
+
+def moved(values, seed):
+    """The values, each real one moved by up to 2 ulp."""
+    generator, eps = np.random.default_rng(seed), np.finfo(np.float32).eps
+    return {
+        name: (value * (1 + generator.uniform(-2, 2, value.shape) * eps)).astype(value.dtype)
+        if value.dtype.kind == "f"
+        else value
+        for name, value in values.items()
+    }
+
+
+def assert_same(runtime, values, operator, **attributes):
+    """Our results and those of ONNX Runtime are those of the formulas in float64, by the one rule of accuracy."""
+    ours = run_node_model(values, operator, **attributes)
+    model = model_of([node_of(operator, values, **attributes)], values, OUTPUTS[operator])
+    theirs = dict(zip(OUTPUTS[operator], run_runtime(runtime, model, values), strict=True))
+    exact = run_formulas(values, operator, np.float64, **attributes)
+    naive = [run_formulas(values, operator, np.float32, **attributes)]
+    naive += [run_formulas(moved(values, seed), operator, np.float32, **attributes) for seed in range(3)]
+    for name, tested in ours.items():
+        for who, result in (("rnnkern", tested), ("ONNX Runtime", theirs[name])):
+            assert_within_rounding(name, result, exact[name], [one[name] for one in naive], (who, operator, attributes))
+
+
+def combinations(operator):
+    """Every combination of what a node may have beside its activations."""
+    optional = [("B",), ("sequence_lens",), ("initial_h", "initial_c") if operator == "LSTM" else ("initial_h",)]
+    switches = {"RNN": [], "GRU": ["linear_before_reset"], "LSTM": ["input_forget"]}[operator]
+    if operator == "LSTM":
+        optional.append(("P",))
+    for direction, clip, *chosen in itertools.product(
+        standard.DIRECTIONS, (None, 0.5), *[(False, True)] * (len(optional) + len(switches))
+    ):
+        names = sum((one for one, there in zip(optional, chosen, strict=False) if there), ())
+        attributes = {"direction": direction} | ({} if clip is None else {"clip": clip})
+        attributes |= {one: int(there) for one, there in zip(switches, chosen[len(optional) :], strict=True)}
+        yield operator, names, attributes
+
+
+COMBINATIONS = [one for operator in standard.OPERATORS for one in combinations(operator)]
+
+
+def identity(combination):
+    """Its name in the name of a test."""
+    operator, names, attributes = combination
+    return "-".join([operator, *names, *(f"{key}={value}" for key, value in attributes.items())])
+
+
+@pytest.mark.filterwarnings("ignore:.*runs step by step in NumPy")
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=identity)
+def test_every_combination_of_inputs_and_attributes_gives_what_onnx_runtime_gives(runtime, combination):
+    """Direction, lengths, initial states, biases, peepholes, clip, input_forget and linear_before_reset."""
+    operator, names, attributes = combination
+    assert_same(runtime, drawn(operator, names, attributes["direction"]), operator, **attributes)
+
+
+def with_activation(operator, name, slot, direction="bidirectional"):
+    """Attributes with one activation in one place of the last direction, alpha and beta as it takes them."""
+    default = list(standard.OPERATORS[operator].activations)
+    names = default * len(standard.DIRECTIONS[direction])
+    names[slot - len(default)] = name
+    values = {"alpha": 0.3, "beta": 0.7}
+    return {"direction": direction, "activations": names} | {
+        f"activation_{key}": [values[key]] for key in standard.ACTIVATIONS[name][1]
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*runs step by step in NumPy")
+@pytest.mark.parametrize("name", standard.ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("operator", "slot"), [(one.name, at) for one in standard.OPERATORS.values() for at in range(len(one.activations))]
+)
+def test_every_activation_in_every_place_gives_what_onnx_runtime_gives(runtime, operator, slot, name):
+    """In the reverse direction, beside the default ones in the forward direction."""
+    attributes = with_activation(operator, name, slot)
+    # Small weights: with gates that have no bound, the states of a GRU grow until ONNX Runtime's Softplus gives NaN.
+    assert_same(runtime, drawn(operator, ("B", "initial_h"), "bidirectional", scale=0.2), operator, **attributes)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs step by step in NumPy")
+def test_alpha_and_beta_go_in_order_to_the_activations_that_take_them(runtime):
+    """Three functions of which two take alpha and one beta, in two directions."""
+    attributes = {
+        "direction": "bidirectional",
+        "activations": ["HardSigmoid", "Tanh", "LeakyRelu", "Sigmoid", "Elu", "ScaledTanh"],
+        "activation_alpha": [0.25, 0.1, 0.5, 1.5],
+        "activation_beta": [0.4, 0.8],
+    }
+    assert_same(runtime, drawn("LSTM", ("B", "P"), "bidirectional"), "LSTM", **attributes)
+
+
+def test_an_rnn_of_one_direction_may_name_the_activations_of_two(runtime):
+    """As the default of the schema does; the second is that of no direction."""
+    assert_same(runtime, drawn("RNN", direction="reverse"), "RNN", activations=["Relu", "Tanh"], direction="reverse")
+
+
+@pytest.mark.filterwarnings("ignore:.*runs step by step in NumPy")
+@pytest.mark.parametrize("name", ["LeakyRelu", "HardSigmoid", "Elu"])
+def test_default_alpha_and_beta_are_those_of_onnx_runtime(runtime, name):
+    """The ones on which it agrees with the standard; its ThresholdedRelu has alpha=0 instead of 1."""
+    assert_same(runtime, drawn("RNN"), "RNN", activations=[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*runs step by step in NumPy")
+def test_the_default_alpha_of_thresholded_relu_is_that_of_its_operator():
+    """1: what is below is 0."""
+    values = drawn("RNN")
+    Y = run_node_model(values, "RNN", activations=["ThresholdedRelu"])["Y"]
+    assert np.array_equal(
+        Y, run_node_model(values, "RNN", activations=["ThresholdedRelu"], activation_alpha=[1.0])["Y"]
+    )
+    assert ((Y == 0) | (Y >= 1)).all()
+    assert (Y == 0).any()
+    assert (Y >= 1).any()
+
+
+def test_the_cases_of_onnx_pass():
+    """All of its node tests of the three operators, by its own runner and tolerance."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it makes the cases of all operators, some of which overflow
+        import onnx.backend.test
+
+        cases = onnx.backend.test.BackendTest(bridge.Backend, __name__)
+    result = unittest.TestResult()
+    cases.include("_(rnn|lstm|gru)_.*_cpu").test_suite.run(result)
+    assert result.errors == []
+    assert result.failures == []
+    assert result.testsRun - len(result.skipped) >= 12  # as many as onnx 1.17 has
+
+
+@pytest.mark.filterwarnings("ignore:.*runs step by step in NumPy")
+@pytest.mark.parametrize("clip", [{}, {"clip": 0.5}], ids=["kernels", "formulas"])
+@pytest.mark.parametrize("direction", standard.DIRECTIONS)
+@pytest.mark.parametrize("operator", standard.OPERATORS)
+def test_layout_1_gives_the_bits_of_layout_0_with_the_batch_first(operator, direction, clip):
+    """ONNX Runtime has only layout 0."""
+    names = ("B", "sequence_lens", "initial_h", "initial_c", "P")
+    values = drawn(operator, names, direction)
+    swapped = {
+        name: value.swapaxes(0, 1).copy() if name in ("X", "initial_h", "initial_c") else value
+        for name, value in values.items()
+    }
+    expected = run_node_model(values, operator, direction=direction, **clip)
+    given = run_node_model(swapped, operator, direction=direction, layout=1, **clip)
+    assert np.array_equal(given["Y"], expected["Y"].transpose(2, 0, 1, 3))
+    for name in OUTPUTS[operator][1:]:
+        assert np.array_equal(given[name], expected[name].swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("operator", standard.OPERATORS)
+def test_every_opset_gives_the_same(operator, opset):
+    """From the first whose operators are these to the newest."""
+    values = drawn(operator, ("B", "initial_h"))
+    expected = run_node_model(values, operator)
+    for name, result in run_node_model(values, operator, opset=opset).items():
+        assert np.array_equal(result, expected[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*runs step by step in NumPy")
+@pytest.mark.parametrize("clip", [{}, {"clip": 0.5}], ids=["kernels", "formulas"])
+@pytest.mark.parametrize("operator", standard.OPERATORS)
+def test_float64_is_computed_in_float64(operator, clip):
+    """To within the rounding of float64 where float32 would be far outside."""
+    values = drawn(operator, ("B", "P", "initial_h", "initial_c"))
+    values = {name: value.astype(np.float64) for name, value in values.items()}
+    exact = run_formulas(values, operator, np.longdouble, **clip)
+    naive = [run_formulas(values, operator, np.float64, **clip)]
+    for name, result in run_node_model(values, operator, **clip).items():
+        assert result.dtype == np.float64
+        assert_within_rounding(name, result, exact[name], [one[name] for one in naive], operator)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs step by step in NumPy")
+@pytest.mark.parametrize("clip", [{}, {"clip": 0.5}], ids=["kernels", "formulas"])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("operator", standard.OPERATORS)
+def test_half_precision_is_float32_rounded_once(operator, kind, clip):
+    """Of the same values."""
+    half = helper.tensor_dtype_to_np_dtype(getattr(TensorProto, kind.upper()))
+    values = {name: value.astype(half) for name, value in drawn(operator, ("B", "P", "initial_h")).items()}
+    single = {name: value.astype(np.float32) for name, value in values.items()}
+    expected = run_node_model(single, operator, **clip)
+    for name, result in run_node_model(values, operator, opset=22, **clip).items():
+        assert result.dtype == half
+        assert np.array_equal(result, expected[name].astype(half))
+
+
+@pytest.mark.parametrize(("operator", "cell"), [("RNN", "rnn_tanh"), ("LSTM", "lstm"), ("GRU", "gru_reset_before")])
+def test_a_usual_node_gives_the_bits_of_the_layer(operator, cell):
+    """The kernels run it, and no warning comes (it would be an error here)."""
+    values = drawn(operator, ("B", "sequence_lens"), "bidirectional")
+    layer = rk.Recurrent(cell, I, H, bidirectional=True)
+    layer.load_state_dict(rk.convert.from_onnx(cell, [{name: values[name] for name in ("W", "R", "B")}]))
+    y, state = layer(values["X"], lengths=values["sequence_lens"])
+    results = run_node_model(values, operator, direction="bidirectional")
+    assert np.array_equal(results["Y"].swapaxes(1, 2).reshape(y.shape), y)
+    for name, part in zip(OUTPUTS[operator][1:], state if isinstance(state, tuple) else (state,), strict=True):
+        assert np.array_equal(results[name], part)
+
+
+@pytest.mark.parametrize("operator", standard.OPERATORS)
+def test_the_nodes_run_on_the_backend_that_is_chosen(monkeypatch, runtime, operator):
+    """By RNNKERN_BACKEND, for all of the package."""
+    monkeypatch.setenv("RNNKERN_BACKEND", "reference")
+    made = counting(monkeypatch)
+    assert_same(runtime, drawn(operator, ("B", "sequence_lens"), "bidirectional"), operator, direction="bidirectional")
+    assert [one.backend for one in made] == ["reference"]
+
+
+def test_a_clip_without_effect_leaves_a_node_on_the_kernels():
+    """The largest float32, which is how some say that there is none, gives no warning and no other bits."""
+    values = drawn("LSTM")
+    expected = run_node_model(values, "LSTM")
+    for name, result in run_node_model(values, "LSTM", clip=float(np.finfo(np.float32).max)).items():
+        assert np.array_equal(result, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "reason"),
+    [
+        ("GRU", {"clip": 0.5}, "clip=0.5"),
+        ("LSTM", {"input_forget": 1}, "input_forget=1"),
+        ("RNN", {"activations": ["Softsign"]}, r"activations=\['Softsign'\]"),
+        (
+            "RNN",
+            {"activations": ["tanh", "Relu"], "direction": "bidirectional"},
+            r"activations=\['Tanh', 'Relu'\]",
+        ),
+    ],
+)
+def test_what_the_kernels_lack_is_said_once_with_the_node(operator, attributes, reason):
+    """When the model is prepared, and not at each run."""
+    values = drawn(operator, (), attributes.get("direction", "forward"))
+    model = model_of([node_of(operator, values, **attributes)], values, OUTPUTS[operator])
+    message = rf"^{operator} node 'rec' runs step by step in NumPy: the kernels have no {reason}$"
+    with pytest.warns(UserWarning, match=message) as said:
+        prepared = bridge.prepare(model)
+    assert len(said) == 1
+    prepared.run(values)
+    prepared.run(values)
+
+
+def test_a_sequence_of_length_0_keeps_its_initial_state():
+    """As everywhere in this package; ONNX Runtime gives zeros."""
+    values = drawn("LSTM", ("sequence_lens", "initial_h", "initial_c"))
+    values["sequence_lens"] = np.array([0, T, 0, 1], np.int32)
+    results = run_node_model(values, "LSTM")
+    for final, initial in (("Y_h", "initial_h"), ("Y_c", "initial_c")):
+        assert np.array_equal(results[final][:, [0, 2]], values[initial][:, [0, 2]])
+    assert not results["Y"][:, :, [0, 2]].any()
+
+
+@pytest.mark.filterwarnings("ignore:.*runs step by step in NumPy")
+@pytest.mark.parametrize("clip", [{}, {"clip": 0.5}], ids=["kernels", "formulas"])
+@pytest.mark.parametrize(("steps", "rows"), [(0, B), (T, 0)])
+def test_empty_inputs_give_empty_outputs_of_the_right_shape(steps, rows, clip):
+    """No steps: the final state is the initial one."""
+    values = drawn("GRU", ("initial_h",), "bidirectional")
+    values["X"], values["initial_h"] = values["X"][:steps, :rows], values["initial_h"][:, :rows]
+    results = run_node_model(values, "GRU", direction="bidirectional", **clip)
+    assert results["Y"].shape == (steps, 2, rows, H)
+    assert np.array_equal(results["Y_h"], values["initial_h"])
+
+
+def test_an_output_that_a_node_leaves_out_is_no_input_of_others():
+    """The name "" stands for both: here the bounds of a Clip that has none."""
+    values = drawn("LSTM", ("B",))
+    first = node_of("LSTM", values, ["", "H"])
+    last = helper.make_node("Clip", ["H", "", ""], ["Y_h"])
+    (Y_h,) = bridge.prepare(model_of([first, last], values, ["Y_h"])).run(values)
+    assert np.array_equal(Y_h, run_node_model(values, "LSTM")["Y_h"])
+
+
+def test_an_output_that_another_node_leaves_out_is_no_input():
+    """The bias is none, and not the indices that nobody asked Unique for."""
+    values = drawn("LSTM", ("initial_h",))
+    unique = helper.make_node("Unique", ["X"], ["unique", "", "inverse"])
+    model = model_of([unique, node_of("LSTM", values)], values, ["Y"])
+    assert np.array_equal(bridge.prepare(model).run(values)[0], run_node_model(values, "LSTM")["Y"])
+
+
+def counting(monkeypatch):
+    """A list that grows with each layer that nodes make of their weights."""
+    made = []
+    frozen = operators.Frozen
+    monkeypatch.setattr(operators, "Frozen", lambda *arguments: made.append(frozen(*arguments)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("where", ["raw", "float_data", "Constant"])
+def test_constant_weights_are_packed_once(monkeypatch, where):
+    """Initializers however they are stored, and the results of Constant."""
+    made = counting(monkeypatch)
+    values = drawn("GRU", ("B",))
+    weights = {name: value for name, value in values.items() if name != "X"}
+    node = node_of("GRU", values)
+    if where == "Constant":
+        nodes = [
+            helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
+            for name, value in weights.items()
+        ]
+        model = model_of([*nodes, node], {"X": values["X"]}, ["Y"])
+    else:
+        model = model_of([node], {"X": values["X"]}, ["Y"], weights)
+    if where == "float_data":
+        for tensor, value in zip(model.graph.initializer, weights.values(), strict=True):
+            tensor.CopyFrom(helper.make_tensor(tensor.name, TensorProto.FLOAT, value.shape, value.ravel()))
+    prepared = bridge.prepare(model)
+    first, second = (prepared.run([values["X"]])[0] for _ in range(2))
+    assert len(made) == 1
+    assert np.array_equal(first, second)
+    assert np.array_equal(first, run_node_model(values, "GRU")["Y"])
+
+
+def test_weights_that_are_inputs_are_read_at_each_run():
+    """Written to in place, also through a view that is read-only itself."""
+    values = drawn("GRU", ("B",))
+    prepared = bridge.prepare(model_of([node_of("GRU", values)], values, ["Y"]))
+    locked = values["R"].view()
+    locked.flags.writeable = False
+    feeds = values | {"R": locked}
+    prepared.run(feeds)
+    for name in ("W", "R", "B"):
+        values[name] *= 2
+        assert np.array_equal(prepared.run(feeds)[0], run_node_model(values, "GRU")["Y"])
+
+
+def test_an_initializer_that_is_an_input_may_be_replaced():
+    """By name, for one run."""
+    values = drawn("RNN", ("B",))
+    constants = {"W": values["W"], "R": values["R"]}
+    model = model_of([node_of("RNN", values)], values, ["Y"], constants)
+    prepared = bridge.prepare(model)
+    expected = run_node_model(values, "RNN")["Y"]
+    assert np.array_equal(prepared.run([values["X"], values["B"]])[0], expected)
+    other = {"X": values["X"], "B": values["B"], "W": 2 * values["W"]}
+    assert np.array_equal(prepared.run(other)[0], run_node_model(values | other, "RNN")["Y"])
+    assert np.array_equal(prepared.run([values["X"], values["B"]])[0], expected)
+
+
+def test_many_threads_may_run_one_model():
+    """Each gets what one alone gets."""
+    values = drawn("LSTM", ("B",))
+    weights = {name: value for name, value in values.items() if name != "X"}
+    prepared = bridge.prepare(model_of([node_of("LSTM", values)], {"X": values["X"]}, ["Y"], weights))
+    many = [values["X"] * factor for factor in np.arange(16, dtype=np.float32)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda X: prepared.run([X])[0], many))
+    for X, result in zip(many, results, strict=True):
+        assert np.array_equal(result, run_node_model(values | {"X": X}, "LSTM")["Y"])
+
+
+def test_nodes_in_a_branch_run_on_the_kernels_and_pack_once(monkeypatch):
+    """The weights come from the graph around the branch."""
+    made = counting(monkeypatch)
+    values = drawn("LSTM", ("B",))
+    weights = {name: value for name, value in values.items() if name != "X"}
+    branches = {
+        way: helper.make_graph([node_of("LSTM", values, [way], direction=way)], way, [], [info(way, np.float32, 4)])
+        for way in ("forward", "reverse")
+    }
+    choice = helper.make_node("If", ["back"], ["Y"], then_branch=branches["reverse"], else_branch=branches["forward"])
+    model = model_of([choice], {"X": values["X"], "back": np.array(True)}, ["Y"], weights)
+    prepared = bridge.prepare(model)
+    for back, direction in ((True, "reverse"), (False, "forward")) * 2:
+        (Y,) = prepared.run([values["X"], np.array(back)])
+        assert np.array_equal(Y, run_node_model(values, "LSTM", direction=direction)["Y"])
+    assert len(made) == 2 + 4  # two nodes, and the model of each comparison
+
+
+def test_nodes_in_a_function_take_attributes_from_its_call():
+    """An attribute of the node may refer to one of the function."""
+    values = drawn("LSTM", ("B",))
+    node = helper.make_node("LSTM", ["X", "W", "R", "B"], ["Y"], hidden_size=H)
+    reference = onnx.AttributeProto(name="direction", ref_attr_name="way", type=onnx.AttributeProto.STRING)
+    node.attribute.append(reference)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
+    function = helper.make_function("local", "Memory", ["X", "W", "R", "B"], ["Y"], [node], opsets[:1], ["way"])
+    calls = [
+        helper.make_node("Memory", ["X", "W", "R", "B"], [way], domain="local", way=way)
+        for way in ("forward", "reverse")
+    ]
+    total = helper.make_node("Sub", ["forward", "reverse"], ["Y"])
+    weights = {name: value for name, value in values.items() if name != "X"}
+    graph = model_of([*calls, total], {"X": values["X"]}, ["Y"], weights).graph
+    model = helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=8)
+    forward, reverse = (run_node_model(values, "LSTM", direction=way)["Y"] for way in ("forward", "reverse"))
+    assert np.array_equal(bridge.prepare(model).run([values["X"]])[0], forward - reverse)
+
+
+def test_weights_may_lie_beside_the_file(tmp_path):
+    """In the external data of a model given by its path."""
+    layer = rk.LSTM(I, 64, seed=0)
+    path, X = tmp_path / "model.onnx", drawn("LSTM")["X"]
+    onnx.save(bridge.to_model(layer), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert (tmp_path / "weights.bin").stat().st_size > path.stat().st_size
+    assert np.array_equal(bridge.prepare(path).run([X])[0], layer(X)[0])
+
+
+def test_the_backend_interface(tmp_path):
+    """run_node, run_model, bytes, a path, and the device."""
+    values = drawn("GRU", ("B", "initial_h"))
+    node, expected = node_of("GRU", values), run_node_model(values, "GRU")
+    model = model_of([node], values, OUTPUTS["GRU"])
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    assert issubclass(bridge.Backend, onnx.backend.base.Backend)
+    assert isinstance(bridge.prepare(model), onnx.backend.base.BackendRep)
+    given = list(values.values())
+    for results in (
+        bridge.run_model(model, given),
+        bridge.run_node(node, given),
+        bridge.run_node(node, given, opset_version=7),
+        bridge.prepare(path).run(given),
+        bridge.prepare(model.SerializeToString()).run(values),
+    ):
+        assert isinstance(results, tuple)
+        for name, result in zip(OUTPUTS["GRU"], results, strict=True):
+            assert np.array_equal(result, expected[name])
+    assert bridge.supports_device("CPU")
+    assert not bridge.supports_device("CUDA")
+
+
+EXPORTS = {
+    "plain": {},
+    "no_bias": {"bias": False},
+    "layers": {"num_layers": 3},
+    "all": {"num_layers": 2, "bidirectional": True},
+    "all_no_bias": {"num_layers": 2, "bidirectional": True, "bias": False},
+}
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time_first", "batch_first"])
+@pytest.mark.parametrize("lengths", [False, True], ids=["", "lengths"])
+@pytest.mark.parametrize("options", EXPORTS)
+@pytest.mark.parametrize("cell", writer.CELL_OPERATORS)
+def test_an_exported_layer_gives_the_same_in_onnx_runtime(runtime, tmp_path, cell, options, lengths, batch_first):
+    """Held to the reference by the one rule; on our backend the bits are those of the layer."""
+    problem = Problem(cell, T=7, B=4, I=5, H=9, lengths=lengths, **EXPORTS[options])
+    drawn, path = inputs(problem), tmp_path / "layer.onnx"
+    layer = rk.Recurrent(cell, 5, 9, problem.num_layers, problem.bias, batch_first, bidirectional=problem.bidirectional)
+    layer.load_state_dict(layer_of(problem).parameters)
+    bridge.export(layer, path, state=True, lengths=lengths)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    x = np.ascontiguousarray(drawn.x.swapaxes(0, 1)) if batch_first else drawn.x
+    feeds = {"x": x} | {f"{name}_0": part for name, part in zip(CELLS[cell].states, drawn.state, strict=True)}
+    feeds |= {"lengths": drawn.lengths} if lengths else {}
+
+    y, state = layer(x, state_of(drawn.state), lengths=drawn.lengths)
+    expected = {"y": y} | named_states(problem, state)
+    for name, result in zip(expected, bridge.prepare(model).run(feeds), strict=True):
+        assert np.array_equal(result, expected[name])
+
+    results = dict(zip(expected, run_runtime(runtime, model, feeds), strict=True))
+    if batch_first:
+        results["y"] = results["y"].swapaxes(0, 1)
+    if lengths:
+        for name, initial in zip(CELLS[cell].states, drawn.state, strict=True):
+            assert not results[name][:, drawn.lengths == 0].any()  # the one difference: zeros, not the initial state
+            results[name][:, drawn.lengths == 0] = initial[:, drawn.lengths == 0]
+    assert_accurate(problem, results)
+
+
+@pytest.mark.parametrize("cell", writer.CELL_OPERATORS)
+def test_a_model_without_a_state_starts_from_zeros(runtime, cell):
+    """Its outputs have the bits of the model with one."""
+    problem = Problem(cell, T=7, B=4, I=5, H=9, num_layers=2, bidirectional=True)
+    x, layer = inputs(problem).x, layer_of(problem)
+    without = run_runtime(runtime, bridge.to_model(layer), {"x": x})
+    zeros = {
+        f"{name}_0": np.zeros_like(one) for name, one in zip(CELLS[cell].states, inputs(problem).state, strict=True)
+    }
+    for one, other in zip(
+        without, run_runtime(runtime, bridge.to_model(layer, state=True), {"x": x} | zeros), strict=True
+    ):
+        assert np.array_equal(one, other)
+
+
+def test_what_the_standard_cannot_say_is_refused_by_name(monkeypatch):
+    """And what is no layer, or no flag."""
+    with pytest.raises(ValueError, match=r"^layer: expected proj_size=0, .*, got LSTM\(3, 4, proj_size=2\)$"):
+        bridge.to_model(rk.LSTM(3, 4, proj_size=2))
+    with pytest.raises(TypeError, match=r"^layer: expected a layer of rnnkern, got Frozen$"):
+        bridge.to_model(rk.GRU(3, 4).freeze())
+    monkeypatch.delitem(writer.CELL_OPERATORS, "rnn_sigmoid")
+    with pytest.raises(ValueError, match=r"^layer: expected a cell that ONNX has, rnn_tanh, .*, got 'rnn_sigmoid'$"):
+        bridge.to_model(rk.RNN(3, 4, nonlinearity="sigmoid"))
+    for name in ("state", "lengths"):
+        with pytest.raises(TypeError, match=f"^{name}: expected a bool, got int 1$"):
+            bridge.to_model(rk.GRU(3, 4), **{name: 1})
+
+
+MODULES = {
+    "RNN-tanh": ("RNN", {}),
+    "RNN-relu": ("RNN", {"nonlinearity": "relu"}),
+    "LSTM": ("LSTM", {}),
+    "GRU": ("GRU", {}),
+}
+
+
+def network_of(torch, kind, **options):
+    """An embedding, a recurrent network with a length for each row, and a linear layer."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(11, I)
+            self.recurrent = getattr(torch.nn, kind)(
+                I, H, num_layers=2, bidirectional=True, batch_first=True, **options
+            )
+            self.linear = torch.nn.Linear(2 * H, 3)
+
+        def forward(self, symbols, lengths=None):
+            x = self.embedding(symbols)
+            if lengths is not None:
+                x = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            y, state = self.recurrent(x)
+            if lengths is not None:
+                y, _ = torch.nn.utils.rnn.pad_packed_sequence(y, batch_first=True)
+            return self.linear(y), state
+
+    torch.manual_seed(0)
+    return Network().eval()
+
+
+def exported(torch, *arguments, **options):
+    """What the exporter makes, which itself warns of much."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.onnx.export(*arguments, **options)
+
+
+def assert_runs_unchanged(runtime, network, model, given, names):
+    """Our outputs are as near to PyTorch's in float64 as those in float32 of PyTorch and of ONNX Runtime."""
+    feeds = dict(zip(names, [one.numpy() for one in given], strict=True))
+
+    def flat(result):
+        y, state = result
+        return [one.detach().numpy() for one in (y, *(state if isinstance(state, tuple) else (state,)))]
+
+    single, exact = flat(network(*given)), flat(network.double()(*given))
+    theirs = run_runtime(runtime, model, feeds)
+    for index, result in enumerate(bridge.prepare(model).run(feeds)):
+        assert_within_rounding(f"output {index}", result, exact[index], [single[index], theirs[index]], network)
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("lengths", [False, True], ids=["", "lengths"])
+def test_a_model_that_pytorch_exports_runs_unchanged(torch, runtime, tmp_path, module, lengths):
+    """By its TorchScript exporter; no warning says that a node is not on the kernels."""
+    kind, options = MODULES[module]
+    network, path = network_of(torch, kind, **options), tmp_path / "model.onnx"
+    given = (torch.arange(28).reshape(4, 7) % 11, *((torch.tensor([7, 3, 1, 5]),) if lengths else ()))
+    names = ["symbols", "lengths"][: len(given)]
+    exported(torch, network, given, path, input_names=names, dynamo=False)
+    assert_runs_unchanged(runtime, network, onnx.load(path), given, names)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_model_that_the_newer_exporter_of_pytorch_makes_runs_unchanged(torch, runtime, module):
+    """The one through torch.export, which needs onnxscript."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    kind, options = MODULES[module]
+    network, given = network_of(torch, kind, **options), (torch.arange(28).reshape(4, 7) % 11,)
+    program = exported(torch, network, given, input_names=["symbols"], dynamo=True, verbose=False)
+    assert_runs_unchanged(runtime, network, program.model_proto, given, ["symbols"])
+
+
+WRONG_ATTRIBUTES = [
+    ({"direction": "sideways"}, "direction: expected one of forward, reverse, bidirectional, got 'sideways'"),
+    ({"clip": -1.0}, "clip: expected a positive number, got -1"),
+    ({"layout": 2}, "layout: expected 0 or 1, got 2"),
+    ({"input_forget": 2}, "input_forget: expected 0 or 1, got 2"),
+    ({"activations": ["Tanh"]}, "activations: expected 3 for each direction, 3, got ['Tanh']"),
+    (
+        {"activations": ["Sigmoid", "Gelu", "Tanh"]},
+        f"activations: expected names out of {', '.join(standard.ACTIVATIONS)}, got 'Gelu'",
+    ),
+    (
+        {"activations": ["Sigmoid", "Affine", "Tanh"], "activation_alpha": [2.0]},
+        "activation_beta: expected a value for Affine, which has no default, got none",
+    ),
+    (
+        {"activations": ["Sigmoid", "Elu", "Tanh"], "activation_alpha": [1.0, 2.0, 3.0]},
+        "activation_alpha: expected one value for each of the activations ['Sigmoid', 'Elu', 'Tanh'] that take it, 1, "
+        "got 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("attributes", "message"), WRONG_ATTRIBUTES)
+def test_a_wrong_attribute_is_named_with_its_node_when_the_model_is_prepared(attributes, message):
+    """And what was expected, and what came."""
+    values = drawn("LSTM")
+    with pytest.raises(ValueError, match=r"^LSTM node 'rec': ") as error:
+        bridge.prepare(model_of([node_of("LSTM", values, **attributes)], values, ["Y"]))
+    assert str(error.value) == f"LSTM node 'rec': {message}"
+
+
+WRONG_INPUTS = [
+    ("X", lambda X: X[0], "shape (T, B, I), got float32 of shape (4, 3)"),
+    ("X", lambda X: X[..., :0], "shape (T, B, I), got float32 of shape (6, 4, 0)"),
+    ("R", lambda R: R[0], "shape (1, 4*H, H), got float32 of shape (20, 5)"),
+    ("R", lambda R: R[:, 1:], "shape (1, 20, 5), got float32 of shape (1, 19, 5)"),
+    ("R", lambda R: np.concatenate([R, R]), "shape (1, 20, 5), got float32 of shape (2, 20, 5)"),
+    ("W", lambda W: W[..., :2], "shape (1, 20, 3), got float32 of shape (1, 20, 2)"),
+    ("B", lambda b: b[:, :20], "shape (1, 40), got float32 of shape (1, 20)"),
+    ("P", lambda P: P[:, :5], "shape (1, 15), got float32 of shape (1, 5)"),
+    ("initial_h", lambda h: h[:, :1], "shape (1, 4, 5), got float32 of shape (1, 1, 5)"),
+    ("initial_c", lambda c: c[:, :1], "shape (1, 4, 5), got float32 of shape (1, 1, 5)"),
+    ("W", lambda W: W.astype(np.float64), "float32, which X has, got float64 of shape (1, 20, 3)"),
+    ("X", lambda X: X.astype(int), "one of float16, bfloat16, float32, float64, got int64 of shape (6, 4, 3)"),
+    ("sequence_lens", lambda n: n + 1, "values from 0 to 6, got 2 to 7"),
+    ("sequence_lens", lambda n: n - 2, "values from 0 to 6, got -1 to 4"),
+    ("sequence_lens", lambda n: n[:1], "shape (4,), got int32 of shape (1,)"),
+    ("sequence_lens", lambda n: n / 2, "integers, got float64 of shape (4,)"),
+]
+
+
+@pytest.mark.parametrize(("name", "edit", "message"), WRONG_INPUTS)
+def test_a_wrong_input_is_named_with_its_node(name, edit, message):
+    """By the names of the standard and of the graph."""
+    values = drawn("LSTM", ("B", "P", "sequence_lens", "initial_h", "initial_c"))
+    node = node_of("LSTM", values)
+    values[name] = edit(values[name])
+    with pytest.raises(ValueError, match=r"^LSTM node 'rec': ") as error:
+        bridge.run_node(node, list(values.values()))
+    assert str(error.value) == f"LSTM node 'rec': input {name} ({name!r}): expected {message}"
+
+
+def test_hidden_size_is_held_to_the_weights():
+    """It says nothing that they do not."""
+    values = drawn("GRU")
+    with pytest.raises(ValueError, match=r"^GRU node 'rec': hidden_size: expected 5, as R has, got 4$"):
+        bridge.run_node(node_of("GRU", values, hidden_size=4), list(values.values()))
+
+
+def test_a_node_without_a_name_is_called_by_its_outputs():
+    """Exporters often give none."""
+    values = drawn("RNN")
+    node = helper.make_node("RNN", ["X", "W", "R"], ["Y"], clip=-1.0, hidden_size=H)
+    with pytest.raises(ValueError, match=r"^RNN node with the outputs \['Y'\]: clip: "):
+        bridge.prepare(model_of([node], values, ["Y"]))
+
+
+def test_operators_before_opset_7_are_refused():
+    """They had other attributes."""
+    values = drawn("RNN")
+    with pytest.raises(ValueError, match=r"^RNN node 'rec': expected opset 7 or newer, got 6$"):
+        bridge.prepare(model_of([node_of("RNN", values)], values, ["Y"], opset=6))
+
+
+def test_wrong_calls_are_refused():
+    """Device, model, options, and inputs by number, name and dtype."""
+    values = drawn("RNN")
+    model = model_of([node_of("RNN", values)], values, ["Y"])
+    prepared = bridge.prepare(model)
+    with pytest.raises(ValueError, match=r"^device: expected 'CPU', got str 'CUDA'$"):
+        bridge.prepare(model, "CUDA")
+    with pytest.raises(TypeError, match=r"^model: expected an onnx.ModelProto, bytes or a path, got GraphProto$"):
+        bridge.prepare(model.graph)
+    with pytest.raises(TypeError, match=r"^expected no further options, got fast$"):
+        bridge.prepare(model, fast=True)
+    with pytest.raises(ValueError, match=r"^inputs: expected 3 arrays, X, W, R, got 1$"):
+        prepared.run([values["X"]])
+    with pytest.raises(ValueError, match=r"^inputs: expected X, W, R, got X, W$"):
+        prepared.run({"X": values["X"], "W": values["W"]})
+    with pytest.raises(ValueError, match=r"^inputs: expected X, W, R, got X, W, R, Z$"):
+        prepared.run(values | {"Z": values["X"]})
+    with pytest.raises(TypeError, match=r"^inputs\['X'\]: expected float32, got float64 of shape \(6, 4, 3\)$"):
+        prepared.run(values | {"X": values["X"].astype(np.float64)})
+    with pytest.raises(TypeError, match=r"^inputs: expected a list of arrays or a mapping, got float32 of shape"):
+        prepared.run(values["X"])
