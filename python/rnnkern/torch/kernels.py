@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -25,6 +26,22 @@ __all__ = ["DTYPES", "Kernels", "kernels_of", "tape_of", "tensor_of"]
 Array = NDArray[Any]
 
 DTYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+
+
+def _pause_of_openmp() -> Callable[[int], int]:
+    """`omp_pause_resource_all` of the OpenMP runtime that torch uses, or what does nothing where there is none."""
+    try:
+        pause: Callable[[int], int] = ctypes.CDLL(torch._C.__file__).omp_pause_resource_all
+    except (AttributeError, OSError):
+        return lambda kind: kind
+    return pause
+
+
+_pause = _pause_of_openmp()
+_SOFT = 1  # omp_pause_soft: threads end, settings stay
+# After an operation of torch its threads spin for milliseconds, on the cores that ours are waiting for. To end them
+# costs 30 us, and 50 more in torch's next operation: worth it for calls of about a millisecond and more.
+_PAUSE_FLOPS = 10**8
 
 
 class _Tape(np.ndarray[Any, Any]):
@@ -66,6 +83,7 @@ class Kernels:
     signature: Signature
     backend: ModuleType
     keys: tuple[str, ...]  # the weights of a layer-direction, in torch's order
+    flops: int  # of a row of one step
 
     def pack(self, weights: Sequence[Tensor], training: bool) -> Any:
         """The backend's copy of the weights, which are those of all layer-directions, one after the other."""
@@ -120,6 +138,8 @@ class Kernels:
         initial = tuple([_array(one) for one in state]) if state else signature.zeros(batch)
         ends = None if lengths is None else signature.lengths(_array(lengths), steps, batch, False)
         cuts = None if resets is None else signature.resets(_array(resets), steps, batch, False)
+        if self.flops * steps * batch > _PAUSE_FLOPS:
+            _pause(_SOFT)
         y, saved = np.empty((steps, batch, signature.output_size), signature.dtype), None
         if inputs.size:
             final, saved = self.backend.forward(
@@ -149,6 +169,8 @@ class Kernels:
                 [from_numpy(one.copy()) for one in dstate],
                 [x.new_zeros(shape) for shape in self.weight_shapes()],
             )
+        if self.flops * x.shape[0] * x.shape[1] > _PAUSE_FLOPS:
+            _pause(_SOFT)
         dx, dinitial, gradients = self.backend.backward(
             stack, packed, saved, ends, cuts, masks, None if dy is None else _array(dy), dstate, need_x
         )
@@ -175,4 +197,4 @@ def kernels_of(
     directions: tuple[bool, ...] = (False, True) if bidirectional else (False,)
     stack = Stack(CELLS[cell], input_size, hidden_size, proj_size, num_layers, directions, DTYPES[dtype])
     keys = tuple(stack.layers[0].weight_shapes(bias, proj_size > 0))
-    return Kernels(Signature(stack), backends.pick(backend), keys)
+    return Kernels(Signature(stack), backends.pick(backend), keys, stack.flops)
