@@ -181,8 +181,8 @@ class Signature:
         return (
             x,
             self.zeros(batch) if state is None else self.state("state", state, batch, unbatched),
-            None if lengths is None else self._lengths(lengths, steps, batch, unbatched),
-            None if resets is None else self._resets(resets, steps, batch, unbatched),
+            None if lengths is None else self.lengths(lengths, steps, batch, unbatched),
+            None if resets is None else self.resets(resets, steps, batch, unbatched),
             unbatched,
         )
 
@@ -223,7 +223,8 @@ class Signature:
             result.append(as_parameter(one_name, one, shape, self.dtype).reshape(count, batch, size))
         return tuple(result)
 
-    def _lengths(self, lengths: object, steps: int, batch: int, unbatched: bool) -> Array:
+    def lengths(self, lengths: object, steps: int, batch: int, unbatched: bool) -> Array:
+        """Lengths as backends take them, a copy."""
         if unbatched:
             raise ValueError(f"lengths: expected None with unbatched x, got {describe(lengths)}")
         array = as_array("lengths", lengths)
@@ -238,7 +239,8 @@ class Signature:
             raise ValueError(f"lengths: expected values from 0 to {steps}, got {array.min()} to {array.max()}")
         return array.astype(np.int64)
 
-    def _resets(self, resets: object, steps: int, batch: int, unbatched: bool) -> Array:
+    def resets(self, resets: object, steps: int, batch: int, unbatched: bool) -> Array:
+        """Resets as backends take them, a copy."""
         array = as_array("resets", resets)
         shape = (steps,) if unbatched else (batch, steps) if self.batch_first else (steps, batch)
         expected = f"resets: expected bool of shape {shape}"
