@@ -67,7 +67,12 @@ def test_module_exports_nothing_of_the_namespace() -> None:
     exported = {name for _, name in symbols(Path(native.__file__), "--dynamic", "--defined-only")}
     assert "PyInit__rnnkern_native" in exported
     ours = {name for name in exported if "rnnkern" in name}
-    assert ours == {"PyInit__rnnkern_native", "rnnkern_get_num_threads", "rnnkern_set_num_threads"}
+    assert ours == {
+        "PyInit__rnnkern_native",
+        "rnnkern_abi",
+        "rnnkern_get_num_threads",
+        "rnnkern_set_num_threads",
+    }
 
 
 def test_compiled_cells_are_those_of_python() -> None:
