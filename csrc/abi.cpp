@@ -131,13 +131,12 @@ void pack_all(const Stack& stack, const Pack& call) {
 void run_forward(const Stack& stack, const Forward& call) {
   Network network = network_of(stack);
   network.check_size(call.steps, call.batch);
-  const bool training = call.kept.data != nullptr;
-  use_packed(network, call.packed, training);
+  use_packed(network, call.packed, call.training);
   rnnkern::Stack rows = rows_of(call);
   const States initial = states_of("initial", network, call.initial), last = states_of("last", network, call.last);
-  const Scratch between(training ? 0 : network.between_bytes(rows));
+  const Scratch between(call.training ? 0 : network.between_bytes(rows));
   std::vector<Layer> layers;
-  if (training) {
+  if (call.training) {
     layers = network.recorded(call.batch, record_of(network, call), initial, last);
   } else {
     layers = network.layers();

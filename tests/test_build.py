@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 from pathlib import Path
@@ -73,6 +74,13 @@ def test_module_exports_nothing_of_the_namespace() -> None:
         "rnnkern_get_num_threads",
         "rnnkern_set_num_threads",
     }
+
+
+def test_the_abi_refuses_another_version() -> None:
+    """Null, and not functions that take other structs."""
+    abi = ctypes.CDLL(native.__file__).rnnkern_abi
+    abi.restype = ctypes.c_void_p
+    assert [abi(version) is None for version in (0, 1, 2)] == [True, False, True]
 
 
 def test_compiled_cells_are_those_of_python() -> None:

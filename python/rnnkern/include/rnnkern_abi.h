@@ -47,7 +47,8 @@ struct Forward {
   Memory packed;
   void* y;
   Arrays last;
-  Memory kept;  // null: inference, with weights that were not packed for training
+  bool training;  // as the weights were packed
+  Memory kept;    // what backward needs; in training only
 };
 
 struct Backward {
