@@ -123,7 +123,7 @@ void pack_all(const Stack& stack, const Pack& call) {
   for (std::size_t i = 0; i < network.layer_directions(); ++i) {
     const std::vector<const void*> arrays(call.weights.data + i * count, call.weights.data + (i + 1) * count);
     const auto weights = network.weights_at(arrays.data(), stack.biased);
-    network.pack(i, weights, call.training, advance(call.packed.data, at), num_threads());
+    network.pack(i, weights, call.training, advance(call.packed.data, at));
     at += network.packed_bytes(i, call.training);
   }
 }
@@ -180,7 +180,6 @@ bool guarded(const Stack& stack, const Call& call, Message& message) noexcept {
 constexpr Functions kFunctions{guarded<Pack, pack_all>, guarded<Forward, run_forward>, guarded<Backward, run_backward>};
 
 }  // namespace
-
 }  // namespace rnnkern::abi
 
 extern "C" [[gnu::visibility("default")]] const rnnkern::abi::Functions* rnnkern_abi(int version) {

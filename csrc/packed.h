@@ -214,15 +214,14 @@ class Packed : public Network {
     if (biased != biased_)
       throw py::value_error(weights_name(i).text() + ": expected biases in all layer-directions or in none");
     const std::vector<py::array> arrays = checked_weights(dict, i, sizes(i));
-    const std::int64_t bytes = packed_bytes(i, training_);
-    packed_.emplace_back(bytes);
+    packed_.emplace_back(packed_bytes(i, training_));
     add(packed_.back().data);
     const auto pointers = weight_pointers<const void*>(arrays);
-    if (packing_ns(bytes) < kKeepsGil) {
-      pack(i, pointers, training_, packed_.back().data, 1);
+    if (packing_ns(i, training_) < kKeepsGil) {
+      pack(i, pointers, training_, packed_.back().data);
     } else {
       const WithoutGil gil;
-      pack(i, pointers, training_, packed_.back().data, num_threads());
+      pack(i, pointers, training_, packed_.back().data);
     }
   }
 
