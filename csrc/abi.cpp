@@ -1,5 +1,6 @@
 // The calls of rnnkern_abi.h. Sizes are checked; what the pointers point to is the caller's promise.
 #include <rnnkern_abi.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -51,10 +52,23 @@ States states_of(const char* name, const Network& network, const Arrays& arrays)
 
 void* advance(void* data, std::int64_t bytes) { return static_cast<char*>(data) + bytes; }
 
+// Asks for huge pages where large memory is about to be filled, as NumPy does for its arrays: what is allocated anew
+// for each call costs a page fault every 4 KiB else.
+void prefer_huge_pages([[maybe_unused]] const Memory& memory) {
+#ifdef MADV_HUGEPAGE
+  constexpr std::int64_t large = std::int64_t{4} << 20, page = 4096;
+  if (memory.bytes < large) return;
+  const std::int64_t skipped = -reinterpret_cast<std::intptr_t>(memory.data) & (page - 1);
+  madvise(advance(memory.data, skipped), static_cast<std::size_t>(memory.bytes - skipped), MADV_HUGEPAGE);
+#endif
+}
+
 // Working memory of a call.
 class Scratch {
  public:
-  explicit Scratch(std::int64_t bytes) : data_(::operator new(static_cast<std::size_t>(bytes), kAlignment)) {}
+  explicit Scratch(std::int64_t bytes) : data_(::operator new(static_cast<std::size_t>(bytes), kAlignment)) {
+    prefer_huge_pages({data_.get(), bytes});
+  }
   void* data() const { return data_.get(); }
 
  private:
@@ -119,6 +133,7 @@ void pack_all(const Stack& stack, const Pack& call) {
   expect_weights("weights", network, stack, call.weights);
   expect("packed", "bytes", call.packed.bytes, network.packed_bytes(call.training));
   const std::size_t count = network.weight_count(stack.biased);
+  prefer_huge_pages(call.packed);
   std::int64_t at = 0;
   for (std::size_t i = 0; i < network.layer_directions(); ++i) {
     const std::vector<const void*> arrays(call.weights.data + i * count, call.weights.data + (i + 1) * count);
@@ -134,6 +149,8 @@ void run_forward(const Stack& stack, const Forward& call) {
   use_packed(network, call.packed, call.training);
   rnnkern::Stack rows = rows_of(call);
   const States initial = states_of("initial", network, call.initial), last = states_of("last", network, call.last);
+  prefer_huge_pages({call.y, network.output_bytes(call.steps, call.batch)});
+  if (call.training) prefer_huge_pages(call.kept);
   const Scratch between(call.training ? 0 : network.between_bytes(rows));
   std::vector<Layer> layers;
   if (call.training) {
