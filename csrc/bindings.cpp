@@ -10,6 +10,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -18,6 +19,7 @@
 #include "dispatch.h"
 #include "gil.h"
 #include "kernel_table.h"
+#include "network.h"
 #include "packed.h"
 #include "threads.h"
 
@@ -110,6 +112,21 @@ std::unique_ptr<Packed> pack(const std::string& cell, const py::object& dtype, s
                              std::vector<bool> directions, const py::object& weights, bool training) {
   return std::make_unique<Packed>(cell, dtype, input_size, hidden_size, proj_size, num_layers, std::move(directions),
                                   weights, training);
+}
+
+// What the calls of rnnkern_abi.h take of a stack: the bytes of its weights, packed for inference and for training, and
+// of what a training call keeps.
+std::tuple<std::int64_t, std::int64_t, std::int64_t> abi_bytes(const std::string& isa, const std::string& cell,
+                                                               const py::object& dtype, std::int64_t input_size,
+                                                               std::int64_t hidden_size, std::int64_t proj_size,
+                                                               std::int64_t num_layers, std::vector<bool> directions,
+                                                               std::int64_t steps, std::int64_t batch) {
+  const Isa* found = find_isa(isa);
+  if (found == nullptr) throw py::value_error("isa: expected one of isas(), got '" + isa + "'");
+  const Network network(*found, cell, float_dtype(dtype).itemsize(), input_size, hidden_size, proj_size, num_layers,
+                        std::move(directions));
+  const std::int64_t kept = network.kept_bytes(steps, batch);
+  return {network.packed_bytes(false), network.packed_bytes(true), kept};
 }
 
 // Forbids what would make an instance of a type without a constructor having run, or take one for another: `__new__`,
@@ -205,6 +222,11 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
 
   m.def("pack", &pack, py::arg("cell"), py::arg("dtype"), py::arg("input_size"), py::arg("hidden_size"),
         py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("weights"), py::arg("training"));
+
+  m.def("abi_bytes", &abi_bytes, py::arg("isa"), py::arg("cell"), py::arg("dtype"), py::arg("input_size"),
+        py::arg("hidden_size"), py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("steps"),
+        py::arg("batch"),
+        "Bytes in the calls of rnnkern_abi.h: weights packed for inference, for training, and what training keeps.");
 
   m.def(
       "frozen_call",

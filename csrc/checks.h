@@ -120,12 +120,6 @@ py::dtype float_dtype(const py::object& object) {
   return dtype;
 }
 
-std::int64_t times(std::int64_t a, std::int64_t b) {
-  std::int64_t product = 0;
-  if (__builtin_mul_overflow(a, b, &product)) throw py::value_error("sizes: their product exceeds 2^63");
-  return product;
-}
-
 // An array of undefined values. No code of Python's runs meanwhile: what was checked before is still so after.
 py::array new_array(const py::dtype& dtype, const Shape& shape) {
   const auto& numpy = py::detail::npy_api::get();

@@ -23,15 +23,8 @@ std::string_view max_isa() noexcept {
   return value == nullptr ? "" : value;
 }
 
-const Isa* find(std::string_view name) noexcept {
-  for (const Isa& isa : isas()) {
-    if (isa.name == name) return &isa;
-  }
-  return nullptr;
-}
-
 const Isa* best_allowed() noexcept {
-  const Isa* limit = find(max_isa());
+  const Isa* limit = find_isa(max_isa());
   const Isa* isa = limit == nullptr ? isas().data() : limit;
   while (!isa->supported && isa != &isas().back()) ++isa;
   return isa;
@@ -51,15 +44,22 @@ std::span<const Isa> isas() noexcept {
   return all;
 }
 
+const Isa* find_isa(std::string_view name) noexcept {
+  for (const Isa& isa : isas()) {
+    if (isa.name == name) return &isa;
+  }
+  return nullptr;
+}
+
 const Isa& active() noexcept { return *current().load(std::memory_order_relaxed); }
 
 bool use(std::string_view name) noexcept {
-  const Isa* isa = find(name);
+  const Isa* isa = find_isa(name);
   if (isa == nullptr || !isa->supported) return false;
   current().store(isa, std::memory_order_relaxed);
   return true;
 }
 
-std::string unknown_max_isa() { return find(max_isa()) == nullptr ? std::string(max_isa()) : std::string(); }
+std::string unknown_max_isa() { return find_isa(max_isa()) == nullptr ? std::string(max_isa()) : std::string(); }
 
 }  // namespace rnnkern

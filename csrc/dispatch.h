@@ -19,6 +19,9 @@ struct Isa {
 // the module must refuse to load.
 std::span<const Isa> isas() noexcept;
 
+// The one of that name, null where none was compiled.
+const Isa* find_isa(std::string_view name) noexcept;
+
 // The one in use: at first the best supported one that is not above RNNKERN_MAX_ISA.
 const Isa& active() noexcept;
 

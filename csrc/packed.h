@@ -5,8 +5,6 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -19,17 +17,12 @@
 #include "dispatch.h"
 #include "gil.h"
 #include "kernel_table.h"
+#include "network.h"
 #include "plan.h"
 #include "threads.h"
 
 namespace rnnkern {
 namespace {
-
-const CellEntry& find_cell(const KernelTable& table, const std::string& name) {
-  for (int i = 0; i < table.cell_count; ++i)
-    if (name == table.cells[i].name) return table.cells[i];
-  throw py::value_error("cell: the compiled module has none named '" + name + "'");
-}
 
 // A call expected to be shorter than this keeps the GIL: giving it up costs 0.1 us, and to get it back from a thread at
 // work in Python may take its whole turn, 5 ms.
@@ -70,9 +63,6 @@ struct Saved {
   }
 };
 
-// One array for each state of the cell, h first; null where there is none.
-using States = std::array<void*, kMaxStates>;
-
 States bytes_of(const std::vector<py::array>& arrays) {
   States states{};
   for (std::size_t s = 0; s < arrays.size(); ++s) states[s] = bytes_of(arrays[s]);
@@ -86,32 +76,17 @@ py::tuple tuple_of(const std::vector<py::array>& arrays) {
 }
 
 // The weights of a stack, packed for the ISA that was active when it was made.
-class Packed {
+class Packed : public Network {
  public:
   Packed(const std::string& cell, const py::object& dtype, std::int64_t input_size, std::int64_t hidden_size,
          std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::object& weights,
          bool training)
-      : entry_(find_cell(*active().table, cell)),
+      : Network(active(), cell, float_dtype(dtype).itemsize(), input_size, hidden_size, proj_size, num_layers,
+                std::move(directions)),
         dtype_(float_dtype(dtype)),
-        bytes_(dtype_.itemsize()),
-        kernels_(bytes_ == 4 ? entry_.f32 : entry_.f64),
-        isa_(active().name),
-        hidden_(hidden_size),
-        outputs_(proj_size ? proj_size : hidden_size),
-        projected_(proj_size != 0),
-        training_(training),
-        reverse_(std::move(directions)) {
-    const auto limit = std::int64_t{1} << 31;
-    if (input_size < 1 || hidden_size < 1 || num_layers < 1 || proj_size < 0 || input_size >= limit ||
-        hidden_size >= limit || proj_size >= limit || num_layers >= limit)
-      throw py::value_error("sizes: expected input_size, hidden_size, num_layers >= 1, proj_size >= 0, all < 2^31");
-    if (projected_ && !entry_.projects)
-      throw py::value_error("proj_size: expected 0, since cell '" + cell + "' takes no projection");
-    if (reverse_.empty() || reverse_.size() > 2) throw py::value_error("directions: expected one or two");
-    width_ = outputs_ * static_cast<std::int64_t>(reverse_.size());
-    const auto count = static_cast<std::size_t>(num_layers) * reverse_.size();
-    const auto given = elements(weights, "weights", count);
-    for (std::size_t i = 0; i < count; ++i) add(i < reverse_.size() ? input_size : width_, given[i]);
+        training_(training) {
+    const auto given = elements(weights, "weights", layer_directions());
+    for (std::size_t i = 0; i < given.size(); ++i) pack_next(i, given[i]);
   }
 
   // Fills y. Returns the final state, and what backward needs when the weights were packed for training, else None.
@@ -128,7 +103,7 @@ class Packed {
     const std::int64_t T = saved.steps, B = saved.batch;
     read_rows(saved, lengths, resets, mask_objects);
     saved.initial = checked_states(state_objects, "state", B);
-    const py::array output = checked(y, "y", dtype_, {T, B, width_}, true);
+    const py::array output = checked(y, "y", dtype_, {T, B, output_size()}, true);
     std::vector<py::array> last = new_states(B);
     if (T == 0 || B == 0) {
       for (std::size_t s = 0; s < last.size(); ++s) copy(saved.initial[s], last[s]);
@@ -149,11 +124,11 @@ class Packed {
     check_unchanged(saved);
     const std::vector<py::array> dfinal = checked_states(dlast_objects, "dlast", B);
     std::optional<py::array> output_gradient, input_gradient;
-    if (!dy.is_none()) output_gradient = checked(dy, "dy", dtype_, {T, B, width_});
-    if (need_x) input_gradient = new_array(dtype_, {T, B, layers_[0].sizes.inputs});
+    if (!dy.is_none()) output_gradient = checked(dy, "dy", dtype_, {T, B, output_size()});
+    if (need_x) input_gradient = new_array(dtype_, {T, B, input_size()});
     const std::vector<py::array> dinitial = new_states(B);
     std::vector<std::vector<py::array>> gradients;
-    for (const auto& layer : layers_) gradients.push_back(zero_gradients(layer.sizes));
+    for (const auto& layer : layers()) gradients.push_back(zero_gradients(layer.sizes));
     if (T == 0 || B == 0) {
       for (std::size_t s = 0; s < dinitial.size(); ++s) copy(dfinal[s], dinitial[s]);
     } else {
@@ -169,16 +144,12 @@ class Packed {
   // gradients: `kept` for as long as there is what it saves, `scratch` while it runs.
   py::dict plan(std::int64_t steps, std::int64_t batch, bool backward) const {
     if (!training_) throw py::value_error("plan: expected weights that were packed for training");
-    if (steps < 1 || batch < 1) throw py::value_error("steps, batch: expected at least 1");
-    const auto count = static_cast<std::int64_t>(layers_.size());
-    // Larger than every sum of sizes that follows, so that none of them overflows.
-    times(times(steps, batch),
-          times(times(1024, count), layers_[0].sizes.inputs + hidden_ + width_ + std::int64_t{num_threads()}));
+    check_size(steps, batch);
     Stack stack{};
     stack.steps = steps;
     stack.batch = batch;
-    std::vector<Layer> layers = layers_;
-    std::int64_t kept = (static_cast<std::int64_t>(layer_count()) - 1) * output_bytes(stack);
+    std::vector<Layer> layers = this->layers();
+    std::int64_t kept = (static_cast<std::int64_t>(layer_count()) - 1) * output_bytes(steps, batch);
     for (Layer& one : layers) {
       const std::int64_t bytes = saved_bytes(one.sizes, steps, batch);
       if (bytes == 0) continue;
@@ -192,65 +163,24 @@ class Packed {
     described["block_steps"] = plan.block_steps;
     described["kept"] = backward ? 0 : kept;
     described["scratch"] =
-        Scratch::beside_stack(kernels_.scratch_bytes(stack, backward)) + (backward ? between_bytes(stack) : 0);
+        Scratch::beside_stack(kernels().scratch_bytes(stack, backward)) + (backward ? between_bytes(stack) : 0);
     return described;
   }
 
   // Inference: the call has its steps and rows, the rest is added here. x (T, B, I), y (T, B, D*P).
   void infer(Stack stack, const void* x, void* y, const States& initial, const States& last) const {
-    std::vector<Layer> layers = layers_;
+    std::vector<Layer> layers = this->layers();
     const Plan plan = complete(stack, layers, false);
-    const std::int64_t own = kernels_.scratch_bytes(stack, false);
+    const std::int64_t own = kernels().scratch_bytes(stack, false);
     const Scratch scratch(own + between_bytes(stack));
     stack.scratch = scratch.data();
     connect(layers, stack, x, y, initial, last, static_cast<char*>(scratch.data()) + own);
-    launch(kernels_.forward, stack, plan);
+    launch(kernels().forward, stack, plan);
   }
 
-  // Its parts, for a stream that keeps them from step to step.
-
-  // Adds to a call its layers and how it is divided.
-  Plan complete(Stack& stack, const std::vector<Layer>& layers, bool backward) const {
-    const Plan plan = make_plan({stack.steps, stack.batch, layers_[0].sizes.inputs, hidden_, outputs_,
-                                 static_cast<std::int64_t>(layers_.size()), entry_.gates, entry_.saved, num_threads(),
-                                 bytes_, backward});
-    stack.layer_count = static_cast<int>(layer_count());
-    stack.directions = static_cast<int>(reverse_.size());
-    stack.layers = layers.data();
-    stack.split = plan.split;
-    stack.block_steps = plan.block_steps;
-    stack.max_threads = plan.threads;
-    return plan;
-  }
-
-  // Of the outputs between the layers, or of their gradients.
-  std::int64_t between_bytes(const Stack& stack) const {
-    return times(static_cast<std::int64_t>(between_count()), output_bytes(stack));
-  }
-
-  // Says where each layer-direction finds its rows and states; y of a layer is x of the one above.
-  void connect(std::vector<Layer>& layers, const Stack& stack, const void* x, void* y, const States& initial,
-               const States& last, void* between) const {
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-      const std::size_t layer = i / reverse_.size();
-      const auto output = [&](std::size_t l) {
-        return l + 1 == layer_count() ? y : offset(between, l % 2 ? stack.steps * stack.batch * width_ : 0);
-      };
-      place(layers[i], i, stack.batch, layer == 0 ? x : output(layer - 1), output(layer), initial);
-      for (std::size_t s = 0; s < state_count(); ++s) layers[i].last[s] = row(last, s, i, stack.batch);
-    }
-  }
-
-  const CellKernels& kernels() const { return kernels_; }
-  const std::vector<Layer>& layers() const { return layers_; }
   const py::dtype& dtype() const { return dtype_; }
-  std::int64_t input_size() const { return layers_[0].sizes.inputs; }
-  std::int64_t output_size() const { return width_; }
-  std::size_t directions() const { return reverse_.size(); }
-  std::size_t state_count() const { return static_cast<std::size_t>(entry_.states); }
-  std::int64_t state_size(std::size_t s) const { return s == 0 ? outputs_ : hidden_; }
   Shape state_shape(std::size_t s, std::int64_t B) const {
-    return {static_cast<std::int64_t>(layers_.size()), B, state_size(s)};
+    return {static_cast<std::int64_t>(layer_directions()), B, state_size(s)};
   }
   std::vector<py::array> new_states(std::int64_t B) const {
     std::vector<py::array> arrays;
@@ -265,7 +195,6 @@ class Packed {
     return arrays;
   }
 
-  const char* isa() const { return isa_; }
   std::int64_t nbytes() const {
     std::int64_t total = 0;
     for (const auto& one : packed_) total += one.owner.nbytes();
@@ -276,26 +205,7 @@ class Packed {
   // What an error calls the weights of layer-direction i, or one of them.
   static Name weights_name(std::size_t i, const char* key = nullptr) { return {"weights", i, key}; }
 
-  std::size_t layer_count() const { return layers_.size() / reverse_.size(); }
-
-  // Arrays between the layers where nothing is kept: two take turns.
-  std::size_t between_count() const { return std::min<std::size_t>(layer_count() - 1, 2); }
-
-  // Of the output of a layer.
-  std::int64_t output_bytes(const Stack& stack) const {
-    return times(times(times(stack.steps, stack.batch), width_), bytes_);
-  }
-
-  // Of what the steps of a layer-direction save for backward.
-  std::int64_t saved_bytes(const LayerSizes& sizes, std::int64_t T, std::int64_t B) const {
-    return times(times(times(T, B), kernels_.saved_elements(sizes)), bytes_);
-  }
-
-  void add(std::int64_t inputs, const py::object& weights) {
-    const std::size_t i = layers_.size();
-    Layer layer{};
-    layer.sizes = {inputs, hidden_, outputs_, projected_};
-    layer.reverse = reverse_[i % reverse_.size()];
+  void pack_next(std::size_t i, const py::object& weights) {
     if (!py::isinstance<py::dict>(weights))
       throw py::type_error(weights_name(i).text() + ": expected a dict of arrays");
     const auto dict = py::reinterpret_borrow<py::dict>(weights);
@@ -303,25 +213,22 @@ class Packed {
     if (i == 0) biased_ = biased;
     if (biased != biased_)
       throw py::value_error(weights_name(i).text() + ": expected biases in all layer-directions or in none");
-    const std::vector<py::array> arrays = checked_weights(dict, i, layer.sizes);
-    const std::int64_t packed_bytes = times(kernels_.packed_elements(layer.sizes, training_), bytes_);
-    packed_.emplace_back(packed_bytes);
-    layer.packed = packed_.back().data;
-    PackCall call{layer.sizes, weight_pointers<const void*>(arrays, layer.sizes), training_, packed_.back().data};
-    const std::int64_t expected_ns = packed_bytes / 4;
-    if (expected_ns < kKeepsGil) {
-      run_team(kernels_.pack, &call, 1, expected_ns, Joining::at_start);
+    const std::vector<py::array> arrays = checked_weights(dict, i, sizes(i));
+    packed_.emplace_back(packed_bytes(i, training_));
+    add(packed_.back().data);
+    const auto pointers = weight_pointers<const void*>(arrays);
+    if (packing_ns(i, training_) < kKeepsGil) {
+      pack(i, pointers, training_, packed_.back().data);
     } else {
       const WithoutGil gil;
-      run_team(kernels_.pack, &call, num_threads(), expected_ns / num_threads(), Joining::at_start);
+      pack(i, pointers, training_, packed_.back().data);
     }
-    layers_.push_back(layer);
   }
 
   // The names and shapes of the weights of a layer-direction, in the order of LayerWeights, but for the extras: those
   // are in a tuple by the name "extras".
   std::vector<std::pair<const char*, Shape>> matrices(const LayerSizes& sizes) const {
-    const std::int64_t rows = times(entry_.gates, sizes.hidden);
+    const std::int64_t rows = times(entry().gates, sizes.hidden);
     std::vector<std::pair<const char*, Shape>> all;
     all.reserve(5);
     all.emplace_back("w_ih", Shape{rows, sizes.inputs});
@@ -347,11 +254,11 @@ class Packed {
     const auto known = matrices(sizes);
     std::vector<py::object> objects;
     for (const auto& [key, shape] : known) objects.push_back(take(key));
-    if (dict.size() != known.size() + (entry_.extras > 0))
+    if (dict.size() != known.size() + (entry().extras > 0))
       throw py::value_error(weights_name(i).text() + ": has an array that the cell does not know");
     std::vector<py::object> extras;
-    if (entry_.extras > 0)
-      extras = elements(take("extras"), weights_name(i, "extras"), static_cast<std::size_t>(entry_.extras));
+    if (entry().extras > 0)
+      extras = elements(take("extras"), weights_name(i, "extras"), static_cast<std::size_t>(entry().extras));
     std::vector<py::array> arrays;
     for (std::size_t k = 0; k < known.size(); ++k)
       arrays.push_back(checked(objects[k], weights_name(i, known[k].first), dtype_, known[k].second));
@@ -364,37 +271,29 @@ class Packed {
   std::vector<py::array> zero_gradients(const LayerSizes& sizes) const {
     std::vector<py::array> arrays;
     for (const auto& [key, shape] : matrices(sizes)) arrays.push_back(new_array(dtype_, shape));
-    for (int e = 0; e < entry_.extras; ++e) arrays.push_back(new_array(dtype_, {sizes.hidden}));
+    for (int e = 0; e < entry().extras; ++e) arrays.push_back(new_array(dtype_, {sizes.hidden}));
     for (const auto& one : arrays) std::memset(bytes_of(one), 0, static_cast<std::size_t>(one.nbytes()));
     return arrays;
   }
 
   template <class Pointer>
-  LayerWeights<Pointer> weight_pointers(const std::vector<py::array>& arrays, const LayerSizes& sizes) const {
-    std::size_t next = 0;
-    LayerWeights<Pointer> pointers{};
-    pointers.w_ih = bytes_of(arrays[next++]);
-    pointers.w_hh = bytes_of(arrays[next++]);
-    if (biased_) {
-      pointers.b_ih = bytes_of(arrays[next++]);
-      pointers.b_hh = bytes_of(arrays[next++]);
-    }
-    if (sizes.projected) pointers.w_hr = bytes_of(arrays[next++]);
-    for (int e = 0; e < entry_.extras; ++e) pointers.extra[e] = bytes_of(arrays[next++]);
-    return pointers;
+  LayerWeights<Pointer> weight_pointers(const std::vector<py::array>& arrays) const {
+    std::vector<Pointer> pointers;
+    for (const auto& one : arrays) pointers.push_back(bytes_of(one));
+    return weights_at(pointers.data(), biased_);
   }
 
   py::dict dict_of(const std::vector<py::array>& arrays) const {
     py::dict dict;
     std::size_t next = 0;
-    for (const auto& [key, shape] : matrices(layers_[0].sizes)) dict[key] = arrays[next++];
-    if (entry_.extras > 0)
+    for (const auto& [key, shape] : matrices(sizes(0))) dict[key] = arrays[next++];
+    if (entry().extras > 0)
       dict["extras"] = tuple_of({arrays.begin() + static_cast<std::ptrdiff_t>(next), arrays.end()});
     return dict;
   }
 
   py::array checked_input(const py::object& x, Saved& saved) const {
-    const std::int64_t I = layers_[0].sizes.inputs;
+    const std::int64_t I = input_size();
     if (!py::isinstance<py::array>(x))
       throw py::type_error("x: expected an array of shape (T, B, " + std::to_string(I) + ")");
     const auto array = py::reinterpret_borrow<py::array>(x);
@@ -412,47 +311,23 @@ class Packed {
     if (!lengths.is_none()) {
       const auto dtype = py::dtype::of<std::int64_t>();
       saved.lengths = copy_of(checked(lengths, "lengths", dtype, {B}), dtype, {B});
-      const auto* values = static_cast<const std::int64_t*>(saved.lengths->data());
-      for (std::int64_t b = 0; b < B; ++b)
-        if (values[b] < 0 || values[b] > T)
-          throw py::value_error("lengths: expected 0 <= length <= " + std::to_string(T) + ", got " +
-                                std::to_string(values[b]));
+      check_lengths(static_cast<const std::int64_t*>(saved.lengths->data()), T, B);
     }
     if (!resets.is_none()) {
       const auto dtype = py::dtype::of<bool>();
       saved.resets = copy_of(checked(resets, "resets", dtype, {T, B}), dtype, {T, B});
     }
     for (std::size_t i = 0; i < masks.size(); ++i)
-      saved.masks.push_back(checked(masks[i], {"masks", i}, dtype_, {T, B, width_}));
+      saved.masks.push_back(checked(masks[i], {"masks", i}, dtype_, {T, B, output_size()}));
   }
 
   // What `saved` refers to and the caller holds too is still what it was: its shape may have been set since.
   void check_unchanged(const Saved& saved) const {
     const std::int64_t T = saved.steps, B = saved.batch;
-    checked(saved.inputs[0], "x", dtype_, {T, B, layers_[0].sizes.inputs});
-    if (!saved.outputs.empty()) checked(saved.outputs.back(), "y", dtype_, {T, B, width_});
-    for (std::size_t i = 0; i < saved.masks.size(); ++i) checked(saved.masks[i], {"masks", i}, dtype_, {T, B, width_});
-  }
-
-  void* offset(void* data, std::int64_t elements) const { return static_cast<char*>(data) + elements * bytes_; }
-
-  // In a (T, B, D*P): the columns of the direction of layer-direction i.
-  void* columns(void* data, std::size_t i) const {
-    return offset(data, static_cast<std::int64_t>(i % reverse_.size()) * outputs_);
-  }
-
-  // In states (L*D, B, ...): those of layer-direction i.
-  void* row(const States& states, std::size_t s, std::size_t i, std::int64_t B) const {
-    return states[s] ? offset(states[s], static_cast<std::int64_t>(i) * B * state_size(s)) : nullptr;
-  }
-
-  // Says where layer-direction i finds its rows.
-  void place(Layer& layer, std::size_t i, std::int64_t B, const void* x, void* y, const States& initial) const {
-    layer.x = x;
-    layer.x_stride = layer.sizes.inputs;
-    layer.y = columns(y, i);
-    layer.y_stride = width_;
-    for (std::size_t s = 0; s < state_count(); ++s) layer.initial[s] = row(initial, s, i, B);
+    checked(saved.inputs[0], "x", dtype_, {T, B, input_size()});
+    if (!saved.outputs.empty()) checked(saved.outputs.back(), "y", dtype_, {T, B, output_size()});
+    for (std::size_t i = 0; i < saved.masks.size(); ++i)
+      checked(saved.masks[i], {"masks", i}, dtype_, {T, B, output_size()});
   }
 
   // A call of the kernels without its layers, and where it has them lengths and resets.
@@ -465,14 +340,14 @@ class Packed {
     return stack;
   }
 
-  std::vector<Layer> layers_with_rows(const Saved& saved) const {
-    const States initial = bytes_of(saved.initial);
-    std::vector<Layer> layers = layers_;
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-      const std::size_t layer = i / reverse_.size();
-      place(layers[i], i, saved.batch, bytes_of(saved.inputs[layer]), bytes_of(saved.outputs[layer]), initial);
-    }
-    return layers;
+  Record record_of(const Saved& saved) const {
+    Record record;
+    for (const auto& one : saved.inputs) record.inputs.push_back(bytes_of(one));
+    for (const auto& one : saved.outputs) record.outputs.push_back(bytes_of(one));
+    std::size_t value = 0;
+    for (const Layer& one : layers())
+      record.values.push_back(kernels().saved_elements(one.sizes) > 0 ? saved.values[value++].data : nullptr);
+    return record;
   }
 
   // The forward that backward can follow: every layer has an output of its own, and what its steps save.
@@ -483,47 +358,33 @@ class Packed {
       saved.initial[s] = copy_of(saved.initial[s], dtype_, state_shape(s, B));
     std::vector<void*> masked;
     for (std::size_t layer = 0; layer + 1 < layer_count(); ++layer) {
-      saved.outputs.push_back(new_array(dtype_, {T, B, width_}));
-      saved.inputs.push_back(saved.masks.empty() ? saved.outputs.back() : new_array(dtype_, {T, B, width_}));
+      saved.outputs.push_back(new_array(dtype_, {T, B, output_size()}));
+      saved.inputs.push_back(saved.masks.empty() ? saved.outputs.back() : new_array(dtype_, {T, B, output_size()}));
       masked.push_back(bytes_of(saved.inputs.back()));
     }
     saved.outputs.push_back(y);
-    std::vector<Layer> layers = layers_with_rows(saved);
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-      for (std::size_t s = 0; s < state_count(); ++s) layers[i].last[s] = row(last, s, i, B);
-      const std::int64_t bytes = saved_bytes(layers[i].sizes, T, B);
-      if (bytes == 0) continue;
-      saved.values.emplace_back(bytes);
-      layers[i].saved = saved.values.back().data;
+    for (const Layer& one : layers()) {
+      const std::int64_t bytes = saved_bytes(one.sizes, T, B);
+      if (bytes > 0) saved.values.emplace_back(bytes);
     }
-    run(saved, layers, false, masked.data());
+    run(saved, recorded(B, record_of(saved), bytes_of(saved.initial), last), false, masked.data());
   }
 
   // Backward through what `record` has left; dy and dx may be null.
   void go_back(const Saved& saved, void* dy, void* dx, const States& dlast, const States& dinitial,
                const std::vector<std::vector<py::array>>& gradients) const {
     const std::int64_t T = saved.steps, B = saved.batch;
-    // Between layers the gradient of one layer's input is that of the output below it.
     std::vector<py::array> between;
-    for (std::size_t i = 0; i < between_count(); ++i) between.push_back(new_array(dtype_, {T, B, width_}));
-    std::vector<Layer> layers = layers_with_rows(saved);
-    std::size_t value = 0;
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-      const std::size_t layer = i / reverse_.size();
-      Layer& one = layers[i];
-      one.gradients = weight_pointers<void*>(gradients[i], one.sizes);
-      if (kernels_.saved_elements(one.sizes) > 0) one.saved = saved.values[value++].data;
-      for (std::size_t s = 0; s < state_count(); ++s) {
-        one.dlast[s] = row(dlast, s, i, B);
-        one.dinitial[s] = row(dinitial, s, i, B);
-      }
-      void* const above = layer + 1 == layer_count() ? dy : bytes_of(between[layer % 2]);
-      one.dy = above ? columns(above, i) : nullptr;
-      one.dy_stride = width_;
-      one.dx = layer == 0 ? dx : bytes_of(between[(layer - 1) % 2]);
-      one.add_to_dx = i % reverse_.size() > 0;
+    std::vector<void*> between_data;
+    for (std::size_t i = 0; i < between_count(); ++i) {
+      between.push_back(new_array(dtype_, {T, B, output_size()}));
+      between_data.push_back(bytes_of(between.back()));
     }
-    run(saved, layers, true, nullptr);
+    std::vector<LayerWeights<void*>> pointers;
+    for (const auto& arrays : gradients) pointers.push_back(weight_pointers<void*>(arrays));
+    run(saved,
+        retraced(B, record_of(saved), bytes_of(saved.initial), dy, dx, between_data.data(), dlast, dinitial, pointers),
+        true, nullptr);
   }
 
   // A training call of the kernels.
@@ -534,25 +395,17 @@ class Packed {
     stack.masks = masks.empty() ? nullptr : masks.data();
     stack.masked = masked;
     const Plan plan = complete(stack, layers, backward);
-    const Scratch scratch(kernels_.scratch_bytes(stack, backward));
+    const Scratch scratch(kernels().scratch_bytes(stack, backward));
     stack.scratch = scratch.data();
-    launch(backward ? kernels_.backward : kernels_.forward, stack, plan);
+    launch(backward ? kernels().backward : kernels().forward, stack, plan);
   }
 
   static inline std::atomic<std::uint64_t> next_id_ = 1;
 
   const std::uint64_t id_ = next_id_++;  // an address may be that of an earlier one
-  const CellEntry& entry_;
   py::dtype dtype_;
-  const std::int64_t bytes_;  // of an element
-  const CellKernels& kernels_;
-  const char* isa_;
-  std::int64_t hidden_, outputs_;
-  bool projected_, training_;
+  bool training_;
   bool biased_ = false;
-  std::vector<bool> reverse_;  // of each direction
-  std::int64_t width_ = 0;     // of y: D * P
-  std::vector<Layer> layers_;
   std::vector<Buffer> packed_;
 };
 

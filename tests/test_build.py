@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 from pathlib import Path
@@ -67,7 +68,19 @@ def test_module_exports_nothing_of_the_namespace() -> None:
     exported = {name for _, name in symbols(Path(native.__file__), "--dynamic", "--defined-only")}
     assert "PyInit__rnnkern_native" in exported
     ours = {name for name in exported if "rnnkern" in name}
-    assert ours == {"PyInit__rnnkern_native", "rnnkern_get_num_threads", "rnnkern_set_num_threads"}
+    assert ours == {
+        "PyInit__rnnkern_native",
+        "rnnkern_abi",
+        "rnnkern_get_num_threads",
+        "rnnkern_set_num_threads",
+    }
+
+
+def test_the_abi_refuses_another_version() -> None:
+    """Null, and not functions that take other structs."""
+    abi = ctypes.CDLL(native.__file__).rnnkern_abi
+    abi.restype = ctypes.c_void_p
+    assert [abi(version) is None for version in (0, 1, 2)] == [True, False, True]
 
 
 def test_compiled_cells_are_those_of_python() -> None:

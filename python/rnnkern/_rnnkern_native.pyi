@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'activation', 'cells', 'compiler', 'frozen_call', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'num_threads', 'pack', 'set_num_threads', 'stream', 'unknown_max_isa', 'use_isa']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'abi_bytes', 'activation', 'cells', 'compiler', 'frozen_call', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'num_threads', 'pack', 'set_num_threads', 'stream', 'unknown_max_isa', 'use_isa']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -51,6 +51,10 @@ class Steps:
     @state.setter
     def state(self, arg1: typing.Any) -> None:
         ...
+def abi_bytes(isa: str, cell: str, dtype: typing.Any, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], steps: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, int, int]:
+    """
+    Bytes in the calls of rnnkern_abi.h: weights packed for inference, for training, and what training keeps.
+    """
 def activation(name: str, x: numpy.ndarray) -> numpy.ndarray:
     """
     One of the kernels' activations, for tests.

@@ -1,0 +1,268 @@
+// A stack of layers over plain memory: its sizes, the kernels that run it, and where each layer-direction of a call
+// finds its rows, states and weights. No Python: the binding and abi.cpp share it.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "dispatch.h"
+#include "kernel_table.h"
+#include "plan.h"
+#include "threads.h"
+
+namespace rnnkern {
+
+inline std::int64_t times(std::int64_t a, std::int64_t b) {
+  std::int64_t product = 0;
+  if (__builtin_mul_overflow(a, b, &product)) throw std::length_error("sizes: their product exceeds 2^63");
+  return product;
+}
+
+inline const CellEntry& find_cell(const KernelTable& table, std::string_view name) {
+  for (int i = 0; i < table.cell_count; ++i)
+    if (name == table.cells[i].name) return table.cells[i];
+  throw std::invalid_argument("cell: the compiled module has none named '" + std::string(name) + "'");
+}
+
+// One array for each state of the cell, h first; null where there is none.
+using States = std::array<void*, kMaxStates>;
+
+// The memory of a training call: for each layer the rows that it reads and its output, for each layer-direction what
+// its steps save, null where that is nothing.
+struct Record {
+  std::vector<void*> inputs, outputs, values;
+};
+
+class Network {
+ public:
+  Network(const Isa& isa, std::string_view cell, std::int64_t element_bytes, std::int64_t input_size,
+          std::int64_t hidden_size, std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions)
+      : entry_(find_cell(*isa.table, cell)),
+        bytes_(element_bytes),
+        kernels_(bytes_ == 4 ? entry_.f32 : entry_.f64),
+        isa_(isa.name),
+        inputs_(input_size),
+        hidden_(hidden_size),
+        outputs_(proj_size ? proj_size : hidden_size),
+        projected_(proj_size != 0),
+        layer_count_(static_cast<std::size_t>(num_layers)),
+        reverse_(std::move(directions)) {
+    const auto limit = std::int64_t{1} << 31;
+    if (input_size < 1 || hidden_size < 1 || num_layers < 1 || proj_size < 0 || input_size >= limit ||
+        hidden_size >= limit || proj_size >= limit || num_layers >= limit)
+      throw std::invalid_argument(
+          "sizes: expected input_size, hidden_size, num_layers >= 1, proj_size >= 0, all < 2^31");
+    if (projected_ && !entry_.projects)
+      throw std::invalid_argument("proj_size: expected 0, since cell '" + std::string(cell) + "' takes no projection");
+    if (reverse_.empty() || reverse_.size() > 2) throw std::invalid_argument("directions: expected one or two");
+    width_ = outputs_ * static_cast<std::int64_t>(reverse_.size());
+  }
+
+  // The weights of the next layer-direction. A call needs those of all.
+  void add(const void* packed) {
+    const std::size_t i = layers_.size();
+    Layer layer{};
+    layer.sizes = sizes(i);
+    layer.reverse = reverse_[i % reverse_.size()];
+    layer.packed = packed;
+    layers_.push_back(layer);
+  }
+
+  const CellEntry& entry() const { return entry_; }
+  const CellKernels& kernels() const { return kernels_; }
+  const char* isa() const { return isa_; }
+  std::int64_t element_bytes() const { return bytes_; }
+  const std::vector<Layer>& layers() const { return layers_; }  // with sizes, direction and packed weights alone
+  LayerSizes sizes(std::size_t i) const {
+    return {i < reverse_.size() ? inputs_ : width_, hidden_, outputs_, projected_};
+  }
+  std::int64_t input_size() const { return inputs_; }
+  std::int64_t output_size() const { return width_; }
+  std::size_t directions() const { return reverse_.size(); }
+  std::size_t layer_count() const { return layer_count_; }
+  std::size_t layer_directions() const { return layer_count_ * reverse_.size(); }
+  std::size_t state_count() const { return static_cast<std::size_t>(entry_.states); }
+  std::int64_t state_size(std::size_t s) const { return s == 0 ? outputs_ : hidden_; }
+
+  // The packed weights of layer-direction i.
+  std::int64_t packed_bytes(std::size_t i, bool training) const {
+    return times(kernels_.packed_elements(sizes(i), training), bytes_);
+  }
+  std::int64_t packed_bytes(bool training) const {
+    std::int64_t total = 0;
+    for (std::size_t i = 0; i < layer_directions(); ++i) total += packed_bytes(i, training);
+    return total;
+  }
+  std::int64_t packing_ns(std::size_t i, bool training) const { return packed_bytes(i, training) / 4; }
+  void pack(std::size_t i, const LayerWeights<const void*>& weights, bool training, void* to) const {
+    constexpr std::int64_t worth_help = 10'000;  // ns
+    const std::int64_t expected_ns = packing_ns(i, training);
+    const int threads = expected_ns < worth_help ? 1 : num_threads();
+    PackCall call{sizes(i), weights, training, to};
+    run_team(kernels_.pack, &call, threads, expected_ns / threads, Joining::at_start);
+  }
+
+  // Arrays of the weights of a layer-direction: w_ih, w_hh, b_ih, b_hh, w_hr, extras, without those it does not have.
+  std::size_t weight_count(bool biased) const {
+    return 2 + (biased ? 2 : 0) + (projected_ ? 1 : 0) + static_cast<std::size_t>(entry_.extras);
+  }
+  template <class Pointer>
+  LayerWeights<Pointer> weights_at(const Pointer* arrays, bool biased) const {
+    LayerWeights<Pointer> weights{};
+    weights.w_ih = *arrays++;
+    weights.w_hh = *arrays++;
+    if (biased) {
+      weights.b_ih = *arrays++;
+      weights.b_hh = *arrays++;
+    }
+    if (projected_) weights.w_hr = *arrays++;
+    std::copy_n(arrays, entry_.extras, weights.extra);
+    return weights;
+  }
+
+  // Of the output of a layer.
+  std::int64_t output_bytes(std::int64_t T, std::int64_t B) const { return times(times(times(T, B), width_), bytes_); }
+
+  // Arrays between the layers where nothing is kept: two take turns.
+  std::size_t between_count() const { return std::min<std::size_t>(layer_count() - 1, 2); }
+  std::int64_t between_bytes(const Stack& stack) const {
+    return times(static_cast<std::int64_t>(between_count()), output_bytes(stack.steps, stack.batch));
+  }
+
+  // Of what the steps of a layer-direction save for backward.
+  std::int64_t saved_bytes(const LayerSizes& sizes, std::int64_t T, std::int64_t B) const {
+    return times(times(times(T, B), kernels_.saved_elements(sizes)), bytes_);
+  }
+
+  // Of what a training call leaves for backward: what is saved, and the outputs of all layers but the last.
+  std::int64_t kept_bytes(std::int64_t T, std::int64_t B) const {
+    check_size(T, B);
+    std::int64_t total = (static_cast<std::int64_t>(layer_count_) - 1) * output_bytes(T, B);
+    for (std::size_t i = 0; i < layer_directions(); ++i) total += saved_bytes(sizes(i), T, B);
+    return total;
+  }
+
+  // Throws unless every sum of sizes of a call fits into 64 bits.
+  void check_size(std::int64_t steps, std::int64_t batch) const {
+    if (steps < 1 || batch < 1) throw std::invalid_argument("steps, batch: expected at least 1");
+    times(times(steps, batch), times(times(1024, static_cast<std::int64_t>(layer_directions())),
+                                     input_size() + hidden_ + width_ + std::int64_t{num_threads()}));
+  }
+
+  static void check_lengths(const std::int64_t* lengths, std::int64_t T, std::int64_t B) {
+    for (std::int64_t b = 0; b < B; ++b)
+      if (lengths[b] < 0 || lengths[b] > T)
+        throw std::invalid_argument("lengths: expected 0 <= length <= " + std::to_string(T) + ", got " +
+                                    std::to_string(lengths[b]));
+  }
+
+  // Adds to a call its layers and how it is divided.
+  Plan complete(Stack& stack, const std::vector<Layer>& layers, bool backward) const {
+    const Plan plan = make_plan({stack.steps, stack.batch, input_size(), hidden_, outputs_,
+                                 static_cast<std::int64_t>(layer_directions()), entry_.gates, entry_.saved,
+                                 num_threads(), bytes_, backward});
+    stack.layer_count = static_cast<int>(layer_count());
+    stack.directions = static_cast<int>(reverse_.size());
+    stack.layers = layers.data();
+    stack.split = plan.split;
+    stack.block_steps = plan.block_steps;
+    stack.max_threads = plan.threads;
+    return plan;
+  }
+
+  // Says where each layer-direction of inference finds its rows and states; y of a layer is x of the one above, and
+  // those below the last take turns in `between`.
+  void connect(std::vector<Layer>& layers, const Stack& stack, const void* x, void* y, const States& initial,
+               const States& last, void* between) const {
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      const std::size_t layer = i / reverse_.size();
+      const auto output = [&](std::size_t l) {
+        return l + 1 == layer_count() ? y : offset(between, l % 2 ? stack.steps * stack.batch * width_ : 0);
+      };
+      place(layers[i], i, stack.batch, layer == 0 ? x : output(layer - 1), output(layer), initial);
+      for (std::size_t s = 0; s < state_count(); ++s) layers[i].last[s] = row(last, s, i, stack.batch);
+    }
+  }
+
+  // The layers of a training forward, in which every layer has an output of its own.
+  std::vector<Layer> recorded(std::int64_t B, const Record& record, const States& initial, const States& last) const {
+    std::vector<Layer> layers = replayed(B, record, initial);
+    for (std::size_t i = 0; i < layers.size(); ++i)
+      for (std::size_t s = 0; s < state_count(); ++s) layers[i].last[s] = row(last, s, i, B);
+    return layers;
+  }
+
+  // The layers of the backward of such a forward. Between layers the gradient of one layer's input is that of the
+  // output below it: `between` has between_count() arrays like y. dy and dx may be null.
+  std::vector<Layer> retraced(std::int64_t B, const Record& record, const States& initial, void* dy, void* dx,
+                              void* const* between, const States& dlast, const States& dinitial,
+                              const std::vector<LayerWeights<void*>>& gradients) const {
+    std::vector<Layer> layers = replayed(B, record, initial);
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      const std::size_t layer = i / reverse_.size();
+      Layer& one = layers[i];
+      one.gradients = gradients[i];
+      for (std::size_t s = 0; s < state_count(); ++s) {
+        one.dlast[s] = row(dlast, s, i, B);
+        one.dinitial[s] = row(dinitial, s, i, B);
+      }
+      void* const above = layer + 1 == layer_count() ? dy : between[layer % 2];
+      one.dy = above ? columns(above, i) : nullptr;
+      one.dy_stride = width_;
+      one.dx = layer == 0 ? dx : between[(layer - 1) % 2];
+      one.add_to_dx = i % reverse_.size() > 0;
+    }
+    return layers;
+  }
+
+ private:
+  void* offset(void* data, std::int64_t elements) const { return static_cast<char*>(data) + elements * bytes_; }
+
+  // In a (T, B, D*P): the columns of the direction of layer-direction i.
+  void* columns(void* data, std::size_t i) const {
+    return offset(data, static_cast<std::int64_t>(i % reverse_.size()) * outputs_);
+  }
+
+  // In states (L*D, B, ...): those of layer-direction i.
+  void* row(const States& states, std::size_t s, std::size_t i, std::int64_t B) const {
+    return states[s] ? offset(states[s], static_cast<std::int64_t>(i) * B * state_size(s)) : nullptr;
+  }
+
+  // Says where layer-direction i finds its rows.
+  void place(Layer& layer, std::size_t i, std::int64_t B, const void* x, void* y, const States& initial) const {
+    layer.x = x;
+    layer.x_stride = layer.sizes.inputs;
+    layer.y = columns(y, i);
+    layer.y_stride = width_;
+    for (std::size_t s = 0; s < state_count(); ++s) layer.initial[s] = row(initial, s, i, B);
+  }
+
+  std::vector<Layer> replayed(std::int64_t B, const Record& record, const States& initial) const {
+    std::vector<Layer> layers = layers_;
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      const std::size_t layer = i / reverse_.size();
+      place(layers[i], i, B, record.inputs[layer], record.outputs[layer], initial);
+      layers[i].saved = record.values[i];
+    }
+    return layers;
+  }
+
+  const CellEntry& entry_;
+  const std::int64_t bytes_;  // of an element
+  const CellKernels& kernels_;
+  const char* isa_;
+  std::int64_t inputs_, hidden_, outputs_;
+  bool projected_;
+  std::size_t layer_count_;
+  std::vector<bool> reverse_;  // of each direction
+  std::int64_t width_ = 0;     // of y: D * P
+  std::vector<Layer> layers_;
+};
+
+}  // namespace rnnkern

@@ -1,0 +1,190 @@
+"""How a call of `rnnkern.jax` runs: through the compiled handlers, or through Python where there are none.
+
+Both ways have the same three functions, which take x (T, B, I) with T and B at least 1, a tuple of states, int32
+lengths (B,) or None, bool resets (T, B) or None, and all weights, layer-direction by layer-direction:
+
+    infer(call, x, state, lengths, resets, weights) -> y, *final state
+    forward(call, x, state, lengths, resets, weights) -> (y, *final state), residuals
+    backward(call, residuals, dy, dstate) -> dx or None, tuple of dstate, tuple of the gradients of the weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import backends
+from ..backends.native import native_module
+from ..stack import Stack, State
+
+__all__ = ["Call", "Compiled", "ThroughPython"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call when JAX traces it, beside the shapes of its arrays."""
+
+    stack: Stack
+    bias: bool
+    lengths: bool
+    resets: bool
+    isa: str | None  # of the packed weights; None: through Python
+    need_x: bool = True  # whether backward gives dx
+
+    @property
+    def weight_shapes(self) -> list[dict[str, tuple[int, ...]]]:
+        """Names and shapes of the weights of each layer-direction."""
+        return [sizes.weight_shapes(self.bias, self.stack.proj_size > 0) for sizes in self.stack.layers]
+
+    def output_like(self, x: Any) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of y."""
+        return jax.ShapeDtypeStruct((*x.shape[:2], self.stack.output_size), x.dtype)
+
+    def weights_like(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtype of the weights."""
+        shapes = (shape for one in self.weight_shapes for shape in one.values())
+        return tuple(jax.ShapeDtypeStruct(shape, self.stack.dtype) for shape in shapes)
+
+
+def like(array: Any) -> jax.ShapeDtypeStruct:
+    """Its shape and dtype."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+class Compiled:
+    """Through the handlers of handlers.cpp, which say what their arguments are."""
+
+    @staticmethod
+    def infer(call: Call, x: Any, state: Any, lengths: Any, resets: Any, weights: Any) -> Any:
+        inference, _, _ = _bytes(call, x)
+        packed = _handler(call, "pack", [_memory(inference)], training=False)(*weights)[0]
+        results = [call.output_like(x), *map(like, state)]
+        return _handler(call, "forward", results)(x, *_rows(lengths, resets), packed, *state)
+
+    @staticmethod
+    def forward(call: Call, x: Any, state: Any, lengths: Any, resets: Any, weights: Any) -> Any:
+        _, training, keeps = _bytes(call, x)
+        packed = _handler(call, "pack", [_memory(training)], training=True)(*weights)[0]
+        results = [call.output_like(x), *map(like, state), _memory(keeps)]
+        *results, kept = _handler(call, "forward", results)(x, *_rows(lengths, resets), packed, *state)
+        return results, (x, state, lengths, resets, packed, results[0], kept)
+
+    @staticmethod
+    def backward(call: Call, residuals: Any, dy: Any, dstate: Any) -> Any:
+        x, state, lengths, resets, packed, y, kept = residuals
+        results = [*([like(x)] if call.need_x else []), *map(like, state), *call.weights_like()]
+        arguments = x, *_rows(lengths, resets), packed, y, kept, dy, *state, *dstate
+        return _gradients(call, _handler(call, "backward", results, need_x=call.need_x)(*arguments))
+
+
+def _memory(size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size,), np.uint8)
+
+
+def _sizes(call: Call) -> tuple[int, int, int, int]:
+    stack = call.stack
+    return stack.input_size, stack.hidden_size, stack.proj_size, stack.num_layers
+
+
+def _bytes(call: Call, x: Any) -> tuple[int, int, int]:
+    """Of the weights, packed for inference and for training, and of what training keeps."""
+    stack = call.stack
+    sizes: tuple[int, int, int] = native_module().abi_bytes(
+        call.isa, stack.cell.name, stack.dtype, *_sizes(call), stack.directions, *x.shape[:2]
+    )
+    return sizes
+
+
+def _handler(call: Call, name: str, results: Sequence[jax.ShapeDtypeStruct], **options: bool) -> Any:
+    # Only a vmap over weights, and one over gradients, still reach this: each element is then a call of its own.
+    function = jax.ffi.ffi_call(f"rnnkern_{name}", results, vmap_method="sequential")
+    return partial(
+        function,
+        isa=call.isa,
+        cell=call.stack.cell.name,
+        sizes=np.array(_sizes(call), np.int64),
+        reverse=np.array(call.stack.directions, np.int64),
+        biased=call.bias,
+        **options,
+    )
+
+
+def _rows(lengths: Any, resets: Any) -> tuple[Any, Any]:
+    return (
+        jnp.zeros((0,), jnp.int32) if lengths is None else lengths,
+        jnp.zeros((0, 0), bool) if resets is None else resets,
+    )
+
+
+def _gradients(call: Call, results: Sequence[Any]) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    dx, rest = (results[0], results[1:]) if call.need_x else (None, results)
+    states = len(call.stack.cell.states)
+    return dx, tuple(rest[:states]), tuple(rest[states:])
+
+
+class ThroughPython:
+    """Through `jax.pure_callback` on the best backend there is. Backward runs forward again: a tape is no array."""
+
+    @staticmethod
+    def infer(call: Call, x: Any, state: Any, lengths: Any, resets: Any, weights: Any) -> Any:
+        results = [call.output_like(x), *map(like, state)]
+        return jax.pure_callback(
+            partial(_infer, call), results, x, state, lengths, resets, weights, vmap_method="sequential"
+        )
+
+    @staticmethod
+    def forward(call: Call, x: Any, state: Any, lengths: Any, resets: Any, weights: Any) -> Any:
+        arguments = x, state, lengths, resets, weights
+        return ThroughPython.infer(call, *arguments), arguments
+
+    @staticmethod
+    def backward(call: Call, residuals: Any, dy: Any, dstate: Any) -> Any:
+        x, state, *_ = residuals
+        results = [*([like(x)] if call.need_x else []), *map(like, state), *call.weights_like()]
+        function = partial(_backward, call)
+        return _gradients(call, jax.pure_callback(function, results, *residuals, dy, dstate, vmap_method="sequential"))
+
+
+def _infer(call: Call, *arguments: Any) -> list[Any]:
+    y, final, _ = _run(call, False, *arguments)
+    return [y, *final]
+
+
+def _backward(call: Call, *arguments: Any) -> list[Any]:
+    *residuals, dy, dstate = arguments
+    _, _, backward = _run(call, True, *residuals)
+    dx, dinitial, gradients = backward(_numpy(dy), tuple(map(_numpy, dstate)), call.need_x)
+    ordered = (one[key] for one, shapes in zip(gradients, call.weight_shapes, strict=True) for key in shapes)
+    return [*([dx] if call.need_x else []), *dinitial, *ordered]
+
+
+def _run(
+    call: Call, training: bool, x: Any, state: Any, lengths: Any, resets: Any, weights: Any
+) -> tuple[Array, State, Any]:
+    """y, the final state, and the backward of this forward."""
+    backend, stack, x = backends.pick(), call.stack, _numpy(x)
+    steps, batch, _ = x.shape
+    if lengths is not None:
+        lengths = _numpy(lengths).astype(np.int64)
+        if lengths.min() < 0 or lengths.max() > steps:
+            raise ValueError(f"lengths: expected values from 0 to {steps}, got {lengths.min()} to {lengths.max()}")
+    resets = None if resets is None else _numpy(resets)
+    arrays = map(_numpy, weights)
+    packed = backend.pack(stack, [{key: next(arrays) for key in one} for one in call.weight_shapes], training)
+    y = np.empty((steps, batch, stack.output_size), stack.dtype)
+    given = tuple(map(_numpy, state))
+    final, saved = backend.forward(stack, packed, x, given, lengths, resets, None, y, training)
+    return y, final, partial(backend.backward, stack, packed, saved, lengths, resets, None)
+
+
+def _numpy(array: Any) -> Array:
+    return np.require(np.asarray(array), None, ["C", "ALIGNED"])

@@ -1,0 +1,118 @@
+"""The compiled handlers of `rnnkern.jax`: built on this machine at first use, kept, and registered with XLA.
+
+XLA promises no ABI between versions of jaxlib, so no wheel could hold them for all: the 3 s of g++ are spent once for
+each jaxlib, and the library stays in `$RNNKERN_CACHE_DIR`, by default `~/.cache/rnnkern`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+
+import jax
+
+from .. import __version__
+from ..backends.native import native_module, unavailable
+
+__all__ = ["HANDLERS", "cache_directory", "registered"]
+
+HANDLERS = ("rnnkern_pack", "rnnkern_forward", "rnnkern_backward")
+
+_SOURCE = Path(__file__).with_name("handlers.cpp")
+_INCLUDE = Path(__file__).parents[1] / "include"
+_OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-shared")
+_HASH = hashlib.sha256().digest_size
+_lock = Lock()
+
+
+class _Unavailable(Exception):
+    """The handlers cannot be had here; the message says why."""
+
+
+def registered() -> bool:
+    """Whether XLA has the handlers; at first use compiles and registers them, or warns that it could not."""
+    with _lock:
+        return _register()
+
+
+@cache
+def _register() -> bool:
+    try:
+        if native_module() is None:
+            raise _Unavailable(unavailable())
+        library = _library()
+        module = ctypes.CDLL(native_module().__file__)
+        library.rnnkern_connect.restype = ctypes.c_bool
+        if not library.rnnkern_connect(module.rnnkern_abi):
+            raise _Unavailable("the compiled kernels are of another version")
+    except _Unavailable as error:
+        warnings.warn(f"rnnkern.jax runs through jax.pure_callback, many times slower, because {error}", stacklevel=5)
+        return False
+    for name in HANDLERS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return True
+
+
+def cache_directory() -> Path:
+    """Where compiled code is kept from one process to the next."""
+    chosen = os.environ.get("RNNKERN_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnkern"
+
+
+def _library() -> ctypes.CDLL:
+    """The handlers as a loaded library, compiled if there is none that fits."""
+    digest = hashlib.sha256()
+    for part in (_SOURCE.read_bytes(), (_INCLUDE / "rnnkern_abi.h").read_bytes(), *map(str.encode, _OPTIONS)):
+        digest.update(hashlib.sha256(part).digest())
+    name = f"jax-{version('jaxlib')}-{__version__}-{digest.hexdigest()[:16]}.so"
+    try:
+        directory = cache_directory()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kept = directory / name
+        if not _intact(kept):
+            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+                _compile(Path(scratch)).replace(kept)
+        return ctypes.CDLL(str(kept))
+    except (OSError, RuntimeError):  # no home, or nothing can be written or loaded there
+        with tempfile.TemporaryDirectory() as scratch:
+            return ctypes.CDLL(str(_compile(Path(scratch))))
+
+
+def _intact(library: Path) -> bool:
+    """Whether a file ends in the hash of the rest. To load half a library can kill the process."""
+    content = library.read_bytes() if library.exists() else b""
+    return hashlib.sha256(content[:-_HASH]).digest() == content[-_HASH:]
+
+
+def _compile(directory: Path) -> Path:
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path][:1]
+    )
+    if not compiler:
+        raise _Unavailable("there is no C++ compiler; install g++, or name one in the environment variable CXX")
+    library = directory / "handlers.so"
+    include = (f"-I{path}" for path in (_INCLUDE, jax.ffi.include_dir()))
+    command = [*compiler, *_OPTIONS, *include, str(_SOURCE), "-o", str(library)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except OSError as error:
+        raise _Unavailable(f"the C++ compiler did not start: {error}") from error
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()[-5:]
+        raise _Unavailable("\n".join([f"{shlex.join(command)} failed:", *lines[:5]])) from error
+    content = library.read_bytes()
+    library.write_bytes(content + hashlib.sha256(content).digest())
+    return library

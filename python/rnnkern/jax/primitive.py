@@ -1,0 +1,131 @@
+"""What JAX sees of a call: one primitive, with its rules for `vmap` and for gradients.
+
+Only a primitive can have a rule for `vmap` that comes before the one for gradients: the gradient of a vmapped call is
+then that of one larger batch, whose weight gradients the kernels sum, and not a batch of gradients. The gradients
+themselves are those of a `custom_vjp`. Operands are x, the states, lengths and resets where given, and the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from .calls import Call, Compiled, ThroughPython
+
+__all__ = ["bind"]
+
+
+def bind(call: Call, x: Any, states: Sequence[Any], rows: Sequence[Any], weights: Sequence[Any]) -> list[Any]:
+    """y and the final state, where JAX traces with all it is told."""
+    results: list[Any] = _recurrent.bind(x, *states, *rows, *weights, call=call)
+    return results
+
+
+def _parts(call: Call, operands: Sequence[Any]) -> tuple[Any, tuple[Any, ...], Any, Any, tuple[Any, ...]]:
+    x, *rest = operands
+    states = len(call.stack.cell.states)
+    state, rest = tuple(rest[:states]), rest[states:]
+    lengths = rest.pop(0) if call.lengths else None
+    resets = rest.pop(0) if call.resets else None
+    return x, state, lengths, resets, tuple(rest)
+
+
+def _way(call: Call) -> Any:
+    return ThroughPython if call.isa is None else Compiled
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(call: Call, x: Any, state: Any, lengths: Any, resets: Any, weights: Any) -> Any:
+    return list(_way(call).infer(call, x, state, lengths, resets, weights))
+
+
+def _forward(call: Call, x: Any, state: Any, lengths: Any, resets: Any, weights: Any) -> Any:
+    results, residuals = _way(call).forward(call, x, state, lengths, resets, weights)
+    return list(results), residuals
+
+
+def _backward(call: Call, residuals: Any, gradients: Any) -> Any:
+    dy, *dstate = gradients
+    dx, dinitial, dweights = _way(call).backward(call, residuals, dy, tuple(dstate))
+    return dx, dinitial, None, None, dweights
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _expanded(*operands: Any, call: Call) -> list[Any]:
+    x, state, lengths, resets, weights = _parts(call, operands)
+    if not x.size:
+        return [jnp.zeros((*x.shape[:2], call.stack.output_size), x.dtype), *state]
+    return list(_differentiable(call, x, state, lengths, resets, weights))
+
+
+def _abstract(*operands: Any, call: Call) -> list[Any]:
+    x, state, *_ = _parts(call, operands)
+    return [x.update(shape=(*x.shape[:2], call.stack.output_size)), *state]
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> Any:
+    call = replace(call, need_x=not isinstance(tangents[0], ad.Zero))
+    moving = [i for i, primal in enumerate(primals) if jnp.issubdtype(primal.dtype, jnp.floating)]
+    if not call.need_x:
+        moving.remove(0)
+
+    def function(*values: Any) -> list[Any]:
+        operands = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            operands[i] = value
+        return _expanded(*operands, call=call)
+
+    return jax.jvp(function, [primals[i] for i in moving], [ad.instantiate_zeros(tangents[i]) for i in moving])
+
+
+def _batched(operands: Sequence[Any], axes: Sequence[int | None], *, call: Call) -> Any:
+    (size,) = {one.shape[axis] for one, axis in zip(operands, axes, strict=True) if axis is not None}
+    mapped = {i: axis for i, axis in enumerate(axes) if axis is not None}
+    if any(axis is not None for axis in _parts(call, axes)[-1]):
+        return _one_by_one(operands, mapped, call)
+
+    def into_batch(i: int, axis: int) -> Any:
+        """Operand i with the mapped axis before that of the batch, and both as one."""
+        array = operands[i]
+        if i in mapped:
+            array = jnp.moveaxis(array, mapped[i], axis)
+        else:
+            array = jnp.broadcast_to(jnp.expand_dims(array, axis), (*array.shape[:axis], size, *array.shape[axis:]))
+        return array.reshape(*array.shape[:axis], size * array.shape[axis + 1], *array.shape[axis + 2 :])
+
+    x, state, lengths, resets, weights = _parts(call, range(len(operands)))
+    rows = [] if lengths is None else [into_batch(lengths, 0)]
+    rows += [] if resets is None else [into_batch(resets, 1)]
+    states = [into_batch(i, 1) for i in state]
+    results = bind(call, into_batch(x, 1), states, rows, [operands[i] for i in weights])
+    _, batch, _ = (length for axis, length in enumerate(operands[x].shape) if axis != mapped.get(x))
+    return [one.reshape(len(one), size, batch, one.shape[2]) for one in results], [1] * len(results)
+
+
+def _one_by_one(operands: Sequence[Any], mapped: Mapping[int, int], call: Call) -> Any:
+    def one_element(values: Sequence[Any]) -> Any:
+        given = list(operands)
+        for i, value in zip(mapped, values, strict=True):
+            given[i] = value
+        return _recurrent.bind(*given, call=call)
+
+    results = jax.lax.map(one_element, [jnp.moveaxis(operands[i], axis, 0) for i, axis in mapped.items()])
+    return results, [0] * len(results)
+
+
+_recurrent = Primitive("rnnkern")
+_recurrent.multiple_results = True
+_recurrent.def_impl(jax.jit(_expanded, static_argnames="call"))
+_recurrent.def_abstract_eval(_abstract)
+ad.primitive_jvps[_recurrent] = _jvp
+batching.primitive_batchers[_recurrent] = _batched
+mlir.register_lowering(_recurrent, mlir.lower_fun(_expanded, multiple_results=True), platform="cpu")
