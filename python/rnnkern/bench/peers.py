@@ -233,34 +233,22 @@ class _JaxMath:
     zero: float = 0.0
 
 
-# ONNX operator, its gates in its order as indices of ours, attributes; one activation for each direction.
-_ONNX: dict[str, tuple[str, list[int], dict[str, Any]]] = {
-    "rnn_tanh": ("RNN", [0], {"activations": ["Tanh"]}),
-    "rnn_relu": ("RNN", [0], {"activations": ["Relu"]}),
-    "rnn_sigmoid": ("RNN", [0], {"activations": ["Sigmoid"]}),
-    "lstm": ("LSTM", [0, 3, 1, 2], {}),  # i o f c
-    "gru": ("GRU", [1, 0, 2], {"linear_before_reset": 1}),  # z r h
-    "gru_reset_before": ("GRU", [1, 0, 2], {"linear_before_reset": 0}),
-}
-
-
 def onnxruntime(workload: Workload, threads: int) -> Prepared:
     """ONNX Runtime on the ONNX operator of the cell; it has no training."""
     runtime = _import("onnxruntime")
-    if workload.cell not in _ONNX:
-        raise Missing(f"ONNX has no operator for {workload.cell}")
-    stack, given = workload.checked.stack, numbers(workload)
+    _import("onnx")
+    to_model, given = importlib.import_module("rnnkern.onnx").to_model, numbers(workload)
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    session = runtime.InferenceSession(_onnx_model(workload), options, providers=["CPUExecutionProvider"])
+    model = to_model(layer(workload), state=True).SerializeToString()
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     binding.bind_cpu_input("x", given.x)
-    D, states = len(stack.directions), CELLS[workload.cell].states
+    states = CELLS[workload.cell].states
     for state, values in zip(states, given.state, strict=True):
-        for i in range(workload.layers):
-            binding.bind_cpu_input(f"{state}{i}_first", np.ascontiguousarray(values[i * D : (i + 1) * D]))
+        binding.bind_cpu_input(f"{state}_0", values)
     for output in session.get_outputs():
         binding.bind_output(output.name)
 
@@ -270,62 +258,11 @@ def onnxruntime(workload: Workload, threads: int) -> Prepared:
         return binding
 
     def results(returned: Any) -> Results:
-        y, *finals = returned.copy_outputs_to_cpu()
-        parts = (np.concatenate(finals[i :: len(states)]) for i in range(len(states)))
-        return {"y": y} | dict(zip(states, parts, strict=True))
+        y, *last = returned.copy_outputs_to_cpu()
+        return {"y": y} | dict(zip(states, last, strict=True))
 
     settings = f"intra_op_num_threads={threads}, all graph optimizations, I/O binding"
     return Prepared(run, results, settings, trains=False)
-
-
-def _onnx_model(workload: Workload) -> bytes:
-    """Inputs: x, and the first states of each layer; outputs: y, and the last states layer by layer."""
-    onnx = _import("onnx")
-    helper, numpy_helper, real = onnx.helper, importlib.import_module("onnx.numpy_helper"), onnx.TensorProto.FLOAT
-    operator, order, attributes = _ONNX[workload.cell]
-    stack, states = workload.checked.stack, CELLS[workload.cell].states
-    weights, names, H, D = layer(workload).state_dict(), parameter_names(stack, True), workload.H, workload.directions
-    if "activations" in attributes:
-        attributes = {"activations": attributes["activations"] * D}
-    nodes = []
-    constants = [numpy_helper.from_array(np.array([1] if D == 1 else [0, 0, -1]), "shape")]
-    inputs = [helper.make_tensor_value_info("x", real, (workload.T, workload.B, workload.I))]
-    outputs = [helper.make_tensor_value_info("y", real, (workload.T, workload.B, D * H))]
-
-    def constant(name: str, keys: tuple[str, ...], i: int) -> str:
-        """[D, ...], the gates of each in the order of ONNX, those of several keys one after the other."""
-
-        def ordered(matrix: Array) -> Array:
-            return matrix.reshape(len(order), H, -1)[order].reshape(len(order) * H, -1)
-
-        own = names[i * D : (i + 1) * D]
-        whole = np.stack([np.concatenate([ordered(weights[one[key]]) for key in keys]) for one in own])
-        constants.append(numpy_helper.from_array(whole[:, :, 0] if name.startswith("b") else whole, f"{name}{i}"))
-        return f"{name}{i}"
-
-    x = "x"
-    for i in range(workload.layers):
-        first = [f"{state}{i}_first" for state in states]
-        last = [f"{state}{i}_last" for state in states]
-        shape = (D, workload.B, H)
-        inputs += [helper.make_tensor_value_info(name, real, shape) for name in first]
-        outputs += [helper.make_tensor_value_info(name, real, shape) for name in last]
-        matrices = [constant("w", ("w_ih",), i), constant("r", ("w_hh",), i), constant("b", ("b_ih", "b_hh"), i)]
-        direction = "bidirectional" if D == 2 else "forward"
-        nodes.append(
-            helper.make_node(
-                operator, [x, *matrices, "", *first], [f"y{i}", *last], hidden_size=H, direction=direction, **attributes
-            )
-        )
-        below, x = f"y{i}", "y" if i + 1 == workload.layers else f"x{i + 1}"  # [T, D, B, H] to [T, B, D * H]
-        if D == 1:
-            nodes.append(helper.make_node("Squeeze", [below, "shape"], [x]))
-        else:
-            nodes.append(helper.make_node("Transpose", [below], [f"{below}_rows"], perm=[0, 2, 1, 3]))
-            nodes.append(helper.make_node("Reshape", [f"{below}_rows", "shape"], [x]))
-    graph = helper.make_graph(nodes, "layers", inputs, outputs, constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    return bytes(model.SerializeToString())
 
 
 def _import(name: str) -> Any:

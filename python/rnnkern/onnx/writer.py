@@ -85,7 +85,7 @@ def to_model(layer: Recurrent, *, state: bool = False, lengths: bool = False) ->
 
 
 def _layer_graph(layer: Recurrent, state: bool, lengths: bool) -> Any:
-    """x -> (Transpose ->) operator -> Transpose -> Reshape -> operator -> ... -> y, and the states beside it."""
+    """x -> (Transpose ->) operator -> Squeeze, or Transpose -> Reshape -> operator -> ... -> y, and the states."""
     operator, attributes = CELL_OPERATORS[layer.cell]
     D, L, H = (2 if layer.bidirectional else 1), layer.num_layers, layer.hidden_size
     attributes = attributes | {"hidden_size": H, "direction": "bidirectional" if layer.bidirectional else "forward"}
@@ -97,7 +97,9 @@ def _layer_graph(layer: Recurrent, state: bool, lengths: bool) -> Any:
     inputs = [helper.make_tensor_value_info("x", real, (*leading, layer.input_size))]
     outputs = [helper.make_tensor_value_info("y", real, (*leading, D * H))]
     outputs += [helper.make_tensor_value_info(f"{one}_n", real, (L * D, "B", H)) for one in states]
-    constants = {"directions_merged": np.array([0, 0, D * H])}  # 0 leaves a size as it is
+    constants: dict[str, Any] = {}
+    by_time = D == 1 and not layer.batch_first  # (T, 1, B, H) needs no other order
+    constants["axis" if by_time else "shape"] = np.array([1] if by_time else [0, 0, D * H])  # 0 leaves a size as it is
     nodes = []
     given: dict[str, str] = {}  # inputs of the operators, by the names of the standard
     if lengths:
@@ -123,11 +125,13 @@ def _layer_graph(layer: Recurrent, state: bool, lengths: bool) -> Any:
         names = [given.get(key, "") for key in OPERATORS[operator].inputs]
         results = [f"Y_l{index}", *(_each_layer(f"{one}_n", L)[index] for one in states)]
         nodes.append(helper.make_node(operator, names, results, name=f"{layer.cell}_l{index}", **attributes))
-        # (T, D, B, H) to (T, B, D, H), then to (T, B, D*H)
+        below, x = f"Y_l{index}", "y" if last else f"y_l{index}"  # (T, D, B, H) to (T, B, D*H)
+        if by_time:
+            nodes.append(helper.make_node("Squeeze", [below, "axis"], [x]))
+            continue
         perm = [2, 0, 1, 3] if last and layer.batch_first else [0, 2, 1, 3]
-        nodes.append(helper.make_node("Transpose", [f"Y_l{index}"], [f"Y_l{index}_rows"], perm=perm))
-        x = "y" if last else f"y_l{index}"
-        nodes.append(helper.make_node("Reshape", [f"Y_l{index}_rows", "directions_merged"], [x]))
+        nodes.append(helper.make_node("Transpose", [below], [f"{below}_rows"], perm=perm))
+        nodes.append(helper.make_node("Reshape", [f"{below}_rows", "shape"], [x]))
     if L > 1:
         nodes += [helper.make_node("Concat", _each_layer(f"{one}_n", L), [f"{one}_n"], axis=0) for one in states]
     initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
