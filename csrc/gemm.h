@@ -245,8 +245,8 @@ RNNKERN_INLINE void product(std::int64_t rows, const T* const* inputs, std::int6
       const std::int64_t tail = part == parts - 1 ? tail_subs : 0;
       tile_of_panels<T, Shape>(count, tail, inputs[0], depth, packed + panel * depth * width,
                                start ? start + panel * width : kZeros<T>, sums);
-#pragma GCC unroll 1
-      for (std::int64_t p = 0; p < count + (tail ? 1 : 0); ++p) done(0, panel + p, sums + p * Shape::vectors);
+      const std::int64_t visited = count + (tail > 0);
+      for (std::int64_t p = 0; p < visited; ++p) done(0, panel + p, sums + p * Shape::vectors);
     }
     return;
   }
