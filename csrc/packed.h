@@ -211,9 +211,10 @@ class Packed {
 
   // Adds to a call its layers and how it is divided.
   Plan complete(Stack& stack, const std::vector<Layer>& layers, bool backward) const {
-    const Plan plan = make_plan({stack.steps, stack.batch, layers_[0].sizes.inputs, hidden_, outputs_,
-                                 static_cast<std::int64_t>(layers_.size()), entry_.gates, entry_.saved, num_threads(),
-                                 bytes_, backward});
+    const LayerSizes& sizes = layers_[0].sizes;
+    const Plan plan = make_plan({stack.steps, stack.batch, sizes.inputs, hidden_, outputs_,
+                                 static_cast<std::int64_t>(layers_.size()), kernels_.row_grain(sizes, stack.batch),
+                                 entry_.gates, entry_.saved, num_threads(), bytes_, backward});
     stack.layer_count = static_cast<int>(layer_count());
     stack.directions = static_cast<int>(reverse_.size());
     stack.layers = layers.data();
@@ -288,7 +289,7 @@ class Packed {
 
   // Of what the steps of a layer-direction save for backward.
   std::int64_t saved_bytes(const LayerSizes& sizes, std::int64_t T, std::int64_t B) const {
-    return times(times(times(T, B), kernels_.saved_elements(sizes)), bytes_);
+    return times(times(T, kernels_.saved_elements(sizes, B)), bytes_);
   }
 
   void add(std::int64_t inputs, const py::object& weights) {
@@ -512,7 +513,7 @@ class Packed {
       const std::size_t layer = i / reverse_.size();
       Layer& one = layers[i];
       one.gradients = weight_pointers<void*>(gradients[i], one.sizes);
-      if (kernels_.saved_elements(one.sizes) > 0) one.saved = saved.values[value++].data;
+      if (kernels_.saved_elements(one.sizes, B) > 0) one.saved = saved.values[value++].data;
       for (std::size_t s = 0; s < state_count(); ++s) {
         one.dlast[s] = row(dlast, s, i, B);
         one.dinitial[s] = row(dinitial, s, i, B);
