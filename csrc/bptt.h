@@ -60,15 +60,16 @@ struct BackwardScratch {
   }
 };
 
-template <class Cell, class T>
-class BackwardLayer : Context<Cell, T> {
+// The loop of backpropagation through time, and what a block adds to the gradients. Steps says what a step is: enter,
+// step, leave.
+template <class Steps, class Cell, class T>
+class BackwardLoop : protected Context<Cell, T> {
+ public:
   using Base = Context<Cell, T>;
-  using Base::stack, Base::worker, Base::lanes;
-  using V = Vec<T>;
+  using Base::stack, Base::worker;
   using Layout = PackedLayout<Cell, T>;
 
- public:
-  BackwardLayer(const Base& context, const Layer& layer, const BackwardScratch<Cell, T>& scratch) noexcept
+  BackwardLoop(const Base& context, const Layer& layer, const BackwardScratch<Cell, T>& scratch) noexcept
       : Base(context),
         layer_(layer),
         s_(scratch),
@@ -81,197 +82,48 @@ class BackwardLayer : Context<Cell, T> {
 
   // Returns where the call has come to.
   const Base& run() noexcept {
-    if (this->takes_part()) enter();
+    Steps& steps = static_cast<Steps&>(*this);
+    if (this->takes_part()) steps.enter();
     for (std::int64_t end = stack.steps; end > 0; end -= stack.block_steps) {
       if (this->give_up()) break;
       block_first_ = end > stack.block_steps ? end - stack.block_steps : 0;
       for (std::int64_t i = end - 1; i >= block_first_; --i) {
         this->begin();
-        if (this->takes_part()) step(time(i), i - block_first_);
+        if (this->takes_part()) steps.step(time(i), i - block_first_);
       }
       if (!this->takes_part()) continue;
       this->wait();
       add_gradients(end);
       this->wait();
     }
-    if (this->takes_part()) leave();
+    if (this->takes_part()) steps.leave();
     return *this;
   }
 
- private:
+ protected:
   std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? stack.steps - 1 - step : step; }
 
-  void enter() noexcept {
-    const Range own = this->rows_to_own();
-    for (std::int64_t b = own.begin; b < own.end; ++b) {
-      const T* dh = static_cast<const T*>(layer_.dlast[0]);
-      copy_row(s_.carry_h + b * stride_p_, dh ? dh + b * P_ : nullptr, P_, stride_p_);
-      if constexpr (Cell::states > 1) {
-        const T* dc = static_cast<const T*>(layer_.dlast[1]);
-        copy_row(s_.carry_c + b * padded_h_, dc ? dc + b * H_ : nullptr, H_, padded_h_);
-      }
-    }
-    if (worker.index == 0) std::memset(s_.zeros, 0, static_cast<std::size_t>(padded_h_) * sizeof(T));
-    this->wait();
+  // Is step t the first of row b, and which one came before it?
+  bool is_first(std::int64_t t, std::int64_t b) const noexcept {
+    return layer_.reverse ? t + 1 >= this->length(b) : t == 0;
+  }
+  std::int64_t before(std::int64_t t) const noexcept { return layer_.reverse ? t + 1 : t - 1; }
+
+  const T* initial(int state, std::int64_t b) const noexcept {
+    const T* from = static_cast<const T*>(layer_.initial[state]);
+    return from ? from + b * (state == 0 ? P_ : H_) : s_.zeros;
+  }
+  const T* output(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<const T*>(layer_.y) + (t * stack.batch + b) * layer_.y_stride;
+  }
+  const T* output_gradient_row(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<const T*>(layer_.dy) + (t * stack.batch + b) * layer_.dy_stride;
   }
 
-  void leave() noexcept {
-    const Range own = this->rows_to_own();
-    for (std::int64_t b = own.begin; b < own.end; ++b) {
-      copy_row(static_cast<T*>(layer_.dinitial[0]) + b * P_, s_.carry_h + b * stride_p_, P_, P_);
-      if constexpr (Cell::states > 1)
-        copy_row(static_cast<T*>(layer_.dinitial[1]) + b * H_, s_.carry_c + b * padded_h_, H_, H_);
-    }
-  }
-
-  const T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
-  }
-
-  // Where row b came from when it entered step t: h (P elements) and c (H elements).
-  const T* previous(int state, std::int64_t t, std::int64_t b) const noexcept {
+  // h and c of row b when it entered step t.
+  const T* previous_h(std::int64_t t, std::int64_t b) const noexcept {
     if (this->cut(layer_.reverse, t, b)) return s_.zeros;
-    const bool first = layer_.reverse ? t + 1 >= this->length(b) : t == 0;
-    if (first) {
-      const T* initial = static_cast<const T*>(layer_.initial[state]);
-      return initial ? initial + b * (state == 0 ? P_ : H_) : s_.zeros;
-    }
-    const std::int64_t before = layer_.reverse ? t + 1 : t - 1;
-    if (state == 0) return static_cast<const T*>(layer_.y) + (before * stack.batch + b) * layer_.y_stride;
-    return saved_row(before, b) + (Cell::saved - 1) * padded_h_;  // c is the last of the saved values
-  }
-
-  int valid(std::int64_t unit, std::int64_t units) const noexcept {
-    return units - unit < lanes ? static_cast<int>(units - unit) : lanes;
-  }
-
-  // `row0`: number in the block of the step's first row.
-  void step(std::int64_t t, std::int64_t step_in_block) noexcept {
-    t_ = t;
-    row0_ = step_in_block * stack.batch;
-    const Range own = this->rows();
-    std::int64_t rows = 0;
-    for (std::int64_t b = own.begin; b < own.end; ++b) {
-      if (t >= this->length(b)) continue;
-      if constexpr (!Cell::projects) s_.step_h_prev[rows] = previous(0, t, b);
-      if constexpr (Cell::states > 1) s_.step_c_prev[rows] = previous(1, t, b);
-      s_.batch_index[rows++] = b;
-    }
-    add_elementwise(rows);
-    this->wait_if_units();
-    if constexpr (Cell::late_gates > 0) {
-      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i) + Layout::early * H_;
-      const Panels panels = this->panels(Plain::panels<T>(H_), step_in_block % 2 == 1);
-      product<T, Plain>(rows, s_.inputs, Cell::late_gates * H_, packed_ + at_.w_late_t, static_cast<const T*>(nullptr),
-                        H_, panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                          for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
-                            finish_late(i, unit, count, sum[v]);
-                          });
-                        });
-      this->wait_if_units();
-    }
-    for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i);
-    const Panels panels = this->panels(Plain::panels<T>(P_), step_in_block % 2 == 1);
-    product<T, Plain>(rows, s_.inputs, Layout::early * H_, packed_ + at_.w_early_t, static_cast<const T*>(nullptr), P_,
-                      panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                        for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) {
-                          const std::int64_t b = s_.batch_index[i];
-                          T* to = s_.carry_h + b * stride_p_ + unit;
-                          const V before = layer_.sizes.projected ? sum[v] : sum[v] + load<V>(to);
-                          store(to, this->cut(layer_.reverse, t, b) ? zero<V>() : before);
-                        });
-                      });
-    if (layer_.sizes.projected) this->wait_if_units();
-  }
-
-  T* gate_row(T* gates, std::int64_t i) const noexcept { return gates + (row0_ + s_.batch_index[i]) * s_.gate_stride; }
-
-  const T* dy_row(std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.dy) + (t_ * stack.batch + b) * layer_.dy_stride;
-  }
-
-  // dh of a row: what the later steps and the output ask of h.
-  RNNKERN_INLINE V output_gradient(std::int64_t b, std::int64_t unit, int count) const noexcept {
-    const V carry = load<V>(s_.carry_h + b * stride_p_ + unit);
-    return layer_.dy ? carry + load_some<V>(dy_row(b) + unit, count) : carry;
-  }
-
-  void add_elementwise(std::int64_t rows) noexcept {
-    const Panels panels = this->panels(Plain::panels<T>(H_));
-    if (layer_.sizes.projected) {
-      const Range own = this->by_units() ? share(rows, worker.index, worker.count) : Range{0, rows};
-      for (std::int64_t i = own.begin; i < own.end; ++i) {
-        const std::int64_t b = s_.batch_index[i];
-        for (std::int64_t unit = 0; unit < P_; unit += lanes)
-          store(s_.dh + (row0_ + b) * stride_p_ + unit, output_gradient(b, unit, valid(unit, P_)));
-      }
-      this->wait_if_units();
-      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * stride_p_;
-      product<T, Plain>(rows, s_.inputs, P_, packed_ + at_.w_hr_t, static_cast<const T*>(nullptr), H_, panels,
-                        [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                          for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
-                            backward_vector(i, unit, count, sum[v]);
-                          });
-                        });
-      return;
-    }
-    for (std::int64_t i = 0; i < rows; ++i)
-      for (std::int64_t panel = panels.begin; panel < panels.end; ++panel)
-        for_plain_vectors<T>(panel, H_, [&](int, std::int64_t unit, int count) {
-          backward_vector(i, unit, count, output_gradient(s_.batch_index[i], unit, count));
-        });
-  }
-
-  RNNKERN_INLINE void load_step(std::int64_t i, std::int64_t unit, int count, V* saved, V* prev) const noexcept {
-    const T* row = saved_row(t_, s_.batch_index[i]) + unit;
-    for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(row + v * padded_h_);
-    if constexpr (!Cell::projects) prev[0] = load_some<V>(s_.step_h_prev[i] + unit, count);
-    if constexpr (Cell::states > 1) prev[1] = load_some<V>(s_.step_c_prev[i] + unit, count);
-  }
-
-  void backward_vector(std::int64_t i, std::int64_t unit, int count, V dh) const noexcept {
-    const std::int64_t b = s_.batch_index[i];
-    V saved[kSlots<Cell>], extra[kMaxExtras], prev[kMaxStates], h = {}, dnew[kMaxStates];
-    V dx[Cell::gates], separate[Cell::gates], dprev[kMaxStates], dextra[kMaxExtras];
-    V* dr = Cell::separate_recurrent ? separate : dx;
-    load_step(i, unit, count, saved, prev);
-    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_ + at_.extras + e * padded_h_ + unit);
-    if constexpr (Cell::saved == 0)
-      h = load_some<V>(static_cast<const T*>(layer_.y) + (t_ * stack.batch + b) * layer_.y_stride + unit, count);
-    dnew[0] = dh;
-    if constexpr (Cell::states > 1) dnew[1] = load<V>(s_.carry_c + b * padded_h_ + unit);
-    Cell::backward(saved, extra, prev, h, dnew, dx, dr, dprev, dextra);
-
-    store_gates(gate_row(s_.dx_gates, i) + unit, dx, count);
-    if constexpr (Cell::separate_recurrent) store_gates(gate_row(s_.dr_gates, i) + unit, dr, count);
-    for (int e = 0; e < Cell::extras; ++e)
-      store_some<V>(s_.dextra + (row0_ + b) * Cell::extras * H_ + e * H_ + unit, dextra[e], count);
-    if (!layer_.sizes.projected) store(s_.carry_h + b * stride_p_ + unit, dprev[0]);
-    if constexpr (Cell::states > 1)
-      store(s_.carry_c + b * padded_h_ + unit, this->cut(layer_.reverse, t_, b) ? zero<V>() : dprev[1]);
-    T* hidden = s_.hidden + (row0_ + b) * padded_h_ + unit;
-    if constexpr (Cell::late_gates > 0) store(hidden, Cell::scaled(saved, prev));
-    if constexpr (Cell::projects)
-      if (layer_.sizes.projected) store(hidden, Cell::hidden(saved));
-  }
-
-  // The early gates and the rest of dprev, once the gradient of the scaled h is known.
-  RNNKERN_INLINE void finish_late(std::int64_t i, std::int64_t unit, int count, V dscaled) const noexcept {
-    if constexpr (Cell::late_gates > 0) {
-      V saved[kSlots<Cell>], prev[kMaxStates], dx[Cell::gates];
-      load_step(i, unit, count, saved, prev);
-      T* carry = s_.carry_h + s_.batch_index[i] * stride_p_ + unit;
-      T* gates = gate_row(s_.dx_gates, i) + unit;
-      V dprev = load<V>(carry);
-      for (int gate = 0; gate < Layout::early; ++gate) dx[gate] = load_some<V>(gates + gate * H_, count);
-      Cell::prepare_backward(saved, prev, &dscaled, dx, &dprev);
-      store(carry, dprev);
-      for (int gate = 0; gate < Layout::early; ++gate) store_some<V>(gates + gate * H_, dx[gate], count);
-    }
-  }
-
-  RNNKERN_INLINE void store_gates(T* row, const V* gates, int count) const noexcept {
-    for (int gate = 0; gate < Cell::gates; ++gate) store_some<V>(row + gate * H_, gates[gate], count);
+    return is_first(t, b) ? initial(0, b) : output(before(t), b);
   }
 
   // Lists the block's active rows in the order of backward, the same for every block size; row(t, b, index in block).
@@ -305,7 +157,7 @@ class BackwardLayer : Context<Cell, T> {
     if (layer_.dx) add_to_dx(rows, end);
 
     if constexpr (Cell::separate_recurrent) list(end, s_.left, in_gates(s_.dr_gates));
-    list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous(0, t, b); });
+    list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous_h(t, b); });
     add_outer_products(rows, s_.left, s_.right, own_early.begin, own_early.end, P_, static_cast<T*>(to.w_hh),
                        s_.buffer);
     if (to.b_hh) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_hh));
@@ -360,7 +212,186 @@ class BackwardLayer : Context<Cell, T> {
   const Layout at_;
   const T* packed_;
   const std::int64_t H_, P_, padded_h_, stride_p_;
-  std::int64_t block_first_ = 0, t_ = 0, row0_ = 0;
+  std::int64_t block_first_ = 0;
+};
+
+template <class Cell, class T>
+class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
+  using Loop = BackwardLoop<BackwardLayer, Cell, T>;
+  using Base = Context<Cell, T>;
+  using Base::stack, Base::worker, Base::lanes;
+  using Loop::layer_, Loop::s_, Loop::at_, Loop::packed_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::stride_p_;
+  friend Loop;
+  using V = Vec<T>;
+  using Layout = PackedLayout<Cell, T>;
+
+ public:
+  using Loop::Loop;
+
+ private:
+  void enter() noexcept {
+    const Range own = this->rows_to_own();
+    for (std::int64_t b = own.begin; b < own.end; ++b) {
+      const T* dh = static_cast<const T*>(layer_.dlast[0]);
+      copy_row(s_.carry_h + b * stride_p_, dh ? dh + b * P_ : nullptr, P_, stride_p_);
+      if constexpr (Cell::states > 1) {
+        const T* dc = static_cast<const T*>(layer_.dlast[1]);
+        copy_row(s_.carry_c + b * padded_h_, dc ? dc + b * H_ : nullptr, H_, padded_h_);
+      }
+    }
+    if (worker.index == 0) std::memset(s_.zeros, 0, static_cast<std::size_t>(padded_h_) * sizeof(T));
+    this->wait();
+  }
+
+  void leave() noexcept {
+    const Range own = this->rows_to_own();
+    for (std::int64_t b = own.begin; b < own.end; ++b) {
+      copy_row(static_cast<T*>(layer_.dinitial[0]) + b * P_, s_.carry_h + b * stride_p_, P_, P_);
+      if constexpr (Cell::states > 1)
+        copy_row(static_cast<T*>(layer_.dinitial[1]) + b * H_, s_.carry_c + b * padded_h_, H_, H_);
+    }
+  }
+
+  // Saved values are [T, B, saved, padded H].
+  const T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<const T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
+  }
+
+  const T* previous_c(std::int64_t t, std::int64_t b) const noexcept {
+    if (this->cut(layer_.reverse, t, b)) return s_.zeros;
+    if (this->is_first(t, b)) return this->initial(1, b);
+    return saved_row(this->before(t), b) + (Cell::saved - 1) * padded_h_;  // the last of the saved values
+  }
+
+  int valid(std::int64_t unit, std::int64_t units) const noexcept {
+    return units - unit < lanes ? static_cast<int>(units - unit) : lanes;
+  }
+
+  // `row0`: number in the block of the step's first row.
+  void step(std::int64_t t, std::int64_t step_in_block) noexcept {
+    t_ = t;
+    row0_ = step_in_block * stack.batch;
+    const Range own = this->rows();
+    std::int64_t rows = 0;
+    for (std::int64_t b = own.begin; b < own.end; ++b) {
+      if (t >= this->length(b)) continue;
+      if constexpr (!Cell::projects) s_.step_h_prev[rows] = this->previous_h(t, b);
+      if constexpr (Cell::states > 1) s_.step_c_prev[rows] = previous_c(t, b);
+      s_.batch_index[rows++] = b;
+    }
+    add_elementwise(rows);
+    this->wait_if_units();
+    if constexpr (Cell::late_gates > 0) {
+      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i) + Layout::early * H_;
+      const Panels panels = this->panels(Plain::panels<T>(H_), step_in_block % 2 == 1);
+      product<T, Plain>(rows, s_.inputs, Cell::late_gates * H_, packed_ + at_.w_late_t, static_cast<const T*>(nullptr),
+                        H_, panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                          for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
+                            finish_late(i, unit, count, sum[v]);
+                          });
+                        });
+      this->wait_if_units();
+    }
+    for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i);
+    const Panels panels = this->panels(Plain::panels<T>(P_), step_in_block % 2 == 1);
+    product<T, Plain>(rows, s_.inputs, Layout::early * H_, packed_ + at_.w_early_t, static_cast<const T*>(nullptr), P_,
+                      panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                        for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) {
+                          const std::int64_t b = s_.batch_index[i];
+                          T* to = s_.carry_h + b * stride_p_ + unit;
+                          const V before = layer_.sizes.projected ? sum[v] : sum[v] + load<V>(to);
+                          store(to, this->cut(layer_.reverse, t, b) ? zero<V>() : before);
+                        });
+                      });
+    if (layer_.sizes.projected) this->wait_if_units();
+  }
+
+  T* gate_row(T* gates, std::int64_t i) const noexcept { return gates + (row0_ + s_.batch_index[i]) * s_.gate_stride; }
+
+  // dh of a row: what the later steps and the output ask of h.
+  RNNKERN_INLINE V output_gradient(std::int64_t b, std::int64_t unit, int count) const noexcept {
+    const V carry = load<V>(s_.carry_h + b * stride_p_ + unit);
+    return layer_.dy ? carry + load_some<V>(this->output_gradient_row(t_, b) + unit, count) : carry;
+  }
+
+  void add_elementwise(std::int64_t rows) noexcept {
+    const Panels panels = this->panels(Plain::panels<T>(H_));
+    if (layer_.sizes.projected) {
+      const Range own = this->by_units() ? share(rows, worker.index, worker.count) : Range{0, rows};
+      for (std::int64_t i = own.begin; i < own.end; ++i) {
+        const std::int64_t b = s_.batch_index[i];
+        for (std::int64_t unit = 0; unit < P_; unit += lanes)
+          store(s_.dh + (row0_ + b) * stride_p_ + unit, output_gradient(b, unit, valid(unit, P_)));
+      }
+      this->wait_if_units();
+      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * stride_p_;
+      product<T, Plain>(rows, s_.inputs, P_, packed_ + at_.w_hr_t, static_cast<const T*>(nullptr), H_, panels,
+                        [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                          for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
+                            backward_vector(i, unit, count, sum[v]);
+                          });
+                        });
+      return;
+    }
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (std::int64_t panel = panels.begin; panel < panels.end; ++panel)
+        for_plain_vectors<T>(panel, H_, [&](int, std::int64_t unit, int count) {
+          backward_vector(i, unit, count, output_gradient(s_.batch_index[i], unit, count));
+        });
+  }
+
+  RNNKERN_INLINE void load_step(std::int64_t i, std::int64_t unit, int count, V* saved, V* prev) const noexcept {
+    const T* row = saved_row(t_, s_.batch_index[i]) + unit;
+    for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(row + v * padded_h_);
+    if constexpr (!Cell::projects) prev[0] = load_some<V>(s_.step_h_prev[i] + unit, count);
+    if constexpr (Cell::states > 1) prev[1] = load_some<V>(s_.step_c_prev[i] + unit, count);
+  }
+
+  void backward_vector(std::int64_t i, std::int64_t unit, int count, V dh) const noexcept {
+    const std::int64_t b = s_.batch_index[i];
+    V saved[kSlots<Cell>], extra[kMaxExtras], prev[kMaxStates], h = {}, dnew[kMaxStates];
+    V dx[Cell::gates], separate[Cell::gates], dprev[kMaxStates], dextra[kMaxExtras];
+    V* dr = Cell::separate_recurrent ? separate : dx;
+    load_step(i, unit, count, saved, prev);
+    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_ + at_.extras + e * padded_h_ + unit);
+    if constexpr (Cell::saved == 0) h = load_some<V>(this->output(t_, b) + unit, count);
+    dnew[0] = dh;
+    if constexpr (Cell::states > 1) dnew[1] = load<V>(s_.carry_c + b * padded_h_ + unit);
+    Cell::backward(saved, extra, prev, h, dnew, dx, dr, dprev, dextra);
+
+    store_gates(gate_row(s_.dx_gates, i) + unit, dx, count);
+    if constexpr (Cell::separate_recurrent) store_gates(gate_row(s_.dr_gates, i) + unit, dr, count);
+    for (int e = 0; e < Cell::extras; ++e)
+      store_some<V>(s_.dextra + (row0_ + b) * Cell::extras * H_ + e * H_ + unit, dextra[e], count);
+    if (!layer_.sizes.projected) store(s_.carry_h + b * stride_p_ + unit, dprev[0]);
+    if constexpr (Cell::states > 1)
+      store(s_.carry_c + b * padded_h_ + unit, this->cut(layer_.reverse, t_, b) ? zero<V>() : dprev[1]);
+    T* hidden = s_.hidden + (row0_ + b) * padded_h_ + unit;
+    if constexpr (Cell::late_gates > 0) store(hidden, Cell::scaled(saved, prev));
+    if constexpr (Cell::projects)
+      if (layer_.sizes.projected) store(hidden, Cell::hidden(saved));
+  }
+
+  // The early gates and the rest of dprev, once the gradient of the scaled h is known.
+  RNNKERN_INLINE void finish_late(std::int64_t i, std::int64_t unit, int count, V dscaled) const noexcept {
+    if constexpr (Cell::late_gates > 0) {
+      V saved[kSlots<Cell>], prev[kMaxStates], dx[Cell::gates];
+      load_step(i, unit, count, saved, prev);
+      T* carry = s_.carry_h + s_.batch_index[i] * stride_p_ + unit;
+      T* gates = gate_row(s_.dx_gates, i) + unit;
+      V dprev = load<V>(carry);
+      for (int gate = 0; gate < Layout::early; ++gate) dx[gate] = load_some<V>(gates + gate * H_, count);
+      Cell::prepare_backward(saved, prev, &dscaled, dx, &dprev);
+      store(carry, dprev);
+      for (int gate = 0; gate < Layout::early; ++gate) store_some<V>(gates + gate * H_, dx[gate], count);
+    }
+  }
+
+  RNNKERN_INLINE void store_gates(T* row, const V* gates, int count) const noexcept {
+    for (int gate = 0; gate < Cell::gates; ++gate) store_some<V>(row + gate * H_, gates[gate], count);
+  }
+
+  std::int64_t t_ = 0, row0_ = 0;
 };
 
 }  // namespace

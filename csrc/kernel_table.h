@@ -39,7 +39,7 @@ struct Layer {
   std::int64_t x_stride, y_stride;
   const void* initial[kMaxStates];  // h [B, P], others [B, H]
   void* last[kMaxStates];           // the same shapes; forward writes the states after the last step
-  void* saved;                      // [T, B, Cell::saved, padded H]; null: keep nothing
+  void* saved;                      // [T] times saved_elements() of these sizes; null: keep nothing
   // Backward only.
   const void* dy;  // like y, dy_stride elements apart; null: zeros
   std::int64_t dy_stride;
@@ -83,11 +83,12 @@ struct Linear {
 // The functions of one cell for one element type.
 struct CellKernels {
   std::int64_t (*packed_elements)(const LayerSizes&, bool training) noexcept;
-  Task pack;                                                   // context: const PackCall*
-  std::int64_t (*saved_elements)(const LayerSizes&) noexcept;  // a row of Layer::saved
+  Task pack;                                                                       // context: const PackCall*
+  std::int64_t (*saved_elements)(const LayerSizes&, std::int64_t batch) noexcept;  // a step of Layer::saved
   std::int64_t (*scratch_bytes)(const Stack&, bool backward) noexcept;
-  Task forward;   // context: const Stack*
-  Task backward;  // context: const Stack*
+  std::int64_t (*row_grain)(const LayerSizes&, std::int64_t batch) noexcept;  // rows a thread works on together
+  Task forward;                                                               // context: const Stack*
+  Task backward;                                                              // context: const Stack*
 };
 
 struct LinearKernels {

@@ -1,7 +1,7 @@
 // Compiled once per ISA; exports one constant table of all kernels for that ISA.
 
-#include "bptt.h"
 #include "limits.h"
+#include "narrow.h"
 
 namespace rnnkern {
 namespace {
@@ -17,17 +17,16 @@ void multiply(const Worker& worker, std::int64_t count, const T* a, const T* b, 
   }
 }
 
-template <class Cell, class T>
-void forward(void* context, Worker& worker) noexcept {
+template <class Cell, class T, template <class, class> class LayerOf, template <class, class> class ScratchOf>
+void forward_as(const Stack& stack, Worker& worker) noexcept {
   const FlushDenormals flush;
-  const Stack& stack = *static_cast<const Stack*>(context);
   Arena arena(stack.scratch);
-  const ForwardScratch<Cell, T> scratch(arena, stack, worker.index);
+  const ScratchOf<Cell, T> scratch(arena, stack, worker.index);
   Context<Cell, T> call{stack, worker};
   for (int layer = 0; layer < stack.layer_count; ++layer) {
     for (int direction = 0; direction < stack.directions; ++direction) {
       const Layer& one = stack.layers[layer * stack.directions + direction];
-      call.advance(ForwardLayer<Cell, T>(call, one, scratch).run());
+      call.advance(LayerOf<Cell, T>(call, one, scratch).run());
     }
     if (stack.masks && layer + 1 < stack.layer_count && call.takes_part()) {
       const Layer& first = stack.layers[layer * stack.directions];
@@ -39,16 +38,23 @@ void forward(void* context, Worker& worker) noexcept {
 }
 
 template <class Cell, class T>
-void backward(void* context, Worker& worker) noexcept {
-  const FlushDenormals flush;
+void forward(void* context, Worker& worker) noexcept {
   const Stack& stack = *static_cast<const Stack*>(context);
+  if constexpr (kCanBeNarrow<Cell>)
+    if (is_narrow<Cell, T>(stack)) return forward_as<Cell, T, NarrowForward, NarrowScratch>(stack, worker);
+  forward_as<Cell, T, ForwardLayer, ForwardScratch>(stack, worker);
+}
+
+template <class Cell, class T, template <class, class> class LayerOf>
+void backward_as(const Stack& stack, Worker& worker) noexcept {
+  const FlushDenormals flush;
   Arena arena(stack.scratch);
   const BackwardScratch<Cell, T> scratch(arena, stack, worker.index);
   Context<Cell, T> call{stack, worker};
   for (int layer = stack.layer_count - 1; layer >= 0; --layer) {
     for (int direction = 0; direction < stack.directions; ++direction) {
       const Layer& one = stack.layers[layer * stack.directions + direction];
-      call.advance(BackwardLayer<Cell, T>(call, one, scratch).run());
+      call.advance(LayerOf<Cell, T>(call, one, scratch).run());
     }
     if (stack.masks && layer > 0 && call.takes_part()) {
       const Layer& first = stack.layers[layer * stack.directions];
@@ -61,18 +67,35 @@ void backward(void* context, Worker& worker) noexcept {
 }
 
 template <class Cell, class T>
+void backward(void* context, Worker& worker) noexcept {
+  const Stack& stack = *static_cast<const Stack*>(context);
+  if constexpr (kCanBeNarrow<Cell>)
+    if (is_narrow<Cell, T>(stack)) return backward_as<Cell, T, NarrowBackward>(stack, worker);
+  backward_as<Cell, T, BackwardLayer>(stack, worker);
+}
+
+template <class Cell, class T>
 std::int64_t scratch_bytes(const Stack& stack, bool for_backward) noexcept {
   Arena arena(nullptr);
   if (for_backward)
     BackwardScratch<Cell, T>(arena, stack, 0);
+  else if (is_narrow<Cell, T>(stack))
+    NarrowScratch<Cell, T>(arena, stack, 0);
   else
     ForwardScratch<Cell, T>(arena, stack, 0);
   return arena.used();
 }
 
 template <class Cell, class T>
-std::int64_t saved_elements(const LayerSizes& sizes) noexcept {
-  return Cell::saved * padded<T>(sizes.hidden);
+std::int64_t row_grain(const LayerSizes& sizes, std::int64_t batch) noexcept {
+  return is_narrow<Cell, T>(sizes, batch) ? kLanes<T> : 1;
+}
+
+template <class Cell, class T>
+std::int64_t saved_elements(const LayerSizes& sizes, std::int64_t batch) noexcept {
+  const std::int64_t states =
+      is_narrow<Cell, T>(sizes, batch) ? padded<T>(batch) * sizes.hidden : batch * padded<T>(sizes.hidden);
+  return Cell::saved * states;
 }
 
 template <class T>
@@ -158,8 +181,8 @@ void apply(const Scalar<V>* x, Scalar<V>* y, std::int64_t n) noexcept {
 
 template <class Cell, class T>
 constexpr CellKernels kernels_of() noexcept {
-  return {packed_elements<Cell, T>, pack_layer<Cell, T>, saved_elements<Cell, T>,
-          scratch_bytes<Cell, T>,   forward<Cell, T>,    backward<Cell, T>};
+  return {packed_elements<Cell, T>, pack_layer<Cell, T>, saved_elements<Cell, T>, scratch_bytes<Cell, T>,
+          row_grain<Cell, T>,       forward<Cell, T>,    backward<Cell, T>};
 }
 
 template <class Cell>

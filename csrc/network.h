@@ -137,7 +137,7 @@ class Network {
 
   // Of what the steps of a layer-direction save for backward.
   std::int64_t saved_bytes(const LayerSizes& sizes, std::int64_t T, std::int64_t B) const {
-    return times(times(times(T, B), kernels_.saved_elements(sizes)), bytes_);
+    return times(times(T, kernels_.saved_elements(sizes, B)), bytes_);
   }
 
   // Of what a training call leaves for backward: what is saved, and the outputs of all layers but the last.
@@ -164,9 +164,9 @@ class Network {
 
   // Adds to a call its layers and how it is divided.
   Plan complete(Stack& stack, const std::vector<Layer>& layers, bool backward) const {
-    const Plan plan = make_plan({stack.steps, stack.batch, input_size(), hidden_, outputs_,
-                                 static_cast<std::int64_t>(layer_directions()), entry_.gates, entry_.saved,
-                                 num_threads(), bytes_, backward});
+    const Plan plan = make_plan(
+        {stack.steps, stack.batch, input_size(), hidden_, outputs_, static_cast<std::int64_t>(layer_directions()),
+         kernels_.row_grain(sizes(0), stack.batch), entry_.gates, entry_.saved, num_threads(), bytes_, backward});
     stack.layer_count = static_cast<int>(layer_count());
     stack.directions = static_cast<int>(reverse_.size());
     stack.layers = layers.data();

@@ -346,7 +346,8 @@ class Packed : public Network {
     for (const auto& one : saved.outputs) record.outputs.push_back(bytes_of(one));
     std::size_t value = 0;
     for (const Layer& one : layers())
-      record.values.push_back(kernels().saved_elements(one.sizes) > 0 ? saved.values[value++].data : nullptr);
+      record.values.push_back(kernels().saved_elements(one.sizes, saved.batch) > 0 ? saved.values[value++].data
+                                                                                   : nullptr);
     return record;
   }
 

@@ -18,6 +18,7 @@ struct Plan {
 
 struct PlanInput {
   std::int64_t steps, batch, inputs, hidden, outputs, layers;  // layers: layer-directions
+  std::int64_t row_grain;                                      // rows that one thread works on together
   int gates, saved, max_threads;
   std::int64_t element_bytes;
   bool backward;
@@ -33,7 +34,11 @@ inline Plan make_plan(const PlanInput& in) {
   const double step_ns = total_ns / static_cast<double>(std::max<std::int64_t>(in.steps * in.layers, 1));
 
   Plan plan{Split::rows, in.max_threads, 1, 0};
-  if (in.batch < plan.threads) {
+  if (in.row_grain > 1) {
+    // Backward divides its sums over rows whatever the steps divide.
+    if (!in.backward)
+      plan.threads = static_cast<int>(std::clamp<std::int64_t>(in.batch / in.row_grain, 1, plan.threads));
+  } else if (in.batch < plan.threads) {
     // Sharing units costs a barrier a step and the other half of h from another core. Measured on two cores of a Zen 4
     // server, B = 1, AVX2 and AVX-512, against one thread, by the step of this estimate: RNN 64 loses a tenth (0.6 us
     // forward, 1.1 backward), GRU 32 a fifth (0.4); GRU 64 gains 1.15x to 1.7x (1.7, 3.3), LSTM 64 1.2x to 1.6x (2.2,

@@ -150,10 +150,61 @@ struct ForwardScratch {
   }
 };
 
+// The time loop of forward. Steps says what a block and a step are: enter, add_input_share, step, leave.
+template <class Steps, class Cell, class T>
+class ForwardLoop : protected Context<Cell, T> {
+ public:
+  using Base = Context<Cell, T>;
+  using Base::stack;
+
+  ForwardLoop(const Base& context, const Layer& layer) noexcept : Base(context), layer_(layer) {}
+
+  // Returns where the call has come to.
+  const Base& run() noexcept {
+    Steps& steps = static_cast<Steps&>(*this);
+    if (this->takes_part()) steps.enter();
+    for (std::int64_t first = 0; first < stack.steps; first += stack.block_steps) {
+      if (this->give_up()) break;
+      const std::int64_t count = first + stack.block_steps < stack.steps ? stack.block_steps : stack.steps - first;
+      block_first_ = first;
+      if (this->takes_part()) {
+        steps.add_input_share(count);
+        this->wait_if_units();
+      }
+      for (std::int64_t i = first; i < first + count; ++i, now_ = 1 - now_) {
+        this->begin();
+        if (!this->takes_part()) continue;
+        steps.step(time(i));
+        this->wait_if_units();
+      }
+    }
+    if (this->takes_part()) steps.leave();
+    return *this;
+  }
+
+ protected:
+  std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? stack.steps - 1 - step : step; }
+
+  T* output(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<T*>(layer_.y) + (t * stack.batch + b) * layer_.y_stride;
+  }
+
+  const T* input(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
+  }
+
+  const Layer& layer_;
+  int now_ = 0;                   // which of two states is the one before the step
+  std::int64_t block_first_ = 0;  // steps done before this block
+};
+
 template <class Cell, class T>
-class ForwardLayer : Context<Cell, T> {
+class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
+  using Loop = ForwardLoop<ForwardLayer, Cell, T>;
   using Base = Context<Cell, T>;
   using Base::stack, Base::worker, Base::lanes;
+  using Loop::layer_, Loop::now_, Loop::block_first_, Loop::time, Loop::input, Loop::output;
+  friend Loop;
   using V = Vec<T>;
   using Layout = PackedLayout<Cell, T>;
   static constexpr int slots = kSlots<Cell>;
@@ -161,8 +212,7 @@ class ForwardLayer : Context<Cell, T> {
 
  public:
   ForwardLayer(const Base& context, const Layer& layer, const ForwardScratch<Cell, T>& scratch) noexcept
-      : Base(context),
-        layer_(layer),
+      : Loop(context, layer),
         s_(scratch),
         at_(layer.sizes, false),
         packed_(static_cast<const T*>(layer.packed)),
@@ -172,31 +222,7 @@ class ForwardLayer : Context<Cell, T> {
         stride_p_(scratch_stride<T>(P_)),
         keep_(layer.saved != nullptr && Cell::saved > 0) {}
 
-  // Returns where the call has come to.
-  const Base& run() noexcept {
-    if (this->takes_part()) enter();
-    for (std::int64_t first = 0; first < stack.steps; first += stack.block_steps) {
-      if (this->give_up()) break;
-      const std::int64_t count = first + stack.block_steps < stack.steps ? stack.block_steps : stack.steps - first;
-      block_first_ = first;
-      if (this->takes_part()) {
-        add_input_share(count);
-        this->wait_if_units();
-      }
-      for (std::int64_t i = first; i < first + count; ++i, now_ = 1 - now_) {
-        this->begin();
-        if (!this->takes_part()) continue;
-        step(time(i));
-        this->wait_if_units();
-      }
-    }
-    if (this->takes_part()) leave();
-    return *this;
-  }
-
  private:
-  std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? stack.steps - 1 - step : step; }
-
   void enter() noexcept {
     const Range own = this->rows_to_own();
     for (std::int64_t b = own.begin; b < own.end; ++b) {
@@ -234,7 +260,7 @@ class ForwardLayer : Context<Cell, T> {
       const std::int64_t t = time(i);
       for (std::int64_t b = own.begin; b < own.end; ++b) {
         if (t >= this->length(b)) continue;
-        s_.block_inputs[rows] = static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
+        s_.block_inputs[rows] = input(t, b);
         s_.block_gates[rows++] = gates(t, b);
       }
     }
@@ -316,10 +342,6 @@ class ForwardLayer : Context<Cell, T> {
     return rows;
   }
 
-  T* output(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<T*>(layer_.y) + (t * stack.batch + b) * layer_.y_stride;
-  }
-
   // In a cell with late gates the saved row holds, while the step works, what `prepare` has saved of the early gates
   // and still the input's share of the late ones.
   RNNKERN_INLINE void prepare(std::int64_t i, std::int64_t unit, const V* r) const noexcept {
@@ -357,14 +379,11 @@ class ForwardLayer : Context<Cell, T> {
     store_some<V>(output(t, b) + unit, h, P_ - unit < lanes ? static_cast<int>(P_ - unit) : lanes);
   }
 
-  const Layer& layer_;
   const ForwardScratch<Cell, T>& s_;
   const Layout at_;
   const T* packed_;
   const std::int64_t H_, P_, padded_h_, stride_p_;
   const bool keep_;
-  int now_ = 0;                   // which of s_.h is the state before the step
-  std::int64_t block_first_ = 0;  // steps done before this block
 };
 
 }  // namespace

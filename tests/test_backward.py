@@ -10,7 +10,7 @@ from rnnkern.testing import Problem, assert_accurate, assert_directional, inputs
 SIZES = [
     (0, 2, 3, 4), (2, 0, 3, 4), (1, 1, 1, 1), (2, 3, 1, 2), (5, 2, 5, 3), (3, 1, 4, 4), (4, 5, 3, 5), (3, 7, 2, 7),
     (4, 1, 8, 8), (2, 6, 9, 9), (3, 2, 16, 15), (1, 17, 15, 16), (2, 4, 17, 17), (3, 8, 31, 33), (5, 3, 97, 97),
-    (97, 1, 7, 5),
+    (97, 1, 7, 5), (9, 20, 5, 3),
 ]  # fmt: skip
 
 OPTIONS = {
@@ -120,9 +120,10 @@ def test_results_do_not_depend_on_what_the_memory_held(cell, backend, monkeypatc
         assert np.array_equal(array, expected[name]), name
 
 
-def test_x_beyond_the_lengths_is_never_read(cell, backend):
+@pytest.mark.parametrize(("B", "H"), [(4, 5), (20, 3)])
+def test_x_beyond_the_lengths_is_never_read(cell, backend, B, H):
     """NaN in x and dy past a row's end changes no bit of any result, and grads.x is zero there."""
-    problem = Problem(cell, T=6, B=4, I=3, H=5, num_layers=2, bidirectional=True, lengths=True)
+    problem = Problem(cell, T=6, B=B, I=3, H=H, num_layers=2, bidirectional=True, lengths=True)
     drawn, layer = inputs(problem), layer_of(problem, backend)
     beyond = np.arange(problem.T)[:, None] >= drawn.lengths
     x, dy = drawn.x.copy(), drawn.dy.copy()

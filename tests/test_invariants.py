@@ -53,9 +53,9 @@ def run_rows(problem, backend, chosen):
 
 
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
-@pytest.mark.parametrize(("B", "H"), [(2, 5), (7, 17), (33, 40)])
+@pytest.mark.parametrize(("B", "H"), [(2, 5), (7, 17), (33, 40), (6, 1), (33, 3), (33, 7)])
 def test_a_row_of_a_batch_is_that_row_run_alone(cell, native, dtype, stack, B, H):
-    """Outputs, states, dx and the state's gradient have the same bits."""
+    """Outputs, states, dx and the state's gradient have the same bits; with few units rows stand in lanes together."""
     problem = Problem(cell, T=5, B=B, I=7, H=H, dtype=dtype, **stack)
     together = run_rows(problem, native, slice(None))
     for row in {0, 1, B // 2, B - 1}:
@@ -63,11 +63,11 @@ def test_a_row_of_a_batch_is_that_row_run_alone(cell, native, dtype, stack, B, H
         same(alone, {name: array[:, row : row + 1] for name, array in together.items()})
 
 
-@pytest.mark.parametrize("proj_size", [0, 5])
-def test_a_sequence_in_chunks_is_the_sequence_at_once(cell, native, dtype, proj_size):
+@pytest.mark.parametrize(("B", "H", "proj_size"), [(3, 9, 0), (3, 9, 5), (20, 3, 0)])
+def test_a_sequence_in_chunks_is_the_sequence_at_once(cell, native, dtype, B, H, proj_size):
     """Chunks of 1, 7, 64 and T steps give the same bits: forward, dx and the state's gradient."""
     problem = Problem(
-        cell, T=130, B=3, I=6, H=9, num_layers=2, dtype=dtype, proj_size=proj_size * CELLS[cell].projects, resets=True
+        cell, T=130, B=B, I=6, H=H, num_layers=2, dtype=dtype, proj_size=proj_size * CELLS[cell].projects, resets=True
     )
     drawn, layer = inputs(problem), layer_of(problem, native)
 
@@ -91,10 +91,10 @@ def test_a_sequence_in_chunks_is_the_sequence_at_once(cell, native, dtype, proj_
         same(in_chunks(length), expected)
 
 
-@pytest.mark.parametrize("B", [1, 5])
-def test_a_stream_has_the_bits_of_the_sequence(cell, native, dtype, B):
+@pytest.mark.parametrize(("B", "H"), [(1, 17), (5, 17), (20, 3)])
+def test_a_stream_has_the_bits_of_the_sequence(cell, native, dtype, B, H):
     """Step after step of `Stream` is the frozen call is the layer's call is `forward`."""
-    problem = Problem(cell, T=20, B=B, I=6, H=17, num_layers=2, dtype=dtype)
+    problem = Problem(cell, T=20, B=B, I=6, H=H, num_layers=2, dtype=dtype)
     drawn, layer = inputs(problem), layer_of(problem, native)
     frozen = layer.freeze()
     stream = frozen.stream(B)
@@ -125,7 +125,7 @@ def test_a_stream_goes_on_with_another_number_of_threads(cell, native, B):
 
 
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
-@pytest.mark.parametrize("sizes", [(40, 1, 97, 230), (9, 37, 33, 48)], ids=str)
+@pytest.mark.parametrize("sizes", [(40, 1, 97, 230), (9, 37, 33, 48), (200, 37, 9, 3)], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, sizes):
     """Gradients of the parameters included; for few rows, where threads share units, and for many."""
     problem = Problem(cell, *sizes, dtype=dtype, **stack)
@@ -143,8 +143,8 @@ def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, s
 
 def test_helpers_that_come_during_a_call_change_no_bit(cell, native):
     """They are asleep when it begins, and join at one step or another; for shared rows and shared units."""
-    for B in (1, 6):
-        problem = Problem(cell, T=60, B=B, I=40, H=160, num_layers=2, bidirectional=True, dropout=0.3, lengths=B > 1)
+    for B, I, H in ((1, 40, 160), (6, 40, 160), (200, 40, 3)):
+        problem = Problem(cell, T=60, B=B, I=I, H=H, num_layers=2, bidirectional=True, dropout=0.3, lengths=B > 1)
         before = rk.num_threads()
         try:
             rk.set_num_threads(1)

@@ -103,6 +103,7 @@ OPTIONS: list[tuple[dict[str, Any], tuple[int, ...]]] = [
     ({"batch_first": True, "bidirectional": True, "num_layers": 2}, (96, 50, 64)),
     ({"num_layers": 4, "dtype": "float64"}, (50, 96, 64)),
     ({"bias": False}, (50, 96, 64)),
+    ({"hidden_size": 3}, (10, 2_000, 64)),
 ]
 OBJECTS = 16_000  # bytes that Python allocates in a call, at most; 7,000 were seen
 
@@ -111,7 +112,7 @@ OBJECTS = 16_000  # bytes that Python allocates in a call, at most; 7,000 were s
 @pytest.mark.parametrize(("options", "shape"), OPTIONS, ids=repr)
 def test_each_call_holds_what_is_planned(cell: str, options: dict[str, Any], shape: tuple[int, ...]) -> None:
     """Between the calls to the byte; at the tracer's own peaks, which count Python's objects too, but for those."""
-    layer = rk.Recurrent(cell, 64, 64, seed=0, **options)
+    layer = rk.Recurrent(cell, 64, seed=0, **{"hidden_size": 64} | options)
     x, dy = arrays(layer, shape)
     plan = rk.memory_plan(layer, shape)
     with traced():

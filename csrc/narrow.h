@@ -1,0 +1,431 @@
+// Layers with few units and many rows: a vector holds one unit of as many rows of the batch as it has lanes, where
+// elsewhere (recurrence.h, bptt.h) it holds units of one row.
+//
+// States, gates and saved values are stored [vector of rows][unit][lane]; weights are read as pack.h leaves them, one
+// scalar for all lanes. Each output is the same chain of multiply-adds as elsewhere, so that the results are the same
+// bits. What belongs to a row past its end stays in its lane and is not taken over.
+#pragma once
+
+#include "bptt.h"
+
+namespace rnnkern {
+namespace {
+
+// One product a step suffices.
+template <class Cell>
+constexpr bool kCanBeNarrow = Cell::late_gates == 0;
+
+// Is a layer worked on here? Where that takes fewer vectors. Measured on one core of a Zen 4 server, AVX-512, float32,
+// I = 2, inference against recurrence.h, for RNN, GRU and LSTM: 1.2x, 1.5x and 2.0x at B = 2, H = 1, 1.7x to 2.4x at
+// B = 4, H = 2, 1.6x to 2.0x at B = 8, H = 6 or B = 16, H = 12, 5x to 9x at B = 16, H = 2.
+template <class Cell, class T>
+bool is_narrow(const LayerSizes& sizes, std::int64_t batch) noexcept {
+  return kCanBeNarrow<Cell> && !sizes.projected && sizes.hidden < kLanes<T> &&
+         sizes.hidden * divide_up(batch, kLanes<T>) < batch;
+}
+template <class Cell, class T>
+bool is_narrow(const Stack& stack) noexcept {
+  return is_narrow<Cell, T>(stack.layers[0].sizes, stack.batch);
+}
+
+// Up to so many columns are exchanged with rows one element at a time: a whole block of lanes by lanes takes longer.
+constexpr std::int64_t kFewColumns = 4;
+
+// to[k * stride + lane] = rows[lane][k] for k in [0, columns)
+template <class T>
+RNNKERN_INLINE void rows_to_lanes(const T* const* rows, std::int64_t columns, T* to, std::int64_t stride) noexcept {
+  if (columns > kFewColumns) return transpose_rows<T>(kLanes<T>, rows, 0, columns, to, stride);
+  for (std::int64_t k = 0; k < columns; ++k)
+    for (int l = 0; l < kLanes<T>; ++l) to[k * stride + l] = rows[l][k];
+}
+
+// to[row * stride + k] = from[k * lanes + row] for k in [0, columns)
+template <class T>
+RNNKERN_INLINE void lanes_to_rows(const T* from, std::int64_t columns, int rows, T* to, std::int64_t stride) noexcept {
+  using V = Vec<T>;
+  constexpr int lanes = kLanes<T>;
+  if (columns <= kFewColumns) {
+    for (int row = 0; row < rows; ++row)
+      for (std::int64_t k = 0; k < columns; ++k) to[row * stride + k] = from[k * lanes + row];
+    return;
+  }
+  for (std::int64_t first = 0; first < columns; first += lanes, from += lanes * lanes) {
+    const int some = static_cast<int>(smaller(columns - first, lanes));
+    V block[lanes];
+    for (int k = 0; k < lanes; ++k) block[k] = k < some ? load<V>(from + k * lanes) : zero<V>();
+    transpose(block);
+    for (int row = 0; row < rows; ++row) store(to + row * stride + first, block[row], some);
+  }
+}
+
+// What both directions of time need of rows in lanes; on top of either loop.
+template <class Loop, class Cell, class T>
+class Narrow : public Loop {
+ protected:
+  using Loop::stack, Loop::worker, Loop::layer_;
+  using V = Vec<T>;
+  static constexpr int lanes = kLanes<T>;
+
+  using Loop::Loop;
+
+  std::int64_t H() const noexcept { return layer_.sizes.hidden; }
+  std::int64_t vector_count() const noexcept { return divide_up(stack.batch, lanes); }
+  Range vectors() const noexcept { return share(vector_count(), worker.index, worker.count); }
+  int rows_of(std::int64_t vector) const noexcept {
+    return static_cast<int>(smaller(stack.batch - vector * lanes, lanes));
+  }
+
+  T* state(T* base, std::int64_t vector) const noexcept { return base + vector * H() * lanes; }
+
+  // [T, vectors, saved, H, lanes]
+  T* saved(std::int64_t t, std::int64_t vector) const noexcept {
+    return static_cast<T*>(layer_.saved) + (t * vector_count() + vector) * Cell::saved * H() * lanes;
+  }
+
+  // Lists a pointer for each lane, row(b); lanes past the last row repeat it.
+  template <class Row>
+  RNNKERN_INLINE void list_rows(std::int64_t vector, const T** rows, Row&& row) const noexcept {
+    for (int l = 0; l < lanes; ++l) rows[l] = row(smaller(vector * lanes + l, stack.batch - 1));
+  }
+
+  // This worker's part of a state, from and to rows of H.
+  void enter_state(const void* given, T* base) const noexcept {
+    const T* from = static_cast<const T*>(given);
+    for_elements(base, [&](T& element, std::int64_t b, std::int64_t unit) {
+      element = from && b < stack.batch ? from[b * H() + unit] : T{0};
+    });
+  }
+  void leave_state(T* base, void* to) const noexcept {
+    for_elements(base, [&](T& element, std::int64_t b, std::int64_t unit) {
+      if (b < stack.batch) static_cast<T*>(to)[b * H() + unit] = element;
+    });
+  }
+
+  // Lanes of the rows for which is_one(b).
+  template <class IsOne>
+  Mask<V> lanes_where(std::int64_t vector, IsOne&& is_one) const noexcept {
+    Mask<V> mask{};
+    for (int l = 0; l < rows_of(vector); ++l) mask[l] = is_one(vector * lanes + l) ? -1 : 0;
+    return mask;
+  }
+  // Rows that have a step t.
+  Mask<V> active(std::int64_t vector, std::int64_t t) const noexcept {
+    if (!stack.lengths) return V{} == V{};
+    return lanes_where(vector, [&](std::int64_t b) { return t < this->length(b); });
+  }
+
+  // sums[r][i] += w[k][r * step] right[k][i], k after k: w packed, its k `stride` elements apart; right
+  // [depth][n][lanes].
+  template <int rows, int n>
+  RNNKERN_INLINE static void add_products(const T* w, std::int64_t stride, std::int64_t step, std::int64_t depth,
+                                          const T* right, V (&sums)[rows][n]) noexcept {
+    for (std::int64_t k = 0; k < depth; ++k, w += stride, right += n * lanes)
+      add_outer<T, rows, n>([&](int r) RNNKERN_INLINE_LAMBDA { return w[r * step]; }, right, sums);
+  }
+
+ private:
+  template <class Body>
+  void for_elements(T* base, Body&& body) const noexcept {
+    const Range own = vectors();
+    for (std::int64_t vector = own.begin; vector < own.end; ++vector)
+      for (std::int64_t unit = 0; unit < H(); ++unit)
+        for (int l = 0; l < lanes; ++l) body(state(base, vector)[unit * lanes + l], vector * lanes + l, unit);
+  }
+};
+
+// Steps whose input share is made side by side: at least eight chains, as far as registers reach.
+template <class Cell>
+constexpr int kNarrowSteps = Cell::gates == 1   ? 8
+                             : kRegisters == 32 ? 4
+                                                : 2;
+
+template <class Cell, class T>
+struct NarrowScratch {
+  T* h[2];   // [vectors, H, lanes]: the state before and after a step
+  T* c;      // [vectors, H, lanes]
+  T* gates;  // [vectors, block_steps, G * H, lanes]: the input's share
+  T* x;      // of one worker: [I, kNarrowSteps, lanes]
+
+  NarrowScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
+    std::int64_t inputs = 0;
+    for (int i = 0; i < stack.layer_count * stack.directions; ++i)
+      if (stack.layers[i].sizes.inputs > inputs) inputs = stack.layers[i].sizes.inputs;
+    const std::int64_t state = padded<T>(stack.batch) * stack.layers[0].sizes.hidden;
+    for (T*& one : h) one = arena.take<T>(state);
+    c = arena.take<T>(Cell::states > 1 ? state : 0);
+    gates = arena.take<T>(stack.block_steps * Cell::gates * state);
+    for (int i = 0; i < stack.max_threads; ++i) {
+      T* const buffer = arena.take<T>(inputs * kNarrowSteps<Cell> * kLanes<T>);
+      if (i == worker_index) x = buffer;
+    }
+  }
+};
+
+template <class Cell, class T>
+class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>, Cell, T> {
+  using Loop = ForwardLoop<NarrowForward, Cell, T>;
+  using Rows = Narrow<Loop, Cell, T>;
+  using Base = Context<Cell, T>;
+  using Loop::now_, Loop::block_first_, Loop::time, Loop::output;
+  using Rows::stack, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state, Rows::add_products;
+  friend Loop;
+  using V = Vec<T>;
+  static constexpr int gates = Cell::gates;
+
+ public:
+  NarrowForward(const Base& context, const Layer& layer, const NarrowScratch<Cell, T>& scratch) noexcept
+      : Rows(context, layer),
+        s_(scratch),
+        at_(layer.sizes, false),
+        packed_(static_cast<const T*>(layer.packed)),
+        H_(layer.sizes.hidden) {}
+
+ private:
+  void enter() noexcept {
+    this->enter_state(layer_.initial[0], s_.h[0]);
+    if constexpr (Cell::states > 1) this->enter_state(layer_.initial[1], s_.c);
+    this->wait();
+  }
+
+  void leave() noexcept {
+    this->leave_state(s_.h[now_], layer_.last[0]);
+    if constexpr (Cell::states > 1) this->leave_state(s_.c, layer_.last[1]);
+  }
+
+  T* gates_of(std::int64_t vector, std::int64_t step) const noexcept {
+    return s_.gates + (vector * stack.block_steps + step) * gates * H_ * lanes;
+  }
+
+  // gates = x W_ih^T + b_ih
+  void add_input_share(std::int64_t count) noexcept {
+    const Range own = vectors();
+    for (std::int64_t vector = own.begin; vector < own.end; ++vector)
+      for_parts(count, kNarrowSteps<Cell>, [&](std::int64_t first, std::int64_t steps) {
+        for (std::int64_t i = 0; i < steps; ++i) {
+          const T* rows[lanes];
+          const std::int64_t t = time(block_first_ + first + i);
+          this->list_rows(vector, rows, [&](std::int64_t b) { return this->input(t, b); });
+          rows_to_lanes(rows, layer_.sizes.inputs, s_.x + i * lanes, steps * lanes);
+        }
+        with_count<kNarrowSteps<Cell>>(
+            steps, [&]<int n>() RNNKERN_INLINE_LAMBDA { add_input_share_of<n>(gates_of(vector, first)); });
+      });
+  }
+
+  template <int n>
+  void add_input_share_of(T* to) const noexcept {
+    for (std::int64_t unit = 0; unit < H_; ++unit) {
+      V sums[gates][n];
+      for (int gate = 0; gate < gates; ++gate)
+        for (int i = 0; i < n; ++i) sums[gate][i] = set<V>(packed_[at_.b_ih + gate * lanes + unit]);
+      add_products(packed_ + at_.w_ih + unit, gates * lanes, lanes, layer_.sizes.inputs, s_.x, sums);
+      for (int gate = 0; gate < gates; ++gate)
+        for (int i = 0; i < n; ++i) store(to + ((i * gates + gate) * H_ + unit) * lanes, sums[gate][i]);
+    }
+  }
+
+  void step(std::int64_t t) noexcept {
+    const Range own = vectors();
+    for (std::int64_t vector = own.begin; vector < own.end; ++vector) {
+      T *h = state(s_.h[now_], vector), *c = state(s_.c, vector), *next = state(s_.h[1 - now_], vector);
+      if (stack.resets) cut_rows(vector, t, h, c);
+      const T* x = gates_of(vector, time(t) - block_first_);
+      T* const saved = layer_.saved && Cell::saved > 0 ? this->saved(t, vector) : nullptr;
+      step_units(x, h, c, next, saved, this->active(vector, t));
+      const int rows = rows_of(vector);
+      T* const y = output(t, vector * lanes);
+      lanes_to_rows(next, H_, rows, y, layer_.y_stride);
+      if (!stack.lengths) continue;
+      for (int l = 0; l < rows; ++l)
+        if (t >= this->length(vector * lanes + l))
+          std::memset(y + l * layer_.y_stride, 0, static_cast<std::size_t>(H_) * sizeof(T));
+    }
+  }
+
+  // Rows that enter step t from zeros.
+  void cut_rows(std::int64_t vector, std::int64_t t, T* h, T* c) const noexcept {
+    for (int l = 0; l < rows_of(vector); ++l) {
+      const std::int64_t b = vector * lanes + l;
+      if (t >= this->length(b) || !this->cut(layer_.reverse, t, b)) continue;
+      for (std::int64_t unit = 0; unit < H_; ++unit) {
+        h[unit * lanes + l] = 0;
+        if constexpr (Cell::states > 1) c[unit * lanes + l] = 0;
+      }
+    }
+  }
+
+  void step_units(const T* x, const T* h, T* c, T* h_next, T* to_saved, Mask<V> active) const noexcept {
+    for (std::int64_t unit = 0; unit < H_; ++unit) {
+      V r[gates][1], input[gates], extra[kMaxExtras], prev[kMaxStates], next[kMaxStates], saved[kSlots<Cell>];
+      for (int gate = 0; gate < gates; ++gate) {
+        r[gate][0] = set<V>(packed_[at_.b_early + gate * lanes + unit]);
+        input[gate] = load<V>(x + (gate * H_ + unit) * lanes);
+      }
+      add_products(packed_ + at_.w_early + unit, gates * lanes, lanes, H_, h, r);
+      for (int e = 0; e < Cell::extras; ++e) extra[e] = set<V>(packed_[at_.extras + e * padded<T>(H_) + unit]);
+      prev[0] = load<V>(h + unit * lanes);
+      if constexpr (Cell::states > 1) prev[1] = load<V>(c + unit * lanes);
+      Cell::forward(input, &r[0][0], extra, prev, next, saved);
+      if (to_saved)
+        for (int v = 0; v < Cell::saved; ++v) store(to_saved + (v * H_ + unit) * lanes, saved[v]);
+      store(h_next + unit * lanes, select<V>(active, next[0], prev[0]));
+      if constexpr (Cell::states > 1) store(c + unit * lanes, select<V>(active, next[1], prev[1]));
+    }
+  }
+
+  const NarrowScratch<Cell, T>& s_;
+  const PackedLayout<Cell, T> at_;
+  const T* packed_;
+  const std::int64_t H_;
+};
+
+// The carries are [vectors, H, lanes], in the room that BackwardScratch has for rows of whole vectors of units; gate
+// gradients go back to rows, for the sums over them.
+template <class Cell, class T>
+class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell, T>, Cell, T> {
+  using Loop = BackwardLoop<NarrowBackward, Cell, T>;
+  using Rows = Narrow<Loop, Cell, T>;
+  using Loop::s_, Loop::at_, Loop::packed_, Loop::H_, Loop::padded_h_;
+  using Rows::stack, Rows::worker, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state;
+  friend Loop;
+  using V = Vec<T>;
+  static constexpr int gates = Cell::gates;
+
+  // Of one vector of rows in a step, [.., lanes] each.
+  struct Step {
+    T dy[lanes * lanes], h[lanes * lanes], h_prev[lanes * lanes], c_prev[lanes * lanes];  // [H]
+    T dx[gates * lanes * lanes], dr[gates * lanes * lanes];                               // [G * H]
+    T dextra[(Cell::extras ? Cell::extras : 1) * lanes * lanes];                          // [extras * H]
+  };
+
+ public:
+  using Rows::Rows;
+
+ private:
+  void enter() noexcept {
+    this->enter_state(layer_.dlast[0], s_.carry_h);
+    if constexpr (Cell::states > 1) this->enter_state(layer_.dlast[1], s_.carry_c);
+    if (worker.index == 0) std::memset(s_.zeros, 0, static_cast<std::size_t>(padded_h_) * sizeof(T));
+    this->wait();
+  }
+
+  void leave() noexcept {
+    this->leave_state(s_.carry_h, layer_.dinitial[0]);
+    if constexpr (Cell::states > 1) this->leave_state(s_.carry_c, layer_.dinitial[1]);
+  }
+
+  void step(std::int64_t t, std::int64_t step_in_block) noexcept {
+    const Range own = vectors();
+    for (std::int64_t vector = own.begin; vector < own.end; ++vector) {
+      Step s;
+      load_step(s, t, vector);
+      const Mask<V> active = this->active(vector, t);
+      Mask<V> passes = V{} == V{};  // the gradient of the state to the step before
+      if (stack.resets)
+        passes = this->lanes_where(vector, [&](std::int64_t b) { return !this->cut(layer_.reverse, t, b); });
+      add_elementwise(s, t, vector, active, passes);
+      add_carry(Cell::separate_recurrent ? s.dr : s.dx, vector, active, passes);
+
+      const std::int64_t row = step_in_block * stack.batch + vector * lanes, stride = s_.gate_stride;
+      const int rows = rows_of(vector);
+      lanes_to_rows(s.dx, gates * H_, rows, s_.dx_gates + row * stride, stride);
+      if constexpr (Cell::separate_recurrent) lanes_to_rows(s.dr, gates * H_, rows, s_.dr_gates + row * stride, stride);
+      constexpr int extras = Cell::extras;
+      if constexpr (extras > 0) lanes_to_rows(s.dextra, extras * H_, rows, s_.dextra + row * extras * H_, extras * H_);
+    }
+  }
+
+  void load_step(Step& s, std::int64_t t, std::int64_t vector) const noexcept {
+    const auto gather = [&](T* to, auto&& row) {
+      const T* rows[lanes];
+      this->list_rows(vector, rows, row);
+      rows_to_lanes(rows, H_, to, lanes);
+    };
+    if (layer_.dy) gather(s.dy, [&](std::int64_t b) { return this->output_gradient_row(t, b); });
+    if constexpr (Cell::saved == 0) gather(s.h, [&](std::int64_t b) { return this->output(t, b); });
+    const bool alike = !stack.lengths && !stack.resets;  // all rows come from the same step
+    if constexpr (!Cell::projects) {
+      if (alike && !this->is_first(t, 0))
+        gather(s.h_prev, [&](std::int64_t b) { return this->output(this->before(t), b); });
+      else
+        gather(s.h_prev, [&](std::int64_t b) { return previous_h_or_zeros(t, b); });
+    }
+    if constexpr (Cell::states > 1) {
+      if (alike && !this->is_first(t, 0))
+        std::memcpy(s.c_prev, saved_c(this->before(t), vector), static_cast<std::size_t>(H_) * lanes * sizeof(T));
+      else
+        gather_c(s.c_prev, t, vector);
+    }
+  }
+
+  // Past the end of a row there need not be a step before.
+  const T* previous_h_or_zeros(std::int64_t t, std::int64_t b) const noexcept {
+    return t < this->length(b) ? this->previous_h(t, b) : s_.zeros;
+  }
+
+  const T* saved_c(std::int64_t t, std::int64_t vector) const noexcept {
+    return this->saved(t, vector) + (Cell::saved - 1) * H_ * lanes;  // the last of the saved values
+  }
+
+  void gather_c(T* to, std::int64_t t, std::int64_t vector) const noexcept {
+    for (int l = 0; l < lanes; ++l) {
+      const std::int64_t b = vector * lanes + l;
+      const T* from = s_.zeros;
+      std::int64_t step = 1;
+      if (l < rows_of(vector) && t < this->length(b) && !this->cut(layer_.reverse, t, b)) {
+        if (this->is_first(t, b))
+          from = this->initial(1, b);
+        else
+          from = saved_c(this->before(t), vector) + l, step = lanes;
+      }
+      for (std::int64_t unit = 0; unit < H_; ++unit) to[unit * lanes + l] = from[unit * step];
+    }
+  }
+
+  void add_elementwise(Step& s, std::int64_t t, std::int64_t vector, Mask<V> active, Mask<V> passes) const noexcept {
+    T *carry_h = state(s_.carry_h, vector), *carry_c = state(s_.carry_c, vector);
+    const T* from_saved = Cell::saved > 0 ? this->saved(t, vector) : nullptr;
+    for (std::int64_t unit = 0; unit < H_; ++unit) {
+      const std::int64_t at = unit * lanes;
+      V saved[kSlots<Cell>], extra[kMaxExtras], prev[kMaxStates], h = {}, dnew[kMaxStates];
+      V dx[gates], separate[gates], dprev[kMaxStates], dextra[kMaxExtras];
+      V* dr = Cell::separate_recurrent ? separate : dx;
+      for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(from_saved + v * H_ * lanes + at);
+      for (int e = 0; e < Cell::extras; ++e) extra[e] = set<V>(packed_[at_.extras + e * padded_h_ + unit]);
+      if constexpr (!Cell::projects) prev[0] = load<V>(s.h_prev + at);
+      if constexpr (Cell::states > 1) prev[1] = load<V>(s.c_prev + at);
+      if constexpr (Cell::saved == 0) h = load<V>(s.h + at);
+      const V carry = load<V>(carry_h + at);
+      dnew[0] = layer_.dy ? carry + load<V>(s.dy + at) : carry;
+      if constexpr (Cell::states > 1) dnew[1] = load<V>(carry_c + at);
+      Cell::backward(saved, extra, prev, h, dnew, dx, dr, dprev, dextra);
+
+      for (int gate = 0; gate < gates; ++gate) store(s.dx + gate * H_ * lanes + at, dx[gate]);
+      if constexpr (Cell::separate_recurrent)
+        for (int gate = 0; gate < gates; ++gate) store(s.dr + gate * H_ * lanes + at, dr[gate]);
+      for (int e = 0; e < Cell::extras; ++e) store(s.dextra + e * H_ * lanes + at, dextra[e]);
+      store(carry_h + at, select<V>(active, dprev[0], carry));
+      if constexpr (Cell::states > 1)
+        store(carry_c + at, select<V>(active, select<V>(passes, dprev[1], zero<V>()), dnew[1]));
+    }
+  }
+
+  // carry = dr W_hh + what came past the product
+  void add_carry(const T* dr, std::int64_t vector, Mask<V> active, Mask<V> passes) const noexcept {
+    constexpr std::int64_t most = 4;
+    for_parts(H_, most, [&](std::int64_t first, std::int64_t count) {
+      with_count<most>(count, [&]<int n>() RNNKERN_INLINE_LAMBDA {
+        V sums[n][1] = {};
+        Rows::add_products(packed_ + at_.w_early_t + first, lanes, 1, gates * H_, dr, sums);
+        for (int i = 0; i < n; ++i) {
+          T* to = state(s_.carry_h, vector) + (first + i) * lanes;
+          const V past = load<V>(to);
+          store(to, select<V>(active, select<V>(passes, sums[i][0] + past, zero<V>()), past));
+        }
+      });
+    });
+  }
+};
+
+}  // namespace
+}  // namespace rnnkern
