@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <climits>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -113,7 +114,8 @@ class Team {
     const nanoseconds took = last_end_ - start;
     const auto barriers = static_cast<std::int64_t>(arrivals_.load(std::memory_order_relaxed) / (taken + 1));
     const nanoseconds off_core{off_core_.load(std::memory_order_relaxed)};
-    const bool crowded = took < barriers * kSlice && off_core > std::max(took / kCrowded, kOffCore);
+    const bool crowded = took < barriers * kSlice && off_core > std::max(took / kCrowded, kOffCore) &&
+                         idle_cpus() == INT_MAX;  // else the next call asks
     retreat_ = crowded ? std::min(2 * retreat_ + 1, kLongestRetreat) : 0;
     alone_ = retreat_;
   }
