@@ -88,9 +88,11 @@ int usable_cores() {
 int idle_cpus() noexcept {
   static const int file = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
   static const long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+  cpu_set_t allowed;  // a thread with CPUs of its own is not told how many of them are idle
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < cpus) return INT_MAX;
   char text[64] = {};  // "0.20 0.18 0.12 1/80 11206": the fourth are the threads that run or wait for a CPU, and all
   long runnable = 0;
-  if (file < 0 || pread(file, text, sizeof text - 1, 0) <= 0 || std::sscanf(text, "%*f %*f %*f %ld/", &runnable) != 1 ||
+  if (file < 0 || pread(file, text, sizeof text - 1, 0) <= 0 || std::sscanf(text, "%*s %*s %*s %ld/", &runnable) != 1 ||
       runnable < 1)
     return INT_MAX;
   return static_cast<int>(cpus - runnable);

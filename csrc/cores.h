@@ -13,7 +13,8 @@ namespace rnnkern {
 int usable_cores();
 
 // How many more CPUs this machine has than threads that want one at this moment, the caller among them; negative where
-// they wait for each other, a large number where that cannot be found out. Takes about a microsecond.
+// they wait for each other, a large number where that cannot be found out, as where the caller may not run on all of
+// them. Takes about a microsecond.
 int idle_cpus() noexcept;
 
 // The CPUs of the thread that made it. A kernel may wake a sleeping thread on the CPU of the thread that wakes it;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -155,6 +157,41 @@ def test_helpers_that_come_during_a_call_change_no_bit(cell, native):
                 same(run(problem, native), expected)
         finally:
             rk.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="scheduling affinity is Linux's")
+def test_helpers_come_to_cpus_of_their_own_however_busy_the_others_are():
+    """What runs elsewhere on the machine takes nothing from a process that is kept to some of its CPUs."""
+    if len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("needs a CPU beside those of the process")
+    program = """
+import os, threading, time
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import rnnkern as rk
+from rnnkern.testing import Problem, inputs, layer_of
+rk.set_num_threads(2)
+problem = Problem("lstm", T=3000, B=16, I=64, H=64)
+layer, x = layer_of(problem, "native"), inputs(problem).x
+layer(x)
+(helper,) = {int(name) for name in os.listdir("/proc/self/task")} - {threading.get_native_id()}
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    layer(x)
+print(open(f"/proc/self/task/{helper}/schedstat").read().split()[0])
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(len(os.sched_getaffinity(0)) + 1)]
+    try:
+        worked = subprocess.run(
+            [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True, timeout=60
+        ).stdout
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert int(worked) > 2_000_000  # ns; a helper that is never asked runs for 0.1 ms
 
 
 @pytest.mark.parametrize(
