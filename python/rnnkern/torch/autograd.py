@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import plain
-from .kernels import Kernels, kernels_of, tape_of, tensor_of
+from .kernels import Kernels, Tape, kernels_of, tape_of, tensor_of
 
 __all__ = ["Eager", "run_plain"]
 
@@ -39,20 +39,17 @@ class Eager(torch.autograd.Function):
     def forward(
         ctx: Any,
         kernels: Kernels,
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        masks: Sequence[Array] | None,
-        states: int,
+        call: tuple[Any, ...],  # one argument, for each takes autograd its time
         x: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        packed = kernels.pack(tensors[states:], True)
-        results, tape = kernels.forward(packed, x, tensors[:states], lengths, resets, masks, True)
-        ctx.kernels, ctx.states = kernels, states
+        arrays, state, lengths, resets, masks = call
+        results, tape = kernels.forward(kernels.pack(arrays, True), x, state, lengths, resets, masks, True)
+        ctx.kernels, ctx.states = kernels, len(state)
         ctx.set_materialize_grads(False)
         # The tape refers to the memory of x, y and the state; autograd refuses a backward when they were written to. It
         # is saved as a tensor, so that activation checkpointing drops it with the others.
-        ctx.save_for_backward(tensor_of(*tape), results[0], x, *tensors)
+        ctx.save_for_backward(tensor_of(tape), results[0], x, *tensors)
         return tuple(results)
 
     @staticmethod
@@ -61,18 +58,18 @@ class Eager(torch.autograd.Function):
         if torch.is_grad_enabled():  # with create_graph=True
             gradients = _again(ctx, tape_of(tape), x, tensors, [dy, *dfinal])
         else:
-            dx, dstate, dweights = ctx.kernels.backward(tape_of(tape), x, dy, dfinal, ctx.needs_input_grad[5])
-            gradients = [dx, *dstate[: ctx.states], *dweights]
-        return (None, None, None, None, None, *gradients)
+            need_x, need_state = ctx.needs_input_grad[2], ctx.states > 0
+            dx, dstate, dweights = ctx.kernels.backward(tape_of(tape), x, dy, dfinal, need_x, need_state)
+            gradients = [dx, *dstate, *dweights]
+        return (None, None, *gradients)
 
 
 def _again(
-    ctx: Any, tape: tuple[Any, ...], x: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ctx: Any, tape: Tape, x: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated, of the same call in torch's own operations."""
-    _, _, lengths, resets, masks = tape
-    ends, cuts = [None if one is None else torch.from_numpy(one) for one in (lengths, resets)]
-    results = run_plain(ctx.kernels, x, tensors[: ctx.states], tensors[ctx.states :], ends, cuts, masks)
+    ends, cuts = [None if one is None else torch.from_numpy(one) for one in (tape.lengths, tape.resets)]
+    results = run_plain(ctx.kernels, x, tensors[: ctx.states], tensors[ctx.states :], ends, cuts, tape.masks)
     seen = [(one, d) for one, d in zip(results, gradients, strict=True) if d is not None]
     outputs, directions = zip(*seen, strict=True)
     wanted = [one for one in (x, *tensors) if one.requires_grad]
@@ -114,11 +111,11 @@ def _forward(
 ) -> list[Tensor]:
     """y, the final state and the tape, which is an empty tensor unless training."""
     kernels = kernels_of(*stack, x.dtype)
-    masks = kernels.masks(x, dropout, seed)
+    arrays, masks = kernels.arrays(weights), kernels.masks(x, dropout, seed)
     if not training:
-        return [*kernels.infer(None, x, state, weights, lengths, resets, masks), x.new_empty(0, dtype=torch.uint8)]
-    results, tape = kernels.forward(kernels.pack(weights, True), x, state, lengths, resets, masks, True)
-    return [*results, tensor_of(*tape)]
+        return [*kernels.infer(arrays, x, state, lengths, resets, masks), x.new_empty(0, dtype=torch.uint8)]
+    results, tape = kernels.forward(kernels.pack(arrays, True), x, state, lengths, resets, masks, True)
+    return [*results, tensor_of(tape)]
 
 
 @torch.library.register_fake("rnnkern::forward")
@@ -152,7 +149,7 @@ def _backward(
     *stack: Any,
 ) -> list[Tensor]:
     """Gradients of x (empty unless needed), of the initial state and of the weights."""
-    dx, dstate, dweights = kernels_of(*stack, x.dtype).backward(tape_of(tape), x, dy, dfinal, need_x)
+    dx, dstate, dweights = kernels_of(*stack, x.dtype).backward(tape_of(tape), x, dy, dfinal, need_x, True)
     return [x.new_empty(0) if dx is None else dx, *dstate, *dweights]
 
 

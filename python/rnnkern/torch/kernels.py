@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +17,9 @@ from .. import backends
 from ..arguments import Signature
 from ..cells import CELLS
 from ..functional import dropout_masks
-from ..stack import Stack
+from ..stack import Stack, State
 
-__all__ = ["DTYPES", "Kernels", "kernels_of", "tape_of", "tensor_of"]
+__all__ = ["DTYPES", "Kernels", "Tape", "kernels_of", "tape_of", "tensor_of"]
 
 Array = NDArray[Any]
 
@@ -44,30 +42,29 @@ _SOFT = 1  # omp_pause_soft: threads end, settings stay
 _PAUSE_FLOPS = 10**8
 
 
-class _Tape(np.ndarray[Any, Any]):
-    """The memory of a tensor that stands for what one forward leaves to its backward."""
+class Tape(NamedTuple):
+    """What one forward leaves to its backward."""
 
-    content: tuple[Any, ...]  # packed weights, what the backend saved, lengths, resets, masks
+    packed: Any
+    saved: Any  # of the backend; None where x has no elements
+    lengths: Array | None
+    resets: Array | None
+    masks: Sequence[Array] | None
 
 
-_TAPES: WeakValueDictionary[int, _Tape] = WeakValueDictionary()  # by address
-
-
-def tensor_of(*content: Any) -> Tensor:
-    """The tensor of a tape. Both die with the last tensor that shares its memory."""
-    tape = np.zeros(1, np.uint8).view(_Tape)
-    tape.content = content
-    tensor = torch.from_numpy(tape)
-    _TAPES[tensor.data_ptr()] = tape
+def tensor_of(tape: Tape) -> Tensor:
+    """A tensor of one byte whose storage holds the tape: it dies with the last tensor that shares its memory."""
+    tensor = torch.from_numpy(np.zeros(1, np.uint8))
+    tensor.untyped_storage().tape = tape
     return tensor
 
 
-def tape_of(tensor: Tensor) -> tuple[Any, ...]:
+def tape_of(tensor: Tensor) -> Tape:
     """What `tensor_of` was given."""
-    tape = _TAPES.get(tensor.data_ptr())
+    tape: Tape | None = getattr(tensor.untyped_storage(), "tape", None)
     if tape is None:
         raise RuntimeError("tape: expected the tensor that rnnkern::forward returned, got a copy, which holds no tape")
-    return tape.content
+    return tape
 
 
 def _array(tensor: Tensor) -> Array:
@@ -76,21 +73,34 @@ def _array(tensor: Tensor) -> Array:
     return array
 
 
-@dataclass(frozen=True, eq=False)
 class Kernels:
     """A stack on a backend, from tensors to tensors and without autograd. The state is a tuple, (h,) or (h, c)."""
 
-    signature: Signature
-    backend: ModuleType
-    keys: tuple[str, ...]  # the weights of a layer-direction, in torch's order
-    flops: int  # of a row of one step
+    def __init__(self, signature: Signature, backend: ModuleType, keys: tuple[str, ...]) -> None:
+        self.signature = signature
+        self.backend = backend
+        self.keys = keys  # the weights of a layer-direction, in torch's order
+        self.flops = signature.stack.flops  # of a row of one step
+        self._zeros = 0, signature.zeros(0)
 
-    def pack(self, weights: Sequence[Tensor], training: bool) -> Any:
-        """The backend's copy of the weights, which are those of all layer-directions, one after the other."""
-        return self.backend.pack(self.signature.stack, self.by_layer([_array(one) for one in weights]), training)
+    def zeros(self, batch: int) -> State:
+        """A state of zeros, to be read; kept until another batch size comes."""
+        known, zeros = self._zeros
+        if known != batch:
+            zeros = self.signature.zeros(batch)
+            self._zeros = batch, zeros
+        return zeros
+
+    def pack(self, arrays: Sequence[dict[str, Array]], training: bool) -> Any:
+        """The backend's copy of what `arrays` returned."""
+        return self.backend.pack(self.signature.stack, arrays, training)
+
+    def arrays(self, weights: Sequence[Tensor]) -> list[dict[str, Array]]:
+        """The memory of the weights where they are contiguous, else copies."""
+        return self.by_layer([_array(one.detach()) for one in weights])
 
     def by_layer(self, weights: Sequence[Any]) -> list[dict[str, Any]]:
-        """A mapping for each layer-direction."""
+        """A mapping for each layer-direction, of the weights of all, one after the other."""
         count = len(self.keys)
         return [dict(zip(self.keys, weights[i : i + count], strict=True)) for i in range(0, len(weights), count)]
 
@@ -108,19 +118,16 @@ class Kernels:
 
     def infer(
         self,
-        packed: Any,
+        arrays: Sequence[dict[str, Array]],
         x: Tensor,
         state: Sequence[Tensor],
-        weights: Sequence[Tensor],
         lengths: Tensor | None,
         resets: Tensor | None,
         masks: Sequence[Array] | None,
     ) -> list[Tensor]:
-        """y and the final state; `packed` where the weights are packed already, else None."""
+        """y and the final state."""
         training = masks is not None  # weights packed for inference take no masks
-        if packed is None or training:
-            packed = self.pack(weights, training)
-        return self.forward(packed, x, state, lengths, resets, masks, training)[0]
+        return self.forward(self.pack(arrays, training), x, state, lengths, resets, masks, training)[0]
 
     def forward(
         self,
@@ -131,11 +138,11 @@ class Kernels:
         resets: Tensor | None,
         masks: Sequence[Array] | None,
         training: bool,
-    ) -> tuple[list[Tensor], tuple[Any, ...]]:
+    ) -> tuple[list[Tensor], Tape]:
         """y (T, B, D*P) with the final state, and the tape; x (T, B, I), no state is zeros."""
         signature, inputs = self.signature, _array(x)
         steps, batch, _ = inputs.shape
-        initial = tuple([_array(one) for one in state]) if state else signature.zeros(batch)
+        initial = tuple([_array(one) for one in state]) if state else self.zeros(batch)
         ends = None if lengths is None else signature.lengths(_array(lengths), steps, batch, False)
         cuts = None if resets is None else signature.resets(_array(resets), steps, batch, False)
         if self.flops * steps * batch > _PAUSE_FLOPS:
@@ -148,35 +155,39 @@ class Kernels:
         else:
             final = tuple([one.copy() for one in initial])
         from_numpy = torch.from_numpy
-        return [from_numpy(y), *[from_numpy(one) for one in final]], (packed, saved, ends, cuts, masks)
+        return [from_numpy(y), *[from_numpy(one) for one in final]], Tape(packed, saved, ends, cuts, masks)
 
     def backward(
-        self, tape: tuple[Any, ...], x: Tensor, dy: Tensor | None, dfinal: Sequence[Tensor | None], need_x: bool
+        self,
+        tape: Tape,
+        x: Tensor,
+        dy: Tensor | None,
+        dfinal: Sequence[Tensor | None],
+        need_x: bool,
+        need_state: bool,
     ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-        """Gradients of x (None unless needed), of the initial state and of the weights."""
-        stack, (packed, saved, ends, cuts, masks) = self.signature.stack, tape
-        shapes = stack.state_shapes(x.shape[1])
+        """Gradients of x (None unless needed), of the initial state (none unless needed) and of the weights."""
+        packed, saved, ends, cuts, masks = tape
+        steps, batch, _ = x.shape
         dstate = tuple(
-            [
-                np.zeros(shape, stack.dtype) if one is None else _array(one)
-                for one, shape in zip(dfinal, shapes, strict=True)
-            ]
+            [zero if one is None else _array(one) for one, zero in zip(dfinal, self.zeros(batch), strict=True)]
         )
         from_numpy = torch.from_numpy
         if saved is None:
             return (
                 torch.zeros_like(x) if need_x else None,
-                [from_numpy(one.copy()) for one in dstate],
+                [from_numpy(one.copy()) for one in dstate if need_state],
                 [x.new_zeros(shape) for shape in self.weight_shapes()],
             )
-        if self.flops * x.shape[0] * x.shape[1] > _PAUSE_FLOPS:
+        if self.flops * steps * batch > _PAUSE_FLOPS:
             _pause(_SOFT)
+        gradient = None if dy is None else _array(dy)
         dx, dinitial, gradients = self.backend.backward(
-            stack, packed, saved, ends, cuts, masks, None if dy is None else _array(dy), dstate, need_x
+            self.signature.stack, packed, saved, ends, cuts, masks, gradient, dstate, need_x
         )
         return (
             None if dx is None else from_numpy(dx),
-            [from_numpy(one) for one in dinitial],
+            [from_numpy(one) for one in dinitial] if need_state else [],
             [from_numpy(one[key]) for one in gradients for key in self.keys],
         )
 
@@ -197,4 +208,4 @@ def kernels_of(
     directions: tuple[bool, ...] = (False, True) if bidirectional else (False,)
     stack = Stack(CELLS[cell], input_size, hidden_size, proj_size, num_layers, directions, DTYPES[dtype])
     keys = tuple(stack.layers[0].weight_shapes(bias, proj_size > 0))
-    return Kernels(Signature(stack), backends.pick(backend), keys, stack.flops)
+    return Kernels(Signature(stack), backends.pick(backend), keys)

@@ -13,7 +13,7 @@ from .. import backends
 from ..arguments import describe, flag
 from ..cells import CELLS
 from .autograd import Eager, run_plain
-from .kernels import DTYPES, kernels_of
+from .kernels import DTYPES, Kernels, kernels_of
 
 __all__ = ["GRU", "LSTM", "RNN", "SUPPORTED", "Layers", "is_supported"]
 
@@ -27,6 +27,7 @@ class Layers(torch.nn.RNNBase):
     reset_after = True
     backend = "auto"
     _frozen: Any = None  # weights packed by `freeze`
+    _seen: Any = None  # what the last call read the weights from: kernels, addresses and shapes, arrays
 
     def __init__(self, mode: str, *options: Any, backend: str, device: Any, dtype: torch.dtype | None) -> None:
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -111,12 +112,13 @@ class Layers(torch.nn.RNNBase):
         self.eval()
         weights = self._weights()
         with torch.no_grad():
-            self._frozen = kernels_of(*self._stack(), weights[0].dtype).pack(weights, False)
+            kernels = kernels_of(*self._stack(), weights[0].dtype)
+            self._frozen = kernels.pack(kernels.arrays(weights), False)
         return self
 
     def unfreeze(self) -> Self:
         """Read the parameters at each call again."""
-        self._frozen = None
+        self._frozen = self._seen = None
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -135,7 +137,7 @@ class Layers(torch.nn.RNNBase):
         return super().extra_repr() + "".join(added)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_frozen"}
+        return {name: value for name, value in super().__getstate__().items() if name not in ("_frozen", "_seen")}
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
         self.unfreeze()
@@ -150,8 +152,19 @@ class Layers(torch.nn.RNNBase):
         parameters = self._parameters
         return [parameters[name] if name in parameters else getattr(self, name) for name in self._flat_weights_names]
 
+    def _arrays(self, kernels: Kernels, weights: list[Tensor]) -> list[dict[str, Any]]:
+        """`kernels.arrays`, made again where a weight has moved; they keep the memory, so no other has its address."""
+        places = [(one.data_ptr(), one.shape) for one in weights if one.is_contiguous()]
+        seen = self._seen
+        if seen is None or seen[0] is not kernels or seen[1] != places:
+            arrays = kernels.arrays(weights)
+            if len(places) < len(weights):  # copies
+                return arrays
+            self._seen = seen = kernels, places, arrays
+        return seen[2]
+
     def _stack(self) -> tuple[Any, ...]:
-        """The options that `_kernels` and the operators take."""
+        """The options that `kernels_of` and the operators take."""
         return (
             self.cell,
             self.input_size,
@@ -222,7 +235,7 @@ class Layers(torch.nn.RNNBase):
     ) -> Sequence[Tensor]:
         """y (T, B, D*P) and the final state, of x (T, B, I)."""
         stack = self._stack()
-        dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
+        dropout = self.dropout if self.training and self._frozen is None and self.num_layers > 1 else 0.0
         seed = torch.randint(2**63 - 1, ()) if dropout else None
         grad = torch.is_grad_enabled()
         if torch.compiler.is_compiling():
@@ -234,9 +247,11 @@ class Layers(torch.nn.RNNBase):
         if self._frozen is not None:
             if grad and any(one.requires_grad for one in (x, *state)):
                 raise RuntimeError("input, hx: expected none that requires its gradient, for the module is frozen")
-        elif grad and any(one.requires_grad for one in (x, *state, *weights)):
-            return Eager.apply(kernels, lengths, resets, masks, len(state), x, *state, *weights)
-        return kernels.infer(self._frozen, x, state, weights, lengths, resets, masks)
+            return kernels.forward(self._frozen, x, state, lengths, resets, None, False)[0]
+        arrays = self._arrays(kernels, weights)
+        if grad and any(one.requires_grad for one in (*weights, x, *state)):
+            return Eager.apply(kernels, (arrays, state, lengths, resets, masks), x, *state, *weights)
+        return kernels.infer(arrays, x, state, lengths, resets, masks)
 
 
 def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
