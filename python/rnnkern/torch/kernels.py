@@ -69,7 +69,7 @@ def tape_of(tensor: Tensor) -> Tape:
 
 def _array(tensor: Tensor) -> Array:
     """The tensor's own memory where it is contiguous, else a copy."""
-    array: Array = tensor.contiguous().numpy()
+    array: Array = tensor.contiguous().resolve_neg().numpy()
     return array
 
 
