@@ -261,7 +261,9 @@ def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _check_kind(name: str, device: torch.device, dtype: torch.dtype) -> None:
     if not is_supported(device, dtype):
-        raise NotImplementedError(f"{name}: expected one of {SUPPORTED}, got {dtype} on {device}; torch.nn runs those")
+        raise NotImplementedError(
+            f"{name}: expected one of {SUPPORTED}, got {dtype} on {device}; torch.nn runs other float types"
+        )
 
 
 class RNN(Layers):
