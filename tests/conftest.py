@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -70,6 +71,15 @@ def torch() -> ModuleType:
     module: ModuleType = pytest.importorskip("torch", reason="PyTorch is not installed")
     module.set_num_threads(1)
     return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is compiled at first use is compiled once for all tests, and the user's own is left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("RNNKERN_CACHE_DIR", str(folder))
+        yield folder
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -40,15 +40,6 @@ PROBLEMS = [
 ]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory):
-    """Compiles the handlers once for these tests, and leaves the user's own alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("RNNKERN_CACHE_DIR", str(folder))
-        yield folder
-
-
 @pytest.fixture(autouse=True)
 def x64():
     """float64 is there; float32 stays what it is."""
