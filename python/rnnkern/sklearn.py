@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Sequences:
         return x, None if lengths.min() == len(t) else lengths
 
 
-class _RNNEstimator(BaseEstimator):  # type: ignore[misc]
+class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
     """All but the targets and their loss, which are the subclass's."""
 
     def __init__(
@@ -336,17 +337,17 @@ class _RNNEstimator(BaseEstimator):  # type: ignore[misc]
         data = self._standardized(*self._sequences(X, False))
         return self._outputs(data, np.arange(len(data.lengths))).astype(np.float64)
 
+    @abstractmethod
     def _targets(self, y: Any, weights: Array, fresh: bool, classes: Any) -> tuple[Array, int]:
         """What the outputs are to be, (N, ...), and how many outputs that takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _losses(self, outputs: Array, targets: Array) -> tuple[Array, Array]:
         """The loss of each row (B,), and its gradient (B, K)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _score(self, targets: Array, outputs: Array, weights: Array) -> float:
         """What is to rise with `early_stopping`."""
-        raise NotImplementedError
 
 
 class RNNClassifier(ClassifierMixin, _RNNEstimator):  # type: ignore[misc]
