@@ -107,10 +107,10 @@ py::array activation(const std::string& name, const py::array& x) {
   throw py::value_error("name: the compiled module has no activation '" + name + "'");
 }
 
-std::unique_ptr<Packed> pack(const std::string& cell, const py::object& dtype, std::int64_t input_size,
+std::unique_ptr<Packed> pack(const std::string& cell, const std::string& format, std::int64_t input_size,
                              std::int64_t hidden_size, std::int64_t proj_size, std::int64_t num_layers,
                              std::vector<bool> directions, const py::object& weights, bool training) {
-  return std::make_unique<Packed>(cell, dtype, input_size, hidden_size, proj_size, num_layers, std::move(directions),
+  return std::make_unique<Packed>(cell, format, input_size, hidden_size, proj_size, num_layers, std::move(directions),
                                   weights, training);
 }
 
@@ -123,8 +123,8 @@ std::tuple<std::int64_t, std::int64_t, std::int64_t> abi_bytes(const std::string
                                                                std::int64_t steps, std::int64_t batch) {
   const Isa* found = find_isa(isa);
   if (found == nullptr) throw py::value_error("isa: expected one of isas(), got '" + isa + "'");
-  const Network network(*found, cell, float_dtype(dtype).itemsize(), input_size, hidden_size, proj_size, num_layers,
-                        std::move(directions));
+  const Network network(*found, cell, format_of(text_of(float_dtype(dtype))), input_size, hidden_size, proj_size,
+                        num_layers, std::move(directions));
   const std::int64_t kept = network.kept_bytes(steps, batch);
   return {network.packed_bytes(false), network.packed_bytes(true), kept};
 }
@@ -220,7 +220,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
       [](Steps& self, const py::object& state) { self.set_state(state); }, "Copied both ways.");
   seal(steps);
 
-  m.def("pack", &pack, py::arg("cell"), py::arg("dtype"), py::arg("input_size"), py::arg("hidden_size"),
+  m.def("pack", &pack, py::arg("cell"), py::arg("format"), py::arg("input_size"), py::arg("hidden_size"),
         py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("weights"), py::arg("training"));
 
   m.def("abi_bytes", &abi_bytes, py::arg("isa"), py::arg("cell"), py::arg("dtype"), py::arg("input_size"),

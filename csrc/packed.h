@@ -75,16 +75,25 @@ py::tuple tuple_of(const std::vector<py::array>& arrays) {
   return tuple;
 }
 
+WeightFormat format_of(const std::string& name) {
+  if (name == "float32") return WeightFormat::float32;
+  if (name == "float64") return WeightFormat::float64;
+  if (name == "bfloat16") return WeightFormat::bfloat16;
+  throw py::value_error(std::string("format: expected float32, float64 or bfloat16, got ").append(name));
+}
+
 // The weights of a stack, packed for the ISA that was active when it was made.
 class Packed : public Network {
  public:
-  Packed(const std::string& cell, const py::object& dtype, std::int64_t input_size, std::int64_t hidden_size,
+  Packed(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
          std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::object& weights,
          bool training)
-      : Network(active(), cell, float_dtype(dtype).itemsize(), input_size, hidden_size, proj_size, num_layers,
+      : Network(active(), cell, format_of(format), input_size, hidden_size, proj_size, num_layers,
                 std::move(directions)),
-        dtype_(float_dtype(dtype)),
+        dtype_(element_bytes() == 8 ? py::dtype::of<double>() : py::dtype::of<float>()),
         training_(training) {
+    if (training && kernels().backward == nullptr)
+      throw py::value_error(std::string("format: expected float32 or float64 for training, got ").append(format));
     const auto given = elements(weights, "weights", layer_directions());
     for (std::size_t i = 0; i < given.size(); ++i) pack_next(i, given[i]);
   }

@@ -26,6 +26,7 @@ from .arguments import (
     seed_or_none,
 )
 from .cells import CELLS
+from .formats import check_format, copied, rounded
 from .functional import (
     Grads,
     Parameters,
@@ -334,18 +335,32 @@ class Recurrent:
         for name, array in self._parameters.items():
             array[...] = checked[name]
 
-    def freeze(self, weights: None = None) -> Frozen:
+    def freeze(self, weights: str | None = None) -> Frozen:
         """A packed snapshot of the parameters for inference; later changes of the parameters do not reach it.
 
         Parameters
         ----------
         weights
-            What the weights are stored in: None, the layer's dtype.
+            What the matrices of the weights are stored in: None, the layer's dtype, or `"bfloat16"`, for a layer of
+            float32: rounded to nearest even, half the memory to read at each step. Biases, states and sums stay
+            float32, so that the results are those of a layer whose matrices have the rounded values.
+
+        Raises
+        ------
+        ValueError
+            `weights` is not as above.
+
+        Examples
+        --------
+        >>> import numpy as np, rnnkern as rk
+        >>> layer, x = rk.LSTM(3, 4, seed=0), np.ones((5, 1, 3), np.float32)
+        >>> bool(np.abs(layer.freeze("bfloat16")(x)[0] - layer.freeze()(x)[0]).max() < 0.01)
+        True
         """
-        if weights is not None:
-            raise ValueError(f"weights: expected None (the dtype of the layer), got {describe(weights)}")
-        copies = [{key: array.copy() for key, array in one.items()} for one in self._weights]
-        return Frozen(self._signature, self._chosen_backend, copies, repr(self))
+        stored = check_format(weights, self.dtype)
+        signature = Signature(replace(self._signature.stack, stored=stored), self.batch_first)
+        copy = rounded if stored else copied
+        return Frozen(signature, self._chosen_backend, [copy(one) for one in self._weights], repr(self))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_backend"}
@@ -539,7 +554,8 @@ class Frozen:
         self._pack()
 
     def __repr__(self) -> str:
-        return f"{self._layer}.freeze()"
+        stored = self._signature.stack.stored
+        return f"{self._layer}.freeze({stored!r})" if stored else f"{self._layer}.freeze()"
 
 
 class Stream:

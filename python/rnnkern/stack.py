@@ -54,6 +54,12 @@ class Stack:
     num_layers: int = 1
     directions: tuple[bool, ...] = (False,)  # of each direction: does it run in reverse?
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))
+    stored: str = ""  # what packed weights are stored in where that is not dtype: "bfloat16", whose values they are
+
+    @cached_property
+    def format(self) -> str:
+        """The name of the format of packed weights."""
+        return self.stored or self.dtype.name
 
     @property
     def state_size(self) -> int:

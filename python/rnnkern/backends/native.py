@@ -87,7 +87,7 @@ def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -
     """See `backends`."""
     return _native.pack(
         stack.cell.name,
-        stack.dtype,
+        stack.format,
         stack.input_size,
         stack.hidden_size,
         stack.proj_size,
