@@ -129,7 +129,8 @@ def few(grid: list[pytest.Item]) -> set[pytest.Item]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what a grid of parameters has beyond few of its tests: `-m exhaustive`."""
+    """Marks what a grid of parameters has beyond few of its tests: `-m exhaustive`. Faults of kernels show first."""
+    items.sort(key=lambda item: item.path.name != "test_kernels.py")
     grids = defaultdict(list)
     for item in items:
         if hasattr(item, "callspec"):
