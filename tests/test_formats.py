@@ -45,30 +45,30 @@ def test_bfloat16_has_the_bits_of_a_layer_with_rounded_matrices(cell, native):
             assert np.array_equal(result, exact), problem
 
 
-@pytest.mark.parametrize("B", [1, 2, 33])
-def test_a_bfloat16_stream_has_the_bits_of_the_sequence(cell, native, B):
+def test_a_bfloat16_stream_has_the_bits_of_the_sequence(cell, native):
     """Step after step, whatever the number of rows and threads."""
-    problem = Problem(cell, T=9, B=B, I=30, H=67, num_layers=2)
-    frozen = layer_of(problem, native).freeze("bfloat16")
-    stream = frozen.stream(B)
-    y, _ = frozen(inputs(problem).x)
-    assert np.array_equal(y, np.stack([stream.step(x_t) for x_t in inputs(problem).x]))
     before = rk.num_threads()
-    try:
-        rk.set_num_threads(1)
-        assert np.array_equal(y, frozen(inputs(problem).x)[0])
-    finally:
-        rk.set_num_threads(before)
+    for B in (1, 2, 33):
+        problem = Problem(cell, T=9, B=B, I=30, H=67, num_layers=2)
+        frozen = layer_of(problem, native).freeze("bfloat16")
+        stream = frozen.stream(B)
+        y, _ = frozen(inputs(problem).x)
+        assert np.array_equal(y, np.stack([stream.step(x_t) for x_t in inputs(problem).x])), B
+        try:
+            rk.set_num_threads(1)
+            assert np.array_equal(y, frozen(inputs(problem).x)[0]), B
+        finally:
+            rk.set_num_threads(before)
 
 
-def test_every_backend_rounds_the_same_values(backend, cell):
+def test_every_backend_rounds_the_same_values(backend):
     """What has no bfloat16 kernels runs in float32 on the rounded matrices."""
-    problem = Problem(cell, T=4, B=3, I=5, H=9)
-    expected = all_results(with_rounded_matrices(problem, backend).freeze(), problem)
-    for result, exact in zip(
-        all_results(layer_of(problem, backend).freeze("bfloat16"), problem), expected, strict=True
-    ):
-        assert np.array_equal(result, exact)
+    for cell in CELLS:
+        problem = Problem(cell, T=4, B=3, I=5, H=9)
+        expected = all_results(with_rounded_matrices(problem, backend).freeze(), problem)
+        results = all_results(layer_of(problem, backend).freeze("bfloat16"), problem)
+        for result, exact in zip(results, expected, strict=True):
+            assert np.array_equal(result, exact), cell
 
 
 @np.errstate(all="ignore")  # the carry of an infinity is a signalling NaN, which nothing takes
