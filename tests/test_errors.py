@@ -239,7 +239,7 @@ def test_wrong_options_of_a_run(backend):
     check(ValueError, "save: expected 'gates', got NoneType", layer.forward, FLOATS["x"], save=None)
     check(TypeError, "seed: expected an integer >= 0, got float 0.5", layer.forward, FLOATS["x"], seed=0.5)
     check(ValueError, "seed: expected an integer >= 0, got -1", layer.forward, FLOATS["x"], seed=-1)
-    check(ValueError, "weights: expected None .*, got str 'bfloat16'", layer.freeze, "bfloat16")
+    check(ValueError, "weights: expected None .*, got str 'float16'", layer.freeze, "float16")
     check(TypeError, "unexpected keyword", layer, FLOATS["x"], length=3)
 
 

@@ -18,14 +18,13 @@ from .arguments import (
     Signature,
     as_parameter,
     check_names,
-    describe,
     flag,
     float_dtype,
     integer,
     probability,
     seed_or_none,
 )
-from .cells import CELLS
+from .cells import CELLS, cell_of_nonlinearity
 from .formats import check_format, copied, rounded
 from .functional import (
     Grads,
@@ -413,14 +412,9 @@ class RNN(Recurrent):
         backend: str = "auto",
         seed: int | None = None,
     ) -> None:
-        prefix = "rnn_"
-        if not isinstance(nonlinearity, str):
-            raise TypeError(f"nonlinearity: expected a name (str), got {describe(nonlinearity)}")
-        if prefix + nonlinearity not in CELLS:
-            known = ", ".join(name.removeprefix(prefix) for name in CELLS if name.startswith(prefix))
-            raise ValueError(f"nonlinearity: expected one of {known}, got {nonlinearity!r}")
         super().__init__(
-            prefix + nonlinearity, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            cell_of_nonlinearity(nonlinearity),
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             dtype=dtype, backend=backend, seed=seed,
         )  # fmt: skip
         self.nonlinearity = nonlinearity

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arguments import check_names, describe, flag
 from ..backends.native import native_module
-from ..cells import CELLS, Cell
+from ..cells import CELLS, Cell, cell_of_nonlinearity
 from ..functional import Parameters
 from ..layers import parameter_names
 from ..stack import Stack
@@ -35,10 +35,8 @@ def rnn(
     reverse: bool = False,
 ) -> tuple[Array, Array]:
     """`rnnkern.RNN` as a function; see `recurrent`. `nonlinearity` is tanh, relu or sigmoid."""
-    names = [name.removeprefix("rnn_") for name in CELLS if name.startswith("rnn_")]
-    if nonlinearity not in names:
-        raise ValueError(f"nonlinearity: expected one of {', '.join(names)}, got {nonlinearity!r}")
-    return recurrent(f"rnn_{nonlinearity}", params, x, state, lengths=lengths, resets=resets, reverse=reverse)
+    cell = cell_of_nonlinearity(nonlinearity)
+    return recurrent(cell, params, x, state, lengths=lengths, resets=resets, reverse=reverse)
 
 
 def lstm(
