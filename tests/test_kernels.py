@@ -237,7 +237,7 @@ def crossed(seed: int, on_each_isa: bool = False, **options: Sequence[Any]) -> p
     """A parameter `case`: paths, cells, ISAs and options pairwise; small paths with each cell on each ISA if asked."""
     small = [path for path in PATHS if on_each_isa and not PATHS[path].large]
     large = [path for path in PATHS if path not in small]
-    others = {"isa": config.isas(), **OPTIONS, **options}
+    others = {"isa": config.isas() or ["none"], **OPTIONS, **options}
     found = pairwise({"path and kind": list(product(small, KINDS))} | others, seed) if small else []
     for row in found:
         row["path"], row["kind"] = row.pop("path and kind")
