@@ -160,7 +160,7 @@ KINDS = [(cell, False) for cell in CELLS] + [(cell, True) for cell in CELLS if C
 
 OPTIONS: dict[str, Sequence[Any]] = {
     "dtype": ("float32", "float64"),
-    "stack": ({}, {"num_layers": 2, "dropout": 0.4}, {"num_layers": 3}),
+    "stack": ({}, {"num_layers": 3}, {"num_layers": 3, "dropout": 0.4}),
     "bidirectional": (False, True),
     "lengths": (False, True),
     "resets": (False, True),
