@@ -296,7 +296,10 @@ def _decode(value: Any, take: Callable[[str], NDArray[Any]]) -> Any:
     if kind == "integer":
         return int(content, 16)
     if kind in ("array", "scalar"):
-        array = take(content)
+        try:
+            array = take(content)
+        except KeyError:
+            raise ValueError(f"the array {content!r} is missing, or asked for twice") from None
         return array if kind == "array" else array[()]
     raise ValueError(f"unknown kind of value {kind!r}")
 
@@ -349,7 +352,7 @@ def _read_npz(data: bytes) -> Any:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {member.filename: member for member in archive.infolist()}
         if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
-            raise ValueError("its members are compressed, which `save` never does; write it anew without compression")
+            raise ValueError("its members are compressed, and those of `save` never are; pack them again without")
         # A small file may claim that its members are large, or that they lie on each other.
         if len(members) < len(archive.infolist()) or sum(one.file_size for one in members.values()) > len(data):
             raise ValueError("its members overlap")
