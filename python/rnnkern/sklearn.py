@@ -23,7 +23,7 @@ try:
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        'rnnkern.sklearn needs scikit-learn 1.6 or newer: python -m pip install "rnnkern[sklearn]"'
+        'rnnkern.sklearn needs scikit-learn 1.6 or newer: python -m pip install "scikit-learn>=1.6"'
     ) from error
 
 from .arguments import as_array, integer

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from types import ModuleType
 
@@ -111,4 +112,13 @@ def _warn_once(chosen: str, reasons: list[str]) -> None:
     global _stepped_down
     if reasons and not _stepped_down:
         _stepped_down = True
-        warnings.warn(f"rnnkern runs on the backend {chosen!r}, because {'; '.join(reasons)}", stacklevel=4)
+        message = f"rnnkern runs on the backend {chosen!r}, because {'; '.join(reasons)}"
+        warnings.warn(message, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """The stacklevel, for the caller, of the first line that is not of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "rnnkern":
+        frame, level = frame.f_back, level + 1
+    return level

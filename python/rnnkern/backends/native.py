@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,12 +65,27 @@ def build_failure() -> str | None:
 
 
 def unavailable() -> str | None:
-    """Why the compiled kernels are not there, with what the compiler said; None if they are."""
+    """Why the compiled kernels are not there, with the command that mends it; None if they are."""
     if _native is not None:
         return None
-    said = build_failure()
-    reason = f"the install found no working C++ compiler, which said:\n{said}\n" if said else f"{_import_error}; "
-    return reason + "install g++ and the Python headers, then: python -m pip install --force-reinstall rnnkern"
+    reason = "they did not compile, see `rnnkern doctor`" if build_failure() else _import_error
+    # Without --no-cache-dir pip would take the wheel that it has just built without kernels.
+    command = f"python -m pip install --force-reinstall --no-deps --no-cache-dir {_source()}"
+    return f"{reason}; install g++ and the Python headers, then: {command}"
+
+
+def _source() -> str:
+    """What this package was installed from, as an argument of pip."""
+    try:
+        record = metadata.distribution("rnnkern").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:  # run from the checkout
+        return shlex.quote(str(Path(__file__).parents[3]))
+    if record is None:  # by its name
+        return "rnnkern"
+    origin = json.loads(record)
+    url: str = origin["url"]
+    path = shlex.quote(url2pathname(urlsplit(url).path) if url.startswith("file:") else url)
+    return f"--editable {path}" if origin.get("dir_info", {}).get("editable") else path
 
 
 def _with_extras(cell: Cell, arrays: Mapping[str, Array]) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ def unavailable() -> str | None:
     try:
         import numba  # noqa: F401
     except ImportError as error:  # not installed, or not made for this NumPy
-        return f'{error}; pip install "rnnkern[numba]"'
+        return f"{error}; python -m pip install numba"
     return None
 
 

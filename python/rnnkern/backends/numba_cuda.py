@@ -32,8 +32,8 @@ def unavailable() -> str | None:
 
         found = cuda.is_available()
     except ImportError as error:
-        return f'{error}; pip install "rnnkern[numba-cuda]"'
-    return None if found else 'Numba finds no CUDA GPU; where there is one: pip install "rnnkern[numba-cuda]"'
+        return f"{error}; python -m pip install numba-cuda"
+    return None if found else "Numba finds no CUDA GPU; where there is one: python -m pip install numba-cuda"
 
 
 @dataclass(frozen=True)
