@@ -16,7 +16,7 @@
 #include "dispatch.h"
 #include "kernel_table.h"
 #include "network.h"
-#include "threads.h"
+#include "team.h"
 
 namespace rnnkern::abi {
 namespace {

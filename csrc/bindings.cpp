@@ -21,7 +21,7 @@
 #include "kernel_table.h"
 #include "network.h"
 #include "packed.h"
-#include "threads.h"
+#include "team.h"
 
 #if defined(__clang__)
 #define RNNKERN_COMPILER "Clang " __clang_version__
@@ -138,7 +138,7 @@ void seal(const py::object& type) {
   PyType_Modified(object);
 }
 
-// Runs a loop of limits.h `runs` times on up to `threads` threads, on `elements` elements of data for each thread or
+// Runs a loop of probes.h `runs` times on up to `threads` threads, on `elements` elements of data for each thread or
 // each row of a cell. Returns the work of a run and, for each run, its seconds and the threads that took part.
 std::pair<std::int64_t, std::vector<std::pair<double, int>>> measure(const std::string& name, const std::string& cell,
                                                                      std::int64_t repeats, std::int64_t elements,

@@ -108,7 +108,7 @@ struct ActivationKernel {
   void (*f64)(const double* x, double* y, std::int64_t n) noexcept;
 };
 
-// One run of a loop of limits.h.
+// One run of a loop of probes.h.
 struct Probe {
   std::int64_t repeats;
   std::int64_t elements;  // of a row of data; whole vectors

@@ -1,7 +1,7 @@
 // Compiled once per ISA; exports one constant table of all kernels for that ISA.
 
-#include "limits.h"
 #include "narrow.h"
+#include "probes.h"
 
 namespace rnnkern {
 namespace {

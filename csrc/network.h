@@ -14,7 +14,7 @@
 #include "dispatch.h"
 #include "kernel_table.h"
 #include "plan.h"
-#include "threads.h"
+#include "team.h"
 
 namespace rnnkern {
 

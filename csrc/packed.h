@@ -19,7 +19,7 @@
 #include "kernel_table.h"
 #include "network.h"
 #include "plan.h"
-#include "threads.h"
+#include "team.h"
 
 namespace rnnkern {
 namespace {

@@ -102,3 +102,14 @@ def test_isas_end_with_the_baseline() -> None:
     """The last ISA is the one that every machine runs which can load the module."""
     assert native.isas()[-1] == ("baseline", True)
     assert native.isa() in dict(native.isas())
+
+
+def test_no_header_has_the_name_of_a_standard_one() -> None:
+    """Whoever has csrc/ among the include folders still gets the compiler's own."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("c++ is not installed")
+    headers = [path.name for path in (Path(__file__).parents[1] / "csrc").glob("*.h")]
+    lines = "".join(f"#if __has_include(<{name}>)\n#error {name}\n#endif\n" for name in headers)
+    run = subprocess.run([compiler, "-E", "-x", "c++", "-"], input=lines, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

@@ -1,5 +1,5 @@
 // The team: helpers that spin briefly between calls and then sleep, and the barrier of those that take part in a call.
-#include "threads.h"
+#include "team.h"
 
 #include <pthread.h>
 #include <signal.h>
