@@ -408,7 +408,8 @@ def draw(session: Session, measured: Mapping[str, float], path: Path) -> None:
     axes.plot(millions[width - 1 :], smooth, color="tab:blue", linewidth=1.6, label=f"mean of {width} updates")
     for (name, bits), color, style in zip(measured.items(), ("0.6", "0.3", "tab:red"), (":", "--", "-"), strict=True):
         axes.axhline(bits, color=color, linestyle=style, linewidth=1.2, label=f"held out, {name}: {bits:.2f}")
-    axes.set(xlabel="million characters read", ylabel="bits per character", ylim=(0, None))
+    axes.set(xlabel="million characters read", ylabel="bits per character")
+    axes.set_ylim(0, 1.1 * max(*measured.values(), math.log2(len(session.text.alphabet))))  # first losses may leap
     axes.set_title(f"{session.cell} on {Path(session.text.name).name}", parse_math=False)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
