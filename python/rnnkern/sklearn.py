@@ -616,8 +616,9 @@ class RNNClassifier(ClassifierMixin, _RNNEstimator):  # type: ignore[misc]
 class RNNRegressor(RegressorMixin, _RNNEstimator):  # type: ignore[misc]
     """A recurrent network that gives each sequence a number, or several.
 
-    As `RNNClassifier`, whose parameters and attributes it has, but for `classes_`. It is trained with the squared error
-    on targets of mean 0 and deviation 1: each output of y is shifted and scaled, and predictions are scaled back.
+    As `RNNClassifier`, whose parameters and attributes it has, but for `class_weight` and `classes_`. It is trained
+    with the squared error on targets of mean 0 and deviation 1: each output of y is shifted and scaled, and predictions
+    are scaled back.
 
     Attributes
     ----------
