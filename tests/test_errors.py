@@ -254,6 +254,17 @@ WRONG_GRADIENTS = {
     "dstate_count": ({"dstate": (None,)}, ValueError, r"dstate: expected a tuple \(h, c\), got 1 elements"),
     "dstate_shape": ({"dstate": (None, np.ones((1, B, 1)))}, ValueError, r"dstate\[1\]: expected float32 of shape"),
     "need_x": ({"need_x": 1}, TypeError, "need_x: expected a bool, got int 1"),
+    "parameters_unknown": (
+        {"parameters": ["weight_ih_l1"]},
+        ValueError,
+        "parameters: expected names from .* got weight_ih_l1$",
+    ),
+    "parameters_text": (
+        {"parameters": "weight_ih_l0"},
+        TypeError,
+        "parameters: expected True, False or names .* got str",
+    ),
+    "parameters_number": ({"parameters": 1}, TypeError, "parameters: expected True, False or names .* got int 1"),
     "into": ({"into": {}}, TypeError, "into: expected the Grads of an earlier backward, got dict"),
 }
 
@@ -280,6 +291,7 @@ def test_gradients_that_cannot_be_added_to(backend):
     before = grads.x.copy()
     check(ValueError, "into.*bias_hh_l0.*writable", layer.backward, tape, FLOATS["dy"], into=grads)
     assert np.array_equal(grads.x, before)
+    check(ValueError, "into.*weight_ih.*NoneType", layer.backward, tape, into=layer.backward(tape, parameters=False))
 
 
 def test_tapes_of_others(backend):

@@ -80,6 +80,16 @@ def test_linear_writes_to_out_and_adds_into(backend: str, random: np.random.Gene
     without = layer.backward(tape, dy, need_x=False)
     assert without.x is None
     assert layer.backward(tape, dy, need_x=False, into=without) is without
+    for names in (["weight"], ["bias"], []):
+        part = layer.backward(tape, dy, parameters=names)
+        np.testing.assert_array_equal(part.x, once.x)
+        assert list(part.parameters) == names
+        for name in names:
+            np.testing.assert_array_equal(part.parameters[name], once.parameters[name])
+        layer.backward(tape, dy, need_x=False, parameters=names, into=part)
+        np.testing.assert_array_equal(part.x, once.x)
+    with pytest.raises(ValueError, match="parameters: expected names from weight, bias, got weights"):
+        layer.backward(tape, dy, parameters=["weights"])
 
 
 def test_linear_tape_keeps_the_weights_of_its_forward(backend: str) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "as_parameter",
     "check_names",
     "check_out",
+    "chosen_names",
     "flag",
     "float_dtype",
     "integer",
@@ -126,6 +127,20 @@ def check_names(argument: str, given: Mapping[str, Any], expected: Iterable[str]
             f"{kind} {', '.join(which)}" for kind, which in (("without", missing), ("with unknown", unknown)) if which
         )
         raise ValueError(f"{argument}: expected the names {', '.join(names)}; got a mapping {came}")
+
+
+def chosen_names(argument: str, value: object, known: Iterable[str]) -> list[str]:
+    """Those of the known names that are chosen: all for True, none for False, else the names that are given."""
+    known = list(known)
+    if isinstance(value, bool | np.bool_):
+        return known if value else []
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{argument}: expected True, False or names of parameters, got {describe(value)}")
+    given = list(value)
+    unknown = [str(name) for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{argument}: expected names from {', '.join(known)}, got {', '.join(unknown)}")
+    return [name for name in known if name in given]
 
 
 def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: Iterable[object]) -> Array:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -26,6 +27,7 @@ from .arguments import (
     seed_or_none,
 )
 from .cells import CELLS
+from .copies import owned
 from .functional import (
     Grads,
     Parameters,
@@ -156,7 +158,6 @@ class Recurrent:
         self._bias = flag("bias", bias)
         self._dropout = probability("dropout", dropout)
         self._chosen_backend = backend
-        self._backend = backends.pick(backend)
         self._generator = np.random.default_rng(seed_or_none(seed))
         self._names = parameter_names(stack, self._bias)
         bound = 1 / math.sqrt(hidden_size)
@@ -167,7 +168,12 @@ class Recurrent:
                 for key, shape in sizes.weight_shapes(self._bias, proj_size > 0).items()
             }
         )
-        # The same arrays as backends take them, one mapping for each layer-direction.
+        self._connect()
+
+    def _connect(self) -> None:
+        """Make what follows from the rest, in a copy too."""
+        self._backend = backends.pick(self._chosen_backend)
+        # The parameters as backends take them, one mapping for each layer-direction.
         self._weights = [{key: self._parameters[name] for key, name in names.items()} for names in self._names]
 
     cell = property(attrgetter("_signature.stack.cell.name"), doc="Name of the cell.")
@@ -281,7 +287,14 @@ class Recurrent:
         return run_forward(signature, self._backend, packed, self._names, masks, arguments, self)
 
     def backward(
-        self, tape: Tape, dy: Any = None, dstate: Any = None, *, need_x: bool = True, into: Grads | None = None
+        self,
+        tape: Tape,
+        dy: Any = None,
+        dstate: Any = None,
+        *,
+        need_x: bool = True,
+        parameters: bool | Iterable[str] = True,
+        into: Grads | None = None,
     ) -> Grads:
         """Gradients of one `forward`; Werbos 1990, "Backpropagation through time".
 
@@ -297,14 +310,17 @@ class Recurrent:
             see it.
         need_x
             Whether the gradient of x is wanted.
+        parameters
+            Which parameters get a gradient: True for all, False for none, or their names. What is not asked for costs
+            no time and changes no bit of the rest.
         into
-            Gradients of an earlier backward of the same shapes; these are added to them, in place.
+            Gradients of an earlier backward of the same shapes; what is asked for is added to them, in place.
 
         Returns
         -------
         Grads
-            `x`, shaped like x; `state`, of the initial state; `parameters`, with the keys of `layer.parameters`. With
-            `into`, that object.
+            `x`, shaped like x, None without `need_x`; `state`, of the initial state; `parameters`, with those keys of
+            `layer.parameters` that are asked for. With `into`, that object.
 
         Raises
         ------
@@ -312,7 +328,7 @@ class Recurrent:
             An argument is not as above; the message names it.
         """
         check_tape(tape, self)
-        return run_backward(tape, dy, dstate, flag("need_x", need_x), into)
+        return run_backward(tape, dy, dstate, need_x, parameters, into)
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters by name."""
@@ -348,11 +364,14 @@ class Recurrent:
         return Frozen(self._signature, self._chosen_backend, copies, repr(self))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_backend"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_backend", "_weights")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._backend = backends.pick(self._chosen_backend)
+        self._connect()
+
+    def __copy__(self) -> Recurrent:
+        return copy.deepcopy(self)  # a copy has arrays of its own
 
     def __repr__(self) -> str:
         """The call that makes such a layer, without the options left at their defaults."""
@@ -536,6 +555,7 @@ class Frozen:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._weights = [{key: owned(array) for key, array in one.items()} for one in self._weights]
         self._pack()
 
     def __repr__(self) -> str:

@@ -10,10 +10,12 @@ A backend is a module with these names; arrays are time-major, C-contiguous and 
         x (T, B, I); state a tuple of `stack.state_shapes(B)`; lengths int64 (B,) or None; resets bool (T, B) or None;
         masks one scaled (T, B, D*P) for each layer but the last, or None; fills y (T, B, D*P);
         saved is what backward needs, None unless training
-    backward(stack, packed, saved, lengths, resets, masks, dy, dstate, need_x) -> (dx or None, dstate, gradients)
-        dy (T, B, D*P) or None; gradients: a dict like weights for each layer-direction
+    backward(stack, packed, saved, lengths, resets, masks, dy, dstate, need_x, wanted=None)
+            -> (dx or None, dstate, gradients)
+        dy (T, B, D*P) or None; gradients: a dict like weights for each layer-direction, of the names that `wanted` has
+        for it, None standing for all; the others cost no time
     linear_forward(x, weight, bias, y)                 x (rows, inputs), weight (outputs, inputs), y (rows, outputs)
-    linear_backward(x, weight, dy, need_x) -> (dx or None, dweight, dbias)
+    linear_backward(x, weight, dy, need_x, wanted=("weight", "bias")) -> (dx, dweight, dbias), None where not wanted
 
 A backend that runs exact arrays sooner than Python has looked at them also has:
 
