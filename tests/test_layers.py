@@ -8,6 +8,7 @@ import pickle
 import tempfile
 import threading
 import time
+import tracemalloc
 import types
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -195,6 +196,17 @@ def test_initial_parameters_are_uniform_draws_of_the_seed(cell, dtype):
     generator = np.random.default_rng(7)
     for array in layer.parameters.values():
         same(array, generator.uniform(-0.25, 0.25, array.shape).astype(dtype))
+
+
+def test_large_parameters_are_drawn_in_pieces_of_the_same_values():
+    """Bits are those of one draw; at no time is there much more memory than for the parameters."""
+    tracemalloc.start()
+    layer = rk.LSTM(300, 300, seed=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    expected = np.random.default_rng(3).uniform(-1 / 300**0.5, 1 / 300**0.5, (1200, 300)).astype("float32")
+    same(layer.parameters["weight_ih_l0"], expected)
+    assert peak <= 1.6 * sum(array.nbytes for array in layer.parameters.values())
 
 
 def test_state_dict_copies_and_load_state_dict_copies_back(cell, backend):

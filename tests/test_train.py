@@ -394,6 +394,22 @@ def test_optimizers_go_on_from_their_state(
         np.testing.assert_array_equal(value, resumed[key])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_gradient_that_is_not_finite_stops_the_step(bad: float, dtype: str) -> None:
+    """The error names the parameter, and parameters, moments and the count of steps are as before."""
+    layers = rk.GRU(3, 4, dtype=dtype, seed=0), rk.Linear(4, 2, dtype=dtype, seed=1)
+    optimizer, grads = rk.Adam(layers), [layer.state_dict() for layer in layers]
+    optimizer.step(grads)
+    before = [layer.state_dict() for layer in layers], optimizer.state_dict()
+    grads[1]["weight"][1, 2] = bad
+    with pytest.raises(FloatingPointError, match=r"grads\[1\]\['weight'\]: expected finite values"):
+        optimizer.step(grads)
+    assert repr(([layer.state_dict() for layer in layers], optimizer.state_dict())) == repr(before)
+    grads[1]["weight"][...] = np.finfo(dtype).max / 4  # whose sum overflows
+    optimizer.step(grads)
+
+
 def test_a_wrong_step_changes_nothing() -> None:
     """Gradients are checked before the first parameter moves."""
     parameters = {"a": np.ones(3), "b": np.ones((2, 2))}

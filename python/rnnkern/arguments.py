@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ __all__ = [
     "integer",
     "probability",
     "seed_or_none",
+    "warn_the_caller",
 ]
 
 Array = NDArray[Any]
@@ -34,6 +37,15 @@ def describe(value: object) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} of shape {value.shape}"
     return f"{type(value).__name__} {value!r}" if isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def warn_the_caller(message: str) -> None:
+    """A UserWarning at the line outside this package from which it comes."""
+    package, level = __name__.partition(".")[0] + ".", 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def integer(name: str, value: object, least: int, most: int | None = None) -> int:
@@ -89,10 +101,22 @@ def as_array(name: str, value: object) -> Array:
             return np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"{name}: expected an array on the CPU, got {type(value).__name__}: {error}") from error
+    if _is_result(value):
+        raise TypeError(f"{name}: expected an array, got a tuple, as a layer returns it: (y, state); pass y alone")
     try:
         return np.asarray(value)
     except ValueError as error:  # nested lists of different lengths
         raise ValueError(f"{name}: expected an array, got {type(value).__name__}: {error}") from None
+
+
+def _is_result(value: object) -> bool:
+    """Whether this is what a layer returns, (y, state) or (y, state, tape), and not an array-like."""
+    if not isinstance(value, tuple) or len(value) not in (2, 3) or not isinstance(value[0], np.ndarray):
+        return False
+    y, state = value[:2]
+    if len(value) == 3:
+        return not isinstance(value[2], np.ndarray | Sequence)
+    return isinstance(state, tuple) or (isinstance(state, np.ndarray) and (y.ndim == 3 or y.shape != state.shape))
 
 
 def as_floats(name: str, value: object, dtype: np.dtype[Any]) -> Array:

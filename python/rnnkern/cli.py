@@ -87,7 +87,7 @@ def add_doctor(commands: Any) -> None:
     _add_backend(parser)
 
     def run(options: argparse.Namespace) -> int:
-        asked = options.backend if options.backend != "auto" else os.environ.get("RNNKERN_BACKEND", "auto")
+        asked = options.backend if options.backend != "auto" else os.environ.get("RNNKERN_BACKEND") or "auto"
         return doctor.run(asked, print)
 
     parser.set_defaults(run=run)

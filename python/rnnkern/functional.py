@@ -269,6 +269,16 @@ def check_tape(tape: object, owner: object) -> None:
         raise ValueError(f"tape: expected one of {expected}, got one of {came}" + " (another)" * (expected == came))
 
 
+def uniform(generator: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Draws from U(-bound, bound) in float64, cast; a piece at a time, so that the whole is never there in float64."""
+    drawn = np.empty(shape, dtype)
+    flat, piece = drawn.reshape(-1), 1 << 16
+    for start in range(0, flat.size, piece):
+        part = flat[start : start + piece]
+        part[:] = generator.uniform(-bound, bound, part.size)
+    return drawn
+
+
 def dropout_masks(stack: Stack, steps: int, batch: int, dropout: float, seed: int) -> list[Array]:
     """0 or 1/(1-p), with probabilities p and 1-p: (T, B, D*P) for each layer but the last.
 

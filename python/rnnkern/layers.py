@@ -25,6 +25,7 @@ from .arguments import (
     integer,
     probability,
     seed_or_none,
+    warn_the_caller,
 )
 from .cells import CELLS
 from .copies import owned
@@ -39,6 +40,7 @@ from .functional import (
     run_backward,
     run_forward,
     run_inference,
+    uniform,
 )
 from .stack import Stack, State, Weights
 
@@ -157,13 +159,15 @@ class Recurrent:
         self._signature = Signature(stack, flag("batch_first", batch_first))
         self._bias = flag("bias", bias)
         self._dropout = probability("dropout", dropout)
+        if self._dropout and stack.num_layers == 1:
+            warn_the_caller(f"dropout: has no effect on a single layer, got {dropout} with num_layers=1")
         self._chosen_backend = backend
         self._generator = np.random.default_rng(seed_or_none(seed))
         self._names = parameter_names(stack, self._bias)
         bound = 1 / math.sqrt(hidden_size)
         self._parameters = Parameters(
             {
-                names[key]: self._generator.uniform(-bound, bound, shape).astype(stack.dtype)
+                names[key]: uniform(self._generator, bound, shape, stack.dtype)
                 for names, sizes in zip(self._names, stack.layers, strict=True)
                 for key, shape in sizes.weight_shapes(self._bias, proj_size > 0).items()
             }

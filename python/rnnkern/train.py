@@ -27,7 +27,7 @@ from .arguments import (
     seed_or_none,
 )
 from .copies import shared
-from .functional import Grads, Parameters, refuse_to_copy
+from .functional import Grads, Parameters, refuse_to_copy, uniform
 
 __all__ = ["SGD", "Adam", "Linear", "clip_grad_norm", "clip_grad_value", "cross_entropy", "mse"]
 
@@ -102,7 +102,7 @@ class Linear:
         bound = 1 / math.sqrt(self.in_features)
         generator = np.random.default_rng(seed_or_none(seed))
         self._parameters = Parameters(
-            {name: generator.uniform(-bound, bound, shape).astype(self.dtype) for name, shape in shapes.items()}
+            {name: uniform(generator, bound, shape, self.dtype) for name, shape in shapes.items()}
         )
 
     @property
@@ -514,7 +514,9 @@ class _Optimizer(ABC):
         Raises
         ------
         TypeError, ValueError
-            The gradients do not fit the parameters; nothing has changed then.
+            The gradients do not fit the parameters.
+        FloatingPointError
+            A gradient is NaN or infinite; the message names it. Whatever the error, nothing has changed.
         """
         gradients = self._checked(grads)
         self.steps += 1
@@ -546,6 +548,10 @@ class _Optimizer(ABC):
                         f"got {gradient.dtype} of shape {gradient.shape}"
                     )
                 flat.append(gradient.reshape(-1))
+                if not _all_finite(flat[-1]):
+                    raise FloatingPointError(
+                        f"grads[{index}][{name!r}]: expected finite values, got NaN or infinity; nothing has changed"
+                    )
         return flat
 
     def state_dict(self) -> dict[str, Any]:
@@ -767,6 +773,13 @@ def _norm(arrays: Sequence[Array]) -> float:
         if largest == 0 or math.isinf(largest):
             return largest
         return largest * math.sqrt(sum(float(np.square(a / largest, dtype=np.float64).sum()) for a in flat))
+
+
+def _all_finite(array: Array) -> bool:
+    """Whether no element is NaN or infinite."""
+    with np.errstate(all="ignore"):
+        # Such an element makes the sum one too, and einsum adds faster than `sum`. An overflow is looked into.
+        return bool(np.isfinite(np.einsum("i->", array)) or np.isfinite(array).all())
 
 
 def _number(name: str, value: float) -> float:

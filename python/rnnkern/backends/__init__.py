@@ -78,7 +78,7 @@ def get(name: str) -> ModuleType:
 def pick(name: str = "auto") -> ModuleType:
     """The backend to use.
 
-    `auto` is the environment variable RNNKERN_BACKEND where set, else the best present of native, numba and
+    `auto` is the environment variable RNNKERN_BACKEND where it is not empty, else the best present of native, numba and
     reference, with one warning when it is not the first.
 
     Raises
@@ -91,7 +91,7 @@ def pick(name: str = "auto") -> ModuleType:
     if not isinstance(name, str):
         raise TypeError(f"backend: expected a name (str), got {type(name).__name__}")
     if name == "auto":
-        name = os.environ.get("RNNKERN_BACKEND", "auto")
+        name = os.environ.get("RNNKERN_BACKEND") or "auto"
     if name != "auto":
         module = get(name)
         reason = module.unavailable()

@@ -23,7 +23,7 @@ else:
     if _native.unknown_max_isa():
         _built = ", ".join(isa for isa, _ in _native.isas())
         raise ValueError(f"RNNKERN_MAX_ISA: expected one of {_built}, got {_native.unknown_max_isa()!r}")
-    _asked = os.environ.get("RNNKERN_NUM_THREADS", "1")
+    _asked = os.environ.get("RNNKERN_NUM_THREADS") or "1"  # empty: not set
     if not _asked.isdecimal() or int(_asked) < 1:
         raise ValueError(f"RNNKERN_NUM_THREADS: expected a positive integer, got {_asked!r}")
 
