@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import pickle
 import tempfile
 import threading
@@ -900,6 +901,15 @@ def test_layers_frozen_layers_and_streams_can_be_copied(cell, backend, duplicate
 def test_layers_print_as_the_call_that_makes_them(layer, text):
     """Without the options left at their defaults, as in torch."""
     assert repr(layer()) == text
+
+
+@pytest.mark.parametrize("layer", [rk.RNN, rk.LSTM, rk.GRU])
+def test_the_help_of_a_layer_describes_its_parameters(layer):
+    """Each once, of its own and of `Recurrent`, in the order of the call; and no others."""
+    section = inspect.getdoc(layer).partition("Parameters\n----------\n")[2].partition("\n\nRaises\n")[0]
+    names = [name for line in section.split("\n") if not line.startswith(" ") for name in line.split(", ")]
+    assert names == list(inspect.signature(layer).parameters)
+    assert "See `Recurrent`" not in layer.__doc__
 
 
 def test_tapes_and_gradients_print_their_sizes():

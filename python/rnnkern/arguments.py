@@ -307,7 +307,7 @@ class Signature:
         """The way back from (T, B, .)."""
         return array[:, 0] if unbatched else np.ascontiguousarray(self.time_major(array))
 
-    def state_to_caller(self, state: State, unbatched: bool) -> Array | tuple[Array, ...]:
+    def state_to_caller(self, state: State, unbatched: bool) -> Any:
         """The array of a cell with one state, else the tuple."""
         if unbatched:
             state = tuple(one[:, 0] for one in state)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -46,6 +46,16 @@ from .stack import Stack, State, Weights
 
 __all__ = ["GRU", "LSTM", "RNN", "Frozen", "Recurrent", "Stream"]
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # for type checkers alone, which know it: of `typing` from Python 3.13 on
+
+    StateT = TypeVar("StateT", default=Any)
+    LayerT = TypeVar("LayerT")
+else:
+    from typing import TypeVar
+
+    StateT = TypeVar("StateT")  # what a layer returns as its state: an array, for an LSTM a tuple of two
+
 Array = NDArray[Any]
 
 PARAMETER_NAMES = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh", "w_hr": "weight_hr"}
@@ -80,7 +90,7 @@ def _check_size(stack: Stack) -> None:
     np.empty(size, np.uint8)  # MemoryError here and not after minutes of drawing values
 
 
-class Recurrent:
+class Recurrent(Generic[StateT]):
     """A stack of layers of any cell of the registry; `RNN`, `LSTM` and `GRU` choose the cell.
 
     Parameters
@@ -180,16 +190,56 @@ class Recurrent:
         # The parameters as backends take them, one mapping for each layer-direction.
         self._weights = [{key: self._parameters[name] for key, name in names.items()} for names in self._names]
 
-    cell = property(attrgetter("_signature.stack.cell.name"), doc="Name of the cell.")
-    input_size = property(attrgetter("_signature.stack.input_size"), doc="I.")
-    hidden_size = property(attrgetter("_signature.stack.hidden_size"), doc="H.")
-    num_layers = property(attrgetter("_signature.stack.num_layers"), doc="L.")
-    bias = property(attrgetter("_bias"), doc="Whether there are biases.")
-    batch_first = property(attrgetter("_signature.batch_first"), doc="Whether the batch comes before the time.")
-    dropout = property(attrgetter("_dropout"), doc="Probability of a zero between two layers.")
-    proj_size = property(attrgetter("_signature.stack.proj_size"), doc="P, or 0 without a projection.")
-    dtype = property(attrgetter("_signature.dtype"), doc="The NumPy dtype of parameters and results.")
-    backend = property(attrgetter("_backend.name"), doc="Name of the backend in use.")
+    @property
+    def cell(self) -> str:
+        """Name of the cell."""
+        return self._signature.stack.cell.name
+
+    @property
+    def input_size(self) -> int:
+        """I."""
+        return self._signature.stack.input_size
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self._signature.stack.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self._signature.stack.num_layers
+
+    @property
+    def bias(self) -> bool:
+        """Whether there are biases."""
+        return self._bias
+
+    @property
+    def batch_first(self) -> bool:
+        """Whether the batch comes before the time."""
+        return self._signature.batch_first
+
+    @property
+    def dropout(self) -> float:
+        """Probability of a zero between two layers."""
+        return self._dropout
+
+    @property
+    def proj_size(self) -> int:
+        """P, or 0 without a projection."""
+        return self._signature.stack.proj_size
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype of parameters and results."""
+        return self._signature.dtype
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        name: str = self._backend.name
+        return name
 
     @property
     def parameters(self) -> Mapping[str, Array]:
@@ -203,7 +253,7 @@ class Recurrent:
 
     def __call__(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, out: Array | None = None
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, StateT]:
         """Inference: no dropout, and nothing kept for `backward`.
 
         Parameters
@@ -245,7 +295,7 @@ class Recurrent:
         resets: Any = None,
         save: str = "gates",
         seed: int | None = None,
-    ) -> tuple[Array, Any, Tape]:
+    ) -> tuple[Array, StateT, Tape]:
         """Training: with dropout, and with a tape for `backward`.
 
         Parameters
@@ -354,7 +404,7 @@ class Recurrent:
         for name, array in self._parameters.items():
             array[...] = checked[name]
 
-    def freeze(self, weights: None = None) -> Frozen:
+    def freeze(self, weights: None = None) -> Frozen[StateT]:
         """A packed snapshot of the parameters for inference; later changes of the parameters do not reach it.
 
         Parameters
@@ -374,7 +424,7 @@ class Recurrent:
         self.__dict__.update(state)
         self._connect()
 
-    def __copy__(self) -> Recurrent:
+    def __copy__(self) -> Recurrent[StateT]:
         return copy.deepcopy(self)  # a copy has arrays of its own
 
     def __repr__(self) -> str:
@@ -393,7 +443,32 @@ class Recurrent:
         return f"{type(self).__name__}({', '.join(arguments)})"
 
 
-class RNN(Recurrent):
+def _with_parameters(**own: str) -> Callable[[type[LayerT]], type[LayerT]]:
+    """Give a class the section on parameters and errors of `Recurrent`, for those it has, and for its own.
+
+    For `help`; a reader of the source, or an editor that only reads it, finds them at `Recurrent`.
+    """
+
+    def document(layer: type[LayerT]) -> type[LayerT]:
+        if layer.__doc__ is None or Recurrent.__doc__ is None:  # python -OO
+            return layer
+        section = inspect.cleandoc(Recurrent.__doc__).partition("Parameters\n")[2].partition("\n\nRaises\n")
+        entries = re.findall(r"^(\w.*)\n((?:    .*\n?)+)", section[0], re.MULTILINE)
+        text = {name: (names, words.rstrip()) for names, words in entries for name in names.split(", ")}
+        text |= {name: (name, "    " + words) for name, words in own.items()}
+        chosen = dict.fromkeys(text[name] for name in inspect.signature(layer).parameters)
+        parameters = "\n".join(f"{names}\n{words}" for names, words in chosen)
+        raises = section[2].partition("\n\nExamples\n")[0]
+        intro, _, examples = inspect.cleandoc(layer.__doc__).partition("\n\nExamples\n")
+        intro = intro.replace("See `Recurrent` for the parameters.", "").rstrip()
+        layer.__doc__ = f"{intro}\n\nParameters\n----------\n{parameters}\n\nRaises\n{raises}\n\nExamples\n{examples}\n"
+        return layer
+
+    return document
+
+
+@_with_parameters(nonlinearity='f: `"tanh"`, `"relu"` or `"sigmoid"`.')
+class RNN(Recurrent[Array]):
     """Elman 1990: h' = f(W_ih x + b_ih + W_hh h + b_hh), f one of tanh, relu and sigmoid; as `torch.nn.RNN`.
 
     See `Recurrent` for the parameters.
@@ -434,7 +509,8 @@ class RNN(Recurrent):
         self.nonlinearity = nonlinearity
 
 
-class LSTM(Recurrent):
+@_with_parameters()
+class LSTM(Recurrent[tuple[Array, Array]]):
     """Hochreiter and Schmidhuber 1997 with forget gates (Gers et al. 2000); as `torch.nn.LSTM`.
 
     i, f, o = sigmoid(W_i* x + b_i* + W_h* h + b_h*), g = tanh(the same); c' = f c + i g, h' = o tanh(c'); with
@@ -469,7 +545,8 @@ class LSTM(Recurrent):
         )  # fmt: skip
 
 
-class GRU(Recurrent):
+@_with_parameters(reset_after="Whether the reset gate acts on the product W_hn h + b_hn, or on h before it.")
+class GRU(Recurrent[Array]):
     """Cho et al. 2014; as `torch.nn.GRU`.
 
     r, z = sigmoid(W_i* x + b_i* + W_h* h + b_h*), h' = (1-z) n + z h. With `reset_after` (cuDNN, PyTorch)
@@ -507,7 +584,7 @@ class GRU(Recurrent):
         )  # fmt: skip
 
 
-class Frozen:
+class Frozen(Generic[StateT]):
     """A packed, immutable snapshot of a layer for inference; made by `Recurrent.freeze`.
 
     Examples
@@ -528,8 +605,16 @@ class Frozen:
         self._layer = layer
         self._pack()
 
-    backend = property(attrgetter("_backend.name"), doc="Name of the backend in use.")
-    dtype = property(attrgetter("_signature.dtype"), doc="The NumPy dtype of the results.")
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        name: str = self._backend.name
+        return name
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype of the results."""
+        return self._signature.dtype
 
     def _pack(self) -> None:
         self._backend = backends.pick(self._chosen_backend)
@@ -540,11 +625,11 @@ class Frozen:
 
     def __call__(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, out: Array | None = None
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, StateT]:
         """y and the final state; the arguments, results and errors are those of the layer's call."""
         return self._call(x, state, lengths, resets, out)
 
-    def stream(self, batch: int = 1) -> Stream:
+    def stream(self, batch: int = 1) -> Stream[StateT]:
         """B sequences fed step by step, from a state of zeros.
 
         Raises
@@ -566,13 +651,13 @@ class Frozen:
         return f"{self._layer}.freeze()"
 
 
-class Stream:
+class Stream(Generic[StateT]):
     """B sequences fed step by step through a frozen layer; made by `Frozen.stream`. One thread at a time may use it.
 
     `step` after `step` gives the bits of the frozen layer's call on the whole sequence with the native backend.
     """
 
-    def __init__(self, frozen: Frozen, batch: int = 1) -> None:
+    def __init__(self, frozen: Frozen[StateT], batch: int = 1) -> None:
         stack = frozen._signature.stack
         if len(stack.directions) > 1:
             raise ValueError(f"stream: expected a layer of one direction, got {frozen._layer}")
@@ -607,9 +692,10 @@ class Stream:
         return self._step(x_t, out)
 
     @property
-    def state(self) -> Any:
+    def state(self) -> StateT:
         """The state after the last step, h (L, B, P) or (h, c), copied both ways; set to None for zeros."""
-        return self._frozen._signature.state_to_caller(self._steps.state, False)
+        state: StateT = self._frozen._signature.state_to_caller(self._steps.state, False)
+        return state
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -619,10 +705,10 @@ class Stream:
         """Start again from a state of zeros."""
         self.state = None
 
-    def __getstate__(self) -> tuple[Frozen, int, State]:
+    def __getstate__(self) -> tuple[Frozen[StateT], int, State]:
         return self._frozen, self._batch, self._steps.state
 
-    def __setstate__(self, state: tuple[Frozen, int, State]) -> None:
+    def __setstate__(self, state: tuple[Frozen[StateT], int, State]) -> None:
         frozen, batch, states = state
         self.__init__(frozen, batch)  # type: ignore[misc]
         self._steps.state = states
