@@ -475,6 +475,7 @@ def test_a_reset_selects_and_does_not_multiply(cell, backend):
     same(layer.backward(other_tape, dy.astype(np.float32)).x[2:], layer.backward(tape, y).x[2:])
 
 
+@pytest.mark.filterwarnings("ignore:dropout. has no effect on a single layer")
 def test_dropout_is_only_in_forward_and_between_layers(cell, backend):
     """A call has none, and a single layer has none."""
     for num_layers in (1, 2):
