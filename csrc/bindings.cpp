@@ -81,8 +81,10 @@ void linear_backward(const py::object& x, const py::object& weight, const py::ob
   Linear& call = arrays.call;
   call.dy = checked(dy, "dy", arrays.dtype, {call.rows, call.outputs}).data();
   if (!dx.is_none()) call.dx = checked(dx, "dx", arrays.dtype, {call.rows, call.inputs}, true).mutable_data();
-  py::array to_weight = checked(dweight, "dweight", arrays.dtype, {call.outputs, call.inputs}, true);
-  std::memset(call.dweight = to_weight.mutable_data(), 0, static_cast<std::size_t>(to_weight.nbytes()));
+  if (!dweight.is_none()) {
+    py::array to_weight = checked(dweight, "dweight", arrays.dtype, {call.outputs, call.inputs}, true);
+    std::memset(call.dweight = to_weight.mutable_data(), 0, static_cast<std::size_t>(to_weight.nbytes()));
+  }
   if (!dbias.is_none()) {
     py::array to_bias = checked(dbias, "dbias", arrays.dtype, {call.outputs}, true);
     std::memset(call.dbias = to_bias.mutable_data(), 0, static_cast<std::size_t>(to_bias.nbytes()));
@@ -201,8 +203,10 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
                           py::is_final())
            .def("forward", &Packed::forward, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"),
                 py::arg("masks"), py::arg("y"))
-           .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("need_x"))
+           .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("need_x"),
+                py::arg("wanted"))
            .def("plan", &Packed::plan, py::arg("steps"), py::arg("batch"), py::arg("backward"))
+           .def_property_readonly("biased", [](const Packed& self) { return self.biased(); })
            .def_property_readonly("isa", [](const Packed& self) { return self.isa(); })
            .def_property_readonly("nbytes", [](const Packed& self) { return self.nbytes(); }));
 

@@ -135,7 +135,8 @@ class BackwardLoop : protected Context<Cell, T> {
     return count;
   }
 
-  // The block's part of every gradient that is a sum over rows, divided by output elements, and its rows of dx.
+  // The block's part of every gradient that is a sum over rows and asked for, divided by output elements, and its rows
+  // of dx.
   void add_gradients(std::int64_t end) noexcept {
     const std::int64_t I = layer_.sizes.inputs, gates = Cell::gates * H_, early = Layout::early * H_;
     const LayerWeights<void*>& to = layer_.gradients;
@@ -148,28 +149,34 @@ class BackwardLoop : protected Context<Cell, T> {
     };
 
     const std::int64_t rows = list(end, s_.left, in_gates(s_.dx_gates));
-    list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) {
-      return static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
-    });
-    add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
+    if (to.w_ih) {
+      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) {
+        return static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
+      });
+      add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
+    }
     if (to.b_ih) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_ih));
     if (layer_.dx) add_to_dx(rows, end);
 
     if constexpr (Cell::separate_recurrent) list(end, s_.left, in_gates(s_.dr_gates));
-    list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous_h(t, b); });
-    add_outer_products(rows, s_.left, s_.right, own_early.begin, own_early.end, P_, static_cast<T*>(to.w_hh),
-                       s_.buffer);
+    if (to.w_hh) {
+      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous_h(t, b); });
+      add_outer_products(rows, s_.left, s_.right, own_early.begin, own_early.end, P_, static_cast<T*>(to.w_hh),
+                         s_.buffer);
+    }
     if (to.b_hh) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_hh));
 
     const auto hidden = [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
       return s_.hidden + row * padded_h_;
     };
     if constexpr (Cell::late_gates > 0) {
-      list(end, s_.right, hidden);
-      const std::int64_t begin = own.begin > early ? own.begin : early;
-      add_outer_products(rows, s_.left, s_.right, begin, own.end, H_, static_cast<T*>(to.w_hh), s_.buffer);
+      if (to.w_hh) {
+        list(end, s_.right, hidden);
+        const std::int64_t begin = own.begin > early ? own.begin : early;
+        add_outer_products(rows, s_.left, s_.right, begin, own.end, H_, static_cast<T*>(to.w_hh), s_.buffer);
+      }
     }
-    if (layer_.sizes.projected) {
+    if (to.w_hr) {
       list(end, s_.left,
            [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* { return s_.dh + row * stride_p_; });
       list(end, s_.right, hidden);
@@ -178,6 +185,7 @@ class BackwardLoop : protected Context<Cell, T> {
                          s_.buffer);
     }
     for (int e = 0; e < Cell::extras; ++e) {
+      if (!to.extra[e]) continue;
       list(end, s_.left, [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
         return s_.dextra + row * Cell::extras * H_ + e * H_;
       });

@@ -47,7 +47,7 @@ struct Layer {
   bool add_to_dx;                 // a second direction adds to what the first has written
   const void* dlast[kMaxStates];  // gradients of `last`
   void* dinitial[kMaxStates];
-  LayerWeights<void*> gradients;  // zeroed by the caller
+  LayerWeights<void*> gradients;  // null: not wanted; else zeroed by the caller
 };
 
 enum class Split : int { rows, units };  // what the threads of a call divide among them
@@ -76,7 +76,7 @@ struct Linear {
   const void *x, *weight, *bias;  // bias null: none
   void* y;
   const void* dy;
-  void *dx, *dweight, *dbias;  // dx, dbias null: not wanted; dweight, dbias zeroed by the caller
+  void *dx, *dweight, *dbias;  // null: not wanted; dweight, dbias zeroed by the caller
   void* scratch;
 };
 

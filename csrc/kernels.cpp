@@ -165,7 +165,8 @@ void linear_backward(void* context, Worker& worker) noexcept {
     s.outputs[i] = static_cast<T*>(call.dx) + (call.dx ? i * inputs : 0);
   }
   const Range own = share(outputs, worker.index, worker.count, kTileRows<Plain::vectors>);
-  add_outer_products(call.rows, s.left, s.right, own.begin, own.end, inputs, static_cast<T*>(call.dweight), s.buffer);
+  if (call.dweight)
+    add_outer_products(call.rows, s.left, s.right, own.begin, own.end, inputs, static_cast<T*>(call.dweight), s.buffer);
   if (call.dbias) add_rows(call.rows, s.left, own.begin, own.end, static_cast<T*>(call.dbias));
   if (!call.dx) return;
   if (worker.count > 1) worker.wait(worker.team);

@@ -405,7 +405,7 @@ class Public:
         arguments = self.inputs(layer)
         y, state, tape = layer.forward(**arguments)
         dstate = tuple(one.copy() for one in state) if isinstance(state, tuple) else state.copy()
-        given = {"tape": tape, "dy": np.ones_like(y), "dstate": dstate, "need_x": True}
+        given = {"tape": tape, "dy": np.ones_like(y), "dstate": dstate, "need_x": True, "parameters": True}
         if self.rng.random() < 0.2:
             given["into"] = layer.backward(tape)
         if self.rng.random() < 0.1:
@@ -568,8 +568,15 @@ class Native:
             "dy": np.ones((5, 2, stack.output_size), stack.dtype),
             "dlast": self.state(stack),
             "need_x": True,
+            "wanted": self.rng.choice((None, self.wanted(stack, bias))),
         }
         return packed.backward, arguments, ()
+
+    def wanted(self, stack: Stack, bias: bool) -> list[list[bool]]:
+        """Which gradients are asked for, sometimes of the wrong count."""
+        count = len(stack.layers[0].weight_shapes(bias, stack.proj_size > 0)) + (self.rng.random() < 0.1)
+        layers = len(stack.layers) + (self.rng.random() < 0.1)
+        return [[self.rng.random() < 0.5 for _ in range(count)] for _ in range(layers)]
 
     def frozen_call(self) -> Call:
         stack = self.rng.choice(self.stacks)

@@ -19,11 +19,14 @@ class Packed:
     """
     The weights of a stack, packed for the ISA that was active when it was made.
     """
-    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool) -> tuple:
+    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool, wanted: collections.abc.Sequence[collections.abc.Sequence[bool]] | None) -> tuple:
         ...
     def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any) -> tuple:
         ...
     def plan(self, steps: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex, backward: bool) -> dict:
+        ...
+    @property
+    def biased(self) -> bool:
         ...
     @property
     def isa(self) -> str:

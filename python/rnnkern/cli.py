@@ -118,7 +118,7 @@ def add_doctor(commands: Any) -> None:
     _add_backend(parser)
 
     def run(options: argparse.Namespace) -> int:
-        asked = options.backend if options.backend != "auto" else os.environ.get("RNNKERN_BACKEND", "auto")
+        asked = options.backend if options.backend != "auto" else os.environ.get("RNNKERN_BACKEND") or "auto"
         with Terminal() as terminal:
             return doctor.run(asked, terminal.say)
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cells import Cell
-from ..stack import Stack
+from ..stack import Stack, Wanted
 
 _native: Any
 try:
@@ -28,7 +28,7 @@ else:
     if _native.unknown_max_isa():
         _built = ", ".join(isa for isa, _ in _native.isas())
         raise ValueError(f"RNNKERN_MAX_ISA: expected one of {_built}, got {_native.unknown_max_isa()!r}")
-    _asked = os.environ.get("RNNKERN_NUM_THREADS", "1")
+    _asked = os.environ.get("RNNKERN_NUM_THREADS") or "1"  # empty: not set
     if not _asked.isdecimal() or int(_asked) < 1:
         raise ValueError(f"RNNKERN_NUM_THREADS: expected a positive integer, got {_asked!r}")
 
@@ -97,10 +97,10 @@ def _with_extras(cell: Cell, arrays: Mapping[str, Array]) -> Mapping[str, Any]:
 
 
 def _without_extras(cell: Cell, arrays: dict[str, Any]) -> dict[str, Array]:
-    """The way back."""
+    """The way back, from None in place of an extra to none."""
     if cell.extras:
         arrays |= zip(cell.extras, arrays.pop("extras"), strict=True)
-    return arrays
+    return {key: value for key, value in arrays.items() if value is not None}
 
 
 def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -> Any:
@@ -144,9 +144,14 @@ def backward(
     dy: Array | None,
     dstate: State,
     need_x: bool,
+    wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`; lengths, resets and masks are those that `saved` already holds."""
-    dx, dinitial, gradients = packed.backward(saved, dy, dstate, need_x)
+    flags = None
+    if wanted is not None:
+        names = stack.layers[0].weight_shapes(packed.biased, stack.proj_size > 0)
+        flags = [[name in one for name in names] for one in wanted]
+    dx, dinitial, gradients = packed.backward(saved, dy, dstate, need_x, flags)
     return dx, dinitial, [_without_extras(stack.cell, one) for one in gradients]
 
 
@@ -174,9 +179,12 @@ def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> Non
     _native.linear_forward(x, weight, bias, y)
 
 
-def linear_backward(x: Array, weight: Array, dy: Array, need_x: bool) -> tuple[Array | None, Array, Array]:
+def linear_backward(
+    x: Array, weight: Array, dy: Array, need_x: bool, wanted: Wanted = ("weight", "bias")
+) -> tuple[Array | None, Array | None, Array | None]:
     """See `backends`."""
     dx = np.empty_like(x) if need_x else None
-    dweight, dbias = np.empty_like(weight), np.empty(len(weight), weight.dtype)
+    dweight = np.empty_like(weight) if "weight" in wanted else None
+    dbias = np.empty(len(weight), weight.dtype) if "bias" in wanted else None
     _native.linear_backward(x, weight, dy, dx, dweight, dbias)
     return dx, dweight, dbias
