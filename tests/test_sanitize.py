@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 import time
 import warnings
@@ -215,9 +216,7 @@ def test_a_child_computes_although_another_thread_has_the_team() -> None:
     try:
         for _ in range(3):
             time.sleep(0.01)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: a process with threads forks
-                child = os.fork()
+            child = forked()
             if child == 0:
                 code = 1
                 try:
@@ -229,6 +228,88 @@ def test_a_child_computes_although_another_thread_has_the_team() -> None:
     finally:
         done.set()
         thread.join()
+
+
+def forked() -> int:
+    """`os.fork`, without the warning of Python 3.12 for a process with threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_child_refuses_a_stream_in_use_until_its_state_is_set() -> None:
+    """The thread that was in a step is not there to end it."""
+    problem = Problem("lstm", T=1, B=300, I=64, H=256)
+    frozen, x, done = layer_of(problem, "native").freeze(), inputs(problem).x[0], threading.Event()
+    stream, fresh = frozen.stream(300), frozen.stream(300)
+    start = fresh.state
+    expected = fresh.step(x).tobytes()
+
+    def keep_busy() -> None:
+        while not done.is_set():
+            stream.step(x)
+
+    def try_it() -> int:
+        try:
+            stream.step(x)
+        except RuntimeError as error:
+            stream.state = start
+            return 0 if "forked" in str(error) and stream.step(x).tobytes() == expected else 1
+        return 2  # it was between two steps
+
+    thread = threading.Thread(target=keep_busy)
+    thread.start()
+    codes = []
+    try:
+        while 0 not in codes and len(codes) < 100:
+            time.sleep(0.003)
+            child = forked()
+            if child == 0:
+                code = 1
+                try:
+                    code = try_it()
+                finally:
+                    os._exit(code)
+            codes.append(exit_code(child))
+    finally:
+        done.set()
+        thread.join()
+    assert set(codes) - {2} == {0}, codes
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_child_of_a_signal_handler_gives_up_the_call_it_is_in() -> None:
+    """Its share of the work is missing where other threads had joined; the parent goes on."""
+    problem = Problem("gru", T=3000, B=2, I=97, H=300)
+    layer, x, children = layer_of(problem, "native"), inputs(problem).x, []
+    expected = layer(x)[0].tobytes()
+
+    def fork_once(*_: Any) -> None:
+        if not children:
+            children.append(forked())
+
+    def complete() -> bool:
+        return bool(layer(x)[0].tobytes() == expected)
+
+    before = signal.signal(signal.SIGALRM, fork_once)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.12)
+        code = 1
+        try:
+            while not children:
+                assert complete()
+        except RuntimeError as error:
+            code = 0 if children == [0] and "fork" in str(error) and complete() else 1
+        else:
+            code = 0
+        if children == [0]:
+            os._exit(code)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        if children == [0]:
+            os._exit(1)
+    assert exit_code(children[0]) == 0
 
 
 def exit_code(child: int) -> int | None:
