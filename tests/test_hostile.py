@@ -809,6 +809,41 @@ assert all(os.sched_getaffinity(thread) == {min(cpus)} for thread in threads)
     assert child.returncode == 0, child.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this platform pins no threads")
+def test_a_signal_handler_may_fork_during_a_call(tmp_path: Path) -> None:
+    """The child gives up the call, in which the work of its threads is missing, and goes on; so does the parent."""
+    program = """
+import os, signal, time, warnings
+import numpy as np, rnnkern as rk
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: a process with threads forks
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # nobody knows then whether the CPUs are wanted by others
+rk.set_num_threads(2)
+layer, x, children = rk.GRU(97, 300), np.zeros((3_000, 2, 97), np.float32), []
+signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
+signal.setitimer(signal.ITIMER_REAL, 0.12)
+try:
+    while not children:
+        layer(x)
+except RuntimeError as error:
+    assert children == [0] and "fork" in str(error)
+    layer(x[:100])
+else:
+    if children == [0]:
+        os._exit(3)
+    for _ in range(600):
+        child, status = os.waitpid(children[0], os.WNOHANG)
+        if child:
+            assert status == 0, status
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(children[0], signal.SIGKILL)
+        raise SystemExit("the child hangs")
+"""
+    child = run_python(tmp_path, "-c", program)
+    assert child.returncode == 0, child.stderr
+
+
 FAILING = """
 #define _GNU_SOURCE
 #include <dlfcn.h>

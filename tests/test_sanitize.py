@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import threading
 import time
 import warnings
@@ -276,40 +275,6 @@ def test_a_child_refuses_a_stream_in_use_until_its_state_is_set() -> None:
         done.set()
         thread.join()
     assert set(codes) - {2} == {0}, codes
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
-def test_a_child_of_a_signal_handler_gives_up_the_call_it_is_in() -> None:
-    """Its share of the work is missing where other threads had joined; the parent goes on."""
-    problem = Problem("gru", T=3000, B=2, I=97, H=300)
-    layer, x, children = layer_of(problem, "native"), inputs(problem).x, []
-    expected = layer(x)[0].tobytes()
-
-    def fork_once(*_: Any) -> None:
-        if not children:
-            children.append(forked())
-
-    def complete() -> bool:
-        return bool(layer(x)[0].tobytes() == expected)
-
-    before = signal.signal(signal.SIGALRM, fork_once)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.12)
-        code = 1
-        try:
-            while not children:
-                assert complete()
-        except RuntimeError as error:
-            code = 0 if children == [0] and "fork" in str(error) and complete() else 1
-        else:
-            code = 0
-        if children == [0]:
-            os._exit(code)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-        if children == [0]:
-            os._exit(1)
-    assert exit_code(children[0]) == 0
 
 
 def exit_code(child: int) -> int | None:
