@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <memory>
 #include <span>
 #include <string>
 #include <tuple>
@@ -21,6 +20,7 @@
 #include "kernel_table.h"
 #include "network.h"
 #include "packed.h"
+#include "policy.h"
 #include "team.h"
 
 #if defined(__clang__)
@@ -109,11 +109,18 @@ py::array activation(const std::string& name, const py::array& x) {
   throw py::value_error("name: the compiled module has no activation '" + name + "'");
 }
 
-std::unique_ptr<Packed> pack(const std::string& cell, const std::string& format, std::int64_t input_size,
-                             std::int64_t hidden_size, std::int64_t proj_size, std::int64_t num_layers,
-                             std::vector<bool> directions, const py::object& weights, bool training) {
-  return std::make_unique<Packed>(cell, format, input_size, hidden_size, proj_size, num_layers, std::move(directions),
-                                  weights, training);
+// Makes what Python owns from now on. Not a unique_ptr: pybind11 and it would both free the object where memory runs
+// out while the Python object is made.
+template <class Owned, class... Arguments>
+Owned* make(Arguments&&... arguments) {
+  return new Owned(std::forward<Arguments>(arguments)...);
+}
+
+Packed* pack(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
+             std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::object& weights,
+             bool training) {
+  return make<Packed>(cell, format, input_size, hidden_size, proj_size, num_layers, std::move(directions), weights,
+                      training);
 }
 
 // What the calls of rnnkern_abi.h take of a stack: the bytes of its weights, packed for inference and for training, and
@@ -235,13 +242,13 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def(
       "frozen_call",
       [](const py::object& packed, const py::object& friendly, bool batch_first) {
-        return std::make_unique<FrozenCall>(packed, friendly, batch_first);
+        return make<FrozenCall>(packed, friendly, batch_first);
       },
       py::arg("packed"), py::arg("friendly"), py::arg("batch_first"));
   m.def(
       "stream",
       [](const py::object& packed, std::int64_t batch, const py::object& arguments) {
-        return std::make_unique<Steps>(packed, batch, arguments);
+        return make<Steps>(packed, batch, arguments);
       },
       py::arg("packed"), py::arg("batch"), py::arg("arguments"));
 
@@ -276,5 +283,16 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def("unknown_max_isa", &unknown_max_isa, "RNNKERN_MAX_ISA where it names no compiled ISA, else empty.");
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", [](int count) { set_num_threads(count); }, py::arg("count"));
+  m.def("most_threads", &most_threads, py::arg("cores"), py::arg("quota"),
+        "The threads that a process may use on cores, under a quota of CPUs' worth of time.");
+  m.def(
+      "decide",
+      [](int threads, std::int64_t expected_ns, std::int64_t since_last, int cpus, int runnable, int awake) {
+        const Decision decision = decide({threads, expected_ns, true, since_last}, {cpus, runnable, awake});
+        return std::pair(decision.helpers, decision.look_again);
+      },
+      py::arg("threads"), py::arg("expected_ns"), py::arg("since_last"), py::arg("cpus"), py::arg("runnable"),
+      py::arg("awake"), "How many helpers a call asks for, and whether it asks again on its way, by policy.h.");
+  m.def("next_retreat", &next_retreat, py::arg("before"), "How many calls do without helpers after a crowded one.");
   m.attr("compiler") = RNNKERN_COMPILER;
 }

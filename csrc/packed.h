@@ -267,7 +267,7 @@ class Packed : public Network {
   std::vector<py::array> checked_weights(const py::dict& dict, std::size_t i, const LayerSizes& sizes) const {
     const auto take = [&](const char* key) {
       const py::str name(key);
-      PyObject* object = PyDict_GetItemWithError(dict.ptr(), name.ptr());
+      PyObject* object = in_python(PyDict_GetItemWithError, dict.ptr(), name.ptr());
       if (object == nullptr && PyErr_Occurred()) throw py::error_already_set();
       if (object == nullptr)
         throw py::value_error(weights_name(i).text() + ": expected an array named '" + key + "', got none");

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'abi_bytes', 'activation', 'cells', 'compiler', 'frozen_call', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'num_threads', 'pack', 'set_num_threads', 'stream', 'unknown_max_isa', 'use_isa']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'abi_bytes', 'activation', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'set_num_threads', 'stream', 'unknown_max_isa', 'use_isa']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -66,6 +66,10 @@ def cells() -> list:
     """
     What the compiled module knows of each cell.
     """
+def decide(threads: typing.SupportsInt | typing.SupportsIndex, expected_ns: typing.SupportsInt | typing.SupportsIndex, since_last: typing.SupportsInt | typing.SupportsIndex, cpus: typing.SupportsInt | typing.SupportsIndex, runnable: typing.SupportsInt | typing.SupportsIndex, awake: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, bool]:
+    """
+    How many helpers a call asks for, and whether it asks again on its way, by policy.h.
+    """
 def frozen_call(packed: typing.Any, friendly: typing.Any, batch_first: bool) -> FrozenCall:
     ...
 def isa() -> str:
@@ -87,6 +91,14 @@ def linear_forward(x: typing.Any, weight: typing.Any, bias: typing.Any, y: typin
 def measure(name: str, cell: str, repeats: typing.SupportsInt | typing.SupportsIndex, elements: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, runs: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, list[tuple[float, int]]]:
     """
     Times a loop that only the machine limits, for rnnkern.bench.limits.
+    """
+def most_threads(cores: typing.SupportsInt | typing.SupportsIndex, quota: typing.SupportsFloat | typing.SupportsIndex) -> int:
+    """
+    The threads that a process may use on cores, under a quota of CPUs' worth of time.
+    """
+def next_retreat(before: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    How many calls do without helpers after a crowded one.
     """
 def num_threads() -> int:
     ...
