@@ -7,15 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rnnkern.backends.native import native_module
+from rnnkern.backends import native as native_backend
 from rnnkern.cells import CELLS
 
-native: Any = native_module()
+native: Any = native_backend.native_module()
 pytestmark = pytest.mark.skipif(native is None, reason="the compiled module is missing")
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,32 @@ def test_isas_end_with_the_baseline() -> None:
     """The last ISA is the one that every machine runs which can load the module."""
     assert native.isas()[-1] == ("baseline", True)
     assert native.isa() in dict(native.isas())
+
+
+@pytest.mark.parametrize(
+    ("record", "source"),
+    [
+        (None, "rnnkern"),
+        ('{"url": "file:///a%20b/rnnkern-1.tar.gz", "archive_info": {}}', "'/a b/rnnkern-1.tar.gz'"),
+        ('{"url": "file:///tree", "dir_info": {"editable": true}}', "--editable /tree"),
+        ('{"url": "https://host/rnnkern-1.tar.gz", "archive_info": {}}', "https://host/rnnkern-1.tar.gz"),
+    ],
+)
+def test_what_mends_a_build_names_its_source(
+    record: str | None, source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As pip has noted it; and not what the compiler said, which `rnnkern doctor` shows."""
+    monkeypatch.setattr(native_backend, "_native", None)
+    monkeypatch.setattr(native_backend, "build_failure", lambda: "line\n" * 40)
+    (tmp_path / "METADATA").touch()
+    if record is not None:
+        (tmp_path / "direct_url.json").write_text(record)
+    monkeypatch.setattr(metadata, "distribution", lambda _: metadata.PathDistribution(tmp_path))
+    reason = native_backend.unavailable()
+    assert reason is not None
+    assert reason.endswith(f": python -m pip install --force-reinstall --no-deps --no-cache-dir {source}")
+    assert "rnnkern doctor" in reason
+    assert "\n" not in reason
 
 
 class Project:
