@@ -69,7 +69,8 @@ def store(target: Path, stored: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(stored)
-    for old in sorted(stored.parent.glob("*.o"), key=lambda path: path.stat().st_mtime)[:-MOST]:
+    # Count what killed builds have left too: all names but that of the lock have a dot.
+    for old in sorted(stored.parent.glob("*.*"), key=lambda path: path.stat().st_mtime)[:-MOST]:
         old.unlink(missing_ok=True)
 
 
