@@ -19,9 +19,10 @@ PLACES = {"-c", "-o", "-isystem", "-MF", "-MT"}  # options whose value, the next
 
 
 def main(folder: Path, command: list[str]) -> int:
-    if "-c" not in command or "-o" not in command:  # a test or a link of CMake's
+    target = Path(command[command.index("-o") + 1]) if "-o" in command else None
+    # CMake's own tests, whose targets begin with cmTC_, read what the compiler says.
+    if "-c" not in command or target is None or name(target).startswith("cmTC_"):
         return subprocess.call(command)
-    target = Path(command[command.index("-o") + 1])
     with suppress(OSError), (folder / "lock").open("a") as lock:
         key = content(command)
         if key is not None:
@@ -68,7 +69,8 @@ def store(target: Path, stored: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(stored)
-    for old in sorted(stored.parent.glob("*.o"), key=lambda path: path.stat().st_mtime)[:-MOST]:
+    # Count what killed builds have left too: all names but that of the lock have a dot.
+    for old in sorted(stored.parent.glob("*.*"), key=lambda path: path.stat().st_mtime)[:-MOST]:
         old.unlink(missing_ok=True)
 
 

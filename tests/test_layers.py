@@ -755,8 +755,9 @@ def test_auto_takes_the_best_and_warns_once_when_it_steps_down(monkeypatch):
 
     monkeypatch.setattr(backends, "get", get)
     monkeypatch.setattr(backends, "AUTOMATIC", ("native", "reference"))
-    with pytest.warns(UserWarning, match="'reference', because native: no compiler"):
+    with pytest.warns(UserWarning, match="'reference', because native: no compiler") as warned:
         assert rk.GRU(3, 4).backend == "reference"
+    assert [one.filename for one in warned] == [__file__]
     assert rk.GRU(3, 4).backend == "reference"
     monkeypatch.setenv("RNNKERN_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
