@@ -92,7 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:rnnkern runs on the backend")
 
 
-# What comes round: each of its values is in some test of a grid. Other parameters are a test's own.
+# What comes round, alone or listed with more: each value is in some test of a grid. All else is a test's own.
 COMES_ROUND = {"cell", "backend", "native", "dtype", "layout"}
 
 
@@ -104,12 +104,12 @@ def shown(item: pytest.Item) -> set[frozenset[Any]]:
         together = tuple(name.strip() for name in listed.split(",")) if isinstance(listed, str) else tuple(listed)
         names |= dict.fromkeys(together, together)
     values = {group: (group, *(id(params[name]) for name in group)) for group in names.values()}
-    own = [value for group, value in values.items() if not COMES_ROUND.issuperset(group)]
+    own = [value for group, value in values.items() if COMES_ROUND.isdisjoint(group)]
     return {frozenset({value}) for value in values.values()} | {frozenset(pair) for pair in combinations(own, 2)}
 
 
 def few(grid: list[pytest.Item]) -> set[pytest.Item]:
-    """Of the tests of one function, few that show all that any of them shows; others of the registries by function."""
+    """Of the tests of one function, few that show all that any shows; its name draws which cell meets which backend."""
     order = random.Random(grid[0].originalname).sample(range(len(grid)), len(grid))
     each = [shown(item) for item in grid]
     missing = set().union(*each)

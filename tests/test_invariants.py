@@ -159,7 +159,7 @@ def test_helpers_that_come_during_a_call_change_no_bit(cell, native):
             rk.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.skipif(backends.get("native").unavailable() is not None, reason="the compiled module is missing")
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="scheduling affinity is Linux's")
 def test_helpers_come_to_cpus_of_their_own_however_busy_the_others_are():
     """What runs elsewhere on the machine takes nothing from a process that is kept to some of its CPUs."""
@@ -335,6 +335,7 @@ def test_a_million_steps(native):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # for its memory
 def test_more_gate_elements_than_32_bits_count():
     """T*B*G*H beyond 2**31, while y takes 2.2 GB: the last row is that row run alone. On the best ISA."""
     reason = backends.get("native").unavailable()
