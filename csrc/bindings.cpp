@@ -107,8 +107,8 @@ py::array activation(const std::string& name, const py::array& x) {
   throw py::value_error("name: the compiled module has no activation '" + name + "'");
 }
 
-// Makes what Python owns from now on. Not a unique_ptr: pybind11 and it would both free the object where memory runs out
-// while the Python object is made.
+// Makes what Python owns from now on. Not a unique_ptr: pybind11 and it would both free the object where memory runs
+// out while the Python object is made.
 template <class Owned, class... Arguments>
 Owned* make(Arguments&&... arguments) {
   return new Owned(std::forward<Arguments>(arguments)...);
