@@ -43,18 +43,21 @@ def main(folder: Path, command: list[str]) -> int:
 
 def content(command: list[str]) -> str | None:
     """Hash of what an object is made of, None where the preprocessor fails; lists the headers for Ninja on the way."""
-    rest, options, preprocess = iter(command), [], []
+    rest, options, preprocess, headers = iter(command), [], [], []
     for one in rest:
         if one in PLACES:
             value = next(rest)
             preprocess += {"-c": [value], "-o": []}.get(one, [one, value])
+            headers += [value] if one == "-isystem" else []
         else:
             preprocess.append(one)
-            if not one.startswith("-I"):
-                options.append(one)
+            (headers if one.startswith("-I") else options).append(one.removeprefix("-I"))
     # -dD shows the macros of the compiler too: its version, and what -march=native stands for.
     run = subprocess.run([*preprocess, "-E", "-P", "-dD"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    return hashlib.sha256("\0".join(options).encode() + run.stdout).hexdigest() if run.returncode == 0 else None
+    text = run.stdout
+    for folder in sorted(filter(None, headers), key=len, reverse=True):  # pybind11 has __FILE__ in its messages
+        text = text.replace(os.fsencode(folder), b"")
+    return hashlib.sha256("\0".join(options).encode() + text).hexdigest() if run.returncode == 0 else None
 
 
 def name(target: Path) -> str:

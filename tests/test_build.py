@@ -164,7 +164,7 @@ class Project:
         """Compile in a folder of its own, where the header lies too."""
         folder = self.folder / build
         folder.mkdir()
-        (folder / "a.h").write_text(f"#define VALUE {value}\n")
+        (folder / "a.h").write_text(f"#define VALUE {value}\ninline const char* where() {{ return __FILE__; }}\n")
         command = [
             sys.executable, "-IS", str(ROOT / "cmake" / "reuse.py"), str(self.objects), str(self.compiler),
             f"-I{folder}", *options, "-MD", "-MT", "a.o", "-MF", "a.d", "-o", "a.o", "-c", str(self.folder / "a.cpp"),
