@@ -50,7 +50,7 @@ class _Evaluator(ReferenceEvaluator):
         given = set(self.input_names_)
         known = {name: value for name, value in (around | self.rt_inits_).items() if name not in given}
         known[""] = None
-        left = []
+        left: list[Any] = []
         for node in self.rt_nodes_:
             for one in node.onnx_node.attribute:
                 if one.type == onnx.AttributeProto.GRAPH:
@@ -100,7 +100,7 @@ class PreparedModel(base.BackendRep):
     """A model ready to run, from `prepare`. Several threads may run it at once."""
 
     def __init__(self, model: Any) -> None:
-        self._evaluator = _Evaluator(model)
+        self.evaluator = _Evaluator(model)
         graph = model.graph
         held = {one.name for one in graph.initializer} | {one.values.name for one in graph.sparse_initializer}
         self._inputs = {one.name: _dtype_of(one.type) for one in graph.input}
@@ -134,7 +134,7 @@ class PreparedModel(base.BackendRep):
         unknown = [str(name) for name in feeds if name not in self._inputs]
         if missing or unknown:
             raise ValueError(f"inputs: expected {self._names()}, got {', '.join(map(str, feeds)) or 'nothing'}")
-        return tuple(self._evaluator.run(None, {name: self._checked(name, value) for name, value in feeds.items()}))
+        return tuple(self.evaluator.run(None, {name: self._checked(name, value) for name, value in feeds.items()}))
 
     def _names(self) -> str:
         return ", ".join(self._required) or "nothing"
