@@ -37,6 +37,8 @@ class _Evaluator(ReferenceEvaluator):
     What depends on constants alone is computed once, when it is made.
     """
 
+    rt_nodes_: list[Any]
+
     def __init__(self, proto: Any, *, new_ops: Any = None, **options: Any) -> None:
         super().__init__(proto, new_ops=[*OPERATORS, *(new_ops or ())], **options)
         # Nodes keep what they made of weights that cannot change.
@@ -50,7 +52,7 @@ class _Evaluator(ReferenceEvaluator):
         given = set(self.input_names_)
         known = {name: value for name, value in (around | self.rt_inits_).items() if name not in given}
         known[""] = None
-        left: list[Any] = []
+        left = []
         for node in self.rt_nodes_:
             for one in node.onnx_node.attribute:
                 if one.type == onnx.AttributeProto.GRAPH:
