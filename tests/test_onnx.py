@@ -435,6 +435,23 @@ def test_weights_that_the_graph_computes_are_packed_once(monkeypatch, opset):
     assert np.array_equal(first, expected)
 
 
+@pytest.mark.parametrize("cell", writer.CELL_OPERATORS)
+def test_the_recurrent_nodes_of_a_model_come_as_layers(cell):
+    """With the weights of the layers that were exported; what a layer is not is refused by the name of the node."""
+    layer = rk.Recurrent(cell, 3, 4, bidirectional=True, seed=0)
+    ((name, again),) = bridge.layers(bridge.to_model(layer)).items()
+    assert (name, again.cell) == (f"{cell}_l0", cell)
+    x = np.ones((5, 2, 3), np.float32)
+    assert np.array_equal(again(x)[0], layer(x)[0])
+    values = drawn("GRU")
+    constants = {"W": values["W"], "R": values["R"]}
+    reverse = model_of([node_of("GRU", values, direction="reverse")], {"X": values["X"]}, ["Y"], constants)
+    with pytest.raises(ValueError, match=r"^GRU node 'rec': expected direction='forward' or"):
+        bridge.layers(reverse)
+    with pytest.raises(ValueError, match=r"^GRU node 'rec': expected constants for W, got 'W'"):
+        bridge.layers(model_of([node_of("GRU", values)], values, ["Y"]))
+
+
 def test_blocks_of_quantized_values_are_spread():
     """The last of three values has a block of its own; int4 too."""
     dtype = helper.tensor_dtype_to_np_dtype(TensorProto.INT4)

@@ -37,7 +37,7 @@ class _Evaluator(ReferenceEvaluator):
     What depends on constants alone is computed once, when it is made.
     """
 
-    rt_nodes_: list[Any]  # of the evaluator
+    rt_nodes_: list[Any]
 
     def __init__(self, proto: Any, *, new_ops: Any = None, **options: Any) -> None:
         super().__init__(proto, new_ops=[*OPERATORS, *(new_ops or ())], **options)

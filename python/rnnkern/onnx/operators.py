@@ -20,7 +20,7 @@ from ..stack import Stack
 from . import standard
 from .standard import Attributes
 
-__all__ = ["OPERATORS", "as_constant"]
+__all__ = ["OPERATORS", "Recurrence", "as_constant"]
 
 Array = NDArray[Any]
 
@@ -28,7 +28,7 @@ OLDEST_OPSET = 7
 REALS = ("float16", "bfloat16", "float32", "float64")
 
 
-class _Recurrent(OpRun):
+class Recurrence(OpRun):
     """What the three operators share; `onnx.reference` knows each by the name of its class."""
 
     def __init__(self, onnx_node: Any, run_params: Any) -> None:
@@ -41,7 +41,7 @@ class _Recurrent(OpRun):
         self._warned = False
         self._held: tuple[Attributes, list[Array | None], Frozen] | None = None
         # Attributes that refer to those of a function are known when it is called.
-        self._fixed = None if self.has_linked_attribute else self._parse(vars(self))
+        self.attributes = None if self.has_linked_attribute else self._parse(vars(self))
 
     def _parse(self, values: Mapping[str, Any]) -> Attributes:
         """The attributes that the node has; the defaults that the schema added to the values stay out."""
@@ -57,7 +57,7 @@ class _Recurrent(OpRun):
         return attributes
 
     def _run(self, *arrays: Array | None, **values: Any) -> tuple[Array | None, ...]:
-        attributes = self._fixed or self._parse(values)
+        attributes = self.attributes or self._parse(values)
         # By name: where another node leaves out an output, onnx.reference has a value for the input "" too.
         named = zip(attributes.operator.inputs, arrays, self.onnx_node.input, strict=False)
         given = {key: array for key, array, name in named if name and array is not None}
@@ -189,15 +189,15 @@ class _Recurrent(OpRun):
         return res
 
 
-class RNN(_Recurrent):
+class RNN(Recurrence):
     """Elman's cell."""
 
 
-class LSTM(_Recurrent):
+class LSTM(Recurrence):
     """With or without peepholes."""
 
 
-class GRU(_Recurrent):
+class GRU(Recurrence):
     """With the reset gate before or after the product."""
 
 
