@@ -12,6 +12,7 @@ import pytest
 
 from rnnkern.backends.native import native_module
 from rnnkern.cells import CELLS
+from rnnkern.config import use_isa
 
 native: Any = native_module()
 pytestmark = pytest.mark.skipif(native is None, reason="the compiled module is missing")
@@ -96,6 +97,15 @@ def test_compiled_cells_are_those_of_python() -> None:
         }
         for cell in CELLS.values()
     ]
+
+
+def test_use_isa_ends_with_the_isa_before() -> None:
+    """Also when what runs in it raises."""
+    before = native.isa()
+    with pytest.raises(KeyError), use_isa("baseline"):
+        assert native.isa() == "baseline"
+        raise KeyError
+    assert native.isa() == before
 
 
 def test_isas_end_with_the_baseline() -> None:
