@@ -17,6 +17,7 @@ def bench_frozen_call(benchmark: BenchmarkFixture, cell: str) -> None:
     x, state, frozen = inputs(problem).x, state_of(inputs(problem).state), layer_of(problem).freeze()
     y, final = frozen(x, state)
     assert_accurate(problem, {"y": y} | named_states(problem, final))
+    benchmark.group = "frozen(x, state)"
     benchmark(frozen, x, state)
 
 
@@ -29,4 +30,5 @@ def bench_stream_step(benchmark: BenchmarkFixture, cell: str) -> None:
     out = np.empty((1, 16), np.float32)
     stream.step(x[0], out)
     assert_accurate(problem, {"y": out[None]} | named_states(problem, stream.state))
+    benchmark.group = "stream.step(x_t, out)"
     benchmark(stream.step, x[0], out)

@@ -2,10 +2,14 @@
 
 The reason, the last lines of the failed build, is installed as `rnnkern/_build_failure.txt`. `RNNKERN_REQUIRE_NATIVE=1`
 makes the failure fatal. There are no prepare_metadata hooks because the wheel's tag is not known before the build.
+
+Each build has a folder of its own, so that builds at the same time do not meet; what they share are objects, see
+`reuse.py`.
 """
 
 import os
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,7 +35,23 @@ __all__ = [
 
 Settings = dict[str, str | list[str]] | None
 
-REASON = Path("build/failure")  # no dot in the name: it becomes part of a dotted setting below
+
+def share_objects() -> None:
+    """Let the builds from this tree reuse each other's objects, unless a launcher is set."""
+    if os.name != "posix":  # without locks
+        return
+    mine = Path(tempfile.gettempdir()) / f"rnnkern-objects-{os.getuid()}"
+    for folder in (Path("build/objects").absolute(), mine):
+        try:
+            folder.mkdir(mode=0o700 if folder == mine else 0o777, parents=True, exist_ok=True)
+            # Trust no folder that somebody else has made in a place where everybody writes.
+            usable = os.access(folder, os.W_OK) and (folder != mine or mine.lstat().st_uid == os.getuid())
+        except OSError:
+            continue
+        if usable:
+            launcher = [sys.executable, "-IS", str(Path(__file__).with_name("reuse.py")), str(folder)]
+            os.environ.setdefault("CMAKE_CXX_COMPILER_LAUNCHER", ";".join(launcher))
+            return
 
 
 @contextmanager
@@ -65,6 +85,7 @@ def last_lines(count: int) -> Iterator[deque[bytes]]:
 
 
 def native_or_pure(build: Callable[..., str], directory: str, settings: Settings) -> str:
+    share_objects()
     with last_lines(40) as lines:
         try:
             return build(directory, settings)
@@ -72,12 +93,13 @@ def native_or_pure(build: Callable[..., str], directory: str, settings: Settings
             if os.environ.get("RNNKERN_REQUIRE_NATIVE", "0") not in ("", "0"):
                 raise
             problem = error
-    REASON.parent.mkdir(exist_ok=True)
-    tail = b"".join(lines).decode(errors="replace")
-    REASON.write_text(tail if isinstance(problem, SystemExit) else f"{tail}{type(problem).__name__}: {problem}\n")
-    print(f"*** The native module could not be built; building rnnkern without it. {REASON.resolve()} says why.")
-    pure = {"wheel.cmake": "false", f"wheel.force-include.{REASON}": "rnnkern/_build_failure.txt"}
-    return build(directory, {**(settings or {}), **pure})
+    print("*** The native module could not be built; building rnnkern without it. `rnnkern doctor` will say why.")
+    with tempfile.TemporaryDirectory() as folder:
+        reason = Path(folder, "failure")
+        tail = b"".join(lines).decode(errors="replace")
+        reason.write_text(tail if isinstance(problem, SystemExit) else f"{tail}{type(problem).__name__}: {problem}\n")
+        pure = {"wheel.cmake": "false", f"wheel.force-include.{reason}": "rnnkern/_build_failure.txt"}
+        return build(directory, {**(settings or {}), **pure})
 
 
 def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:

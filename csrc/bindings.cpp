@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <memory>
 #include <span>
 #include <string>
 #include <tuple>
@@ -21,7 +20,8 @@
 #include "kernel_table.h"
 #include "network.h"
 #include "packed.h"
-#include "threads.h"
+#include "policy.h"
+#include "team.h"
 
 #if defined(__clang__)
 #define RNNKERN_COMPILER "Clang " __clang_version__
@@ -81,8 +81,10 @@ void linear_backward(const py::object& x, const py::object& weight, const py::ob
   Linear& call = arrays.call;
   call.dy = checked(dy, "dy", arrays.dtype, {call.rows, call.outputs}).data();
   if (!dx.is_none()) call.dx = checked(dx, "dx", arrays.dtype, {call.rows, call.inputs}, true).mutable_data();
-  py::array to_weight = checked(dweight, "dweight", arrays.dtype, {call.outputs, call.inputs}, true);
-  std::memset(call.dweight = to_weight.mutable_data(), 0, static_cast<std::size_t>(to_weight.nbytes()));
+  if (!dweight.is_none()) {
+    py::array to_weight = checked(dweight, "dweight", arrays.dtype, {call.outputs, call.inputs}, true);
+    std::memset(call.dweight = to_weight.mutable_data(), 0, static_cast<std::size_t>(to_weight.nbytes()));
+  }
   if (!dbias.is_none()) {
     py::array to_bias = checked(dbias, "dbias", arrays.dtype, {call.outputs}, true);
     std::memset(call.dbias = to_bias.mutable_data(), 0, static_cast<std::size_t>(to_bias.nbytes()));
@@ -107,11 +109,18 @@ py::array activation(const std::string& name, const py::array& x) {
   throw py::value_error("name: the compiled module has no activation '" + name + "'");
 }
 
-std::unique_ptr<Packed> pack(const std::string& cell, const py::object& dtype, std::int64_t input_size,
-                             std::int64_t hidden_size, std::int64_t proj_size, std::int64_t num_layers,
-                             std::vector<bool> directions, const py::object& weights, bool training) {
-  return std::make_unique<Packed>(cell, dtype, input_size, hidden_size, proj_size, num_layers, std::move(directions),
-                                  weights, training);
+// Makes what Python owns from now on. Not a unique_ptr: pybind11 and it would both free the object where memory runs
+// out while the Python object is made.
+template <class Owned, class... Arguments>
+Owned* make(Arguments&&... arguments) {
+  return new Owned(std::forward<Arguments>(arguments)...);
+}
+
+Packed* pack(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
+             std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::object& weights,
+             bool training) {
+  return make<Packed>(cell, format, input_size, hidden_size, proj_size, num_layers, std::move(directions), weights,
+                      training);
 }
 
 // What the calls of rnnkern_abi.h take of a stack: the bytes of its weights, packed for inference and for training, and
@@ -123,8 +132,8 @@ std::tuple<std::int64_t, std::int64_t, std::int64_t> abi_bytes(const std::string
                                                                std::int64_t steps, std::int64_t batch) {
   const Isa* found = find_isa(isa);
   if (found == nullptr) throw py::value_error("isa: expected one of isas(), got '" + isa + "'");
-  const Network network(*found, cell, float_dtype(dtype).itemsize(), input_size, hidden_size, proj_size, num_layers,
-                        std::move(directions));
+  const Network network(*found, cell, format_of(text_of(float_dtype(dtype))), input_size, hidden_size, proj_size,
+                        num_layers, std::move(directions));
   const std::int64_t kept = network.kept_bytes(steps, batch);
   return {network.packed_bytes(false), network.packed_bytes(true), kept};
 }
@@ -138,7 +147,7 @@ void seal(const py::object& type) {
   PyType_Modified(object);
 }
 
-// Runs a loop of limits.h `runs` times on up to `threads` threads, on `elements` elements of data for each thread or
+// Runs a loop of probes.h `runs` times on up to `threads` threads, on `elements` elements of data for each thread or
 // each row of a cell. Returns the work of a run and, for each run, its seconds and the threads that took part.
 std::pair<std::int64_t, std::vector<std::pair<double, int>>> measure(const std::string& name, const std::string& cell,
                                                                      std::int64_t repeats, std::int64_t elements,
@@ -201,8 +210,10 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
                           py::is_final())
            .def("forward", &Packed::forward, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"),
                 py::arg("masks"), py::arg("y"))
-           .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("need_x"))
+           .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("need_x"),
+                py::arg("wanted"))
            .def("plan", &Packed::plan, py::arg("steps"), py::arg("batch"), py::arg("backward"))
+           .def_property_readonly("biased", [](const Packed& self) { return self.biased(); })
            .def_property_readonly("isa", [](const Packed& self) { return self.isa(); })
            .def_property_readonly("nbytes", [](const Packed& self) { return self.nbytes(); }));
 
@@ -220,7 +231,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
       [](Steps& self, const py::object& state) { self.set_state(state); }, "Copied both ways.");
   seal(steps);
 
-  m.def("pack", &pack, py::arg("cell"), py::arg("dtype"), py::arg("input_size"), py::arg("hidden_size"),
+  m.def("pack", &pack, py::arg("cell"), py::arg("format"), py::arg("input_size"), py::arg("hidden_size"),
         py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("weights"), py::arg("training"));
 
   m.def("abi_bytes", &abi_bytes, py::arg("isa"), py::arg("cell"), py::arg("dtype"), py::arg("input_size"),
@@ -231,13 +242,13 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def(
       "frozen_call",
       [](const py::object& packed, const py::object& friendly, bool batch_first) {
-        return std::make_unique<FrozenCall>(packed, friendly, batch_first);
+        return make<FrozenCall>(packed, friendly, batch_first);
       },
       py::arg("packed"), py::arg("friendly"), py::arg("batch_first"));
   m.def(
       "stream",
       [](const py::object& packed, std::int64_t batch, const py::object& arguments) {
-        return std::make_unique<Steps>(packed, batch, arguments);
+        return make<Steps>(packed, batch, arguments);
       },
       py::arg("packed"), py::arg("batch"), py::arg("arguments"));
 
@@ -273,5 +284,16 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", [](int count) { set_num_threads(count); }, py::arg("count"));
   m.def("limit_caller", &limit_caller, py::arg("count"));
+  m.def("most_threads", &most_threads, py::arg("cores"), py::arg("quota"),
+        "The threads that a process may use on cores, under a quota of CPUs' worth of time.");
+  m.def(
+      "decide",
+      [](int threads, std::int64_t expected_ns, std::int64_t since_last, int cpus, int runnable, int awake) {
+        const Decision decision = decide({threads, expected_ns, true, since_last}, {cpus, runnable, awake});
+        return std::pair(decision.helpers, decision.look_again);
+      },
+      py::arg("threads"), py::arg("expected_ns"), py::arg("since_last"), py::arg("cpus"), py::arg("runnable"),
+      py::arg("awake"), "How many helpers a call asks for, and whether it asks again on its way, by policy.h.");
+  m.def("next_retreat", &next_retreat, py::arg("before"), "How many calls do without helpers after a crowded one.");
   m.attr("compiler") = RNNKERN_COMPILER;
 }

@@ -67,14 +67,13 @@ class BackwardLoop : protected Context<Cell, T> {
  public:
   using Base = Context<Cell, T>;
   using Base::stack, Base::worker;
-  using Layout = PackedLayout<Cell, T>;
+  using Layout = PackedLayout<Cell, AsStates<T>>;
 
   BackwardLoop(const Base& context, const Layer& layer, const BackwardScratch<Cell, T>& scratch) noexcept
       : Base(context),
         layer_(layer),
         s_(scratch),
-        at_(layer.sizes, true),
-        packed_(static_cast<const T*>(layer.packed)),
+        packed_(layer, true),
         H_(layer.sizes.hidden),
         P_(layer.sizes.outputs),
         padded_h_(padded<T>(H_)),
@@ -136,7 +135,8 @@ class BackwardLoop : protected Context<Cell, T> {
     return count;
   }
 
-  // The block's part of every gradient that is a sum over rows, divided by output elements, and its rows of dx.
+  // The block's part of every gradient that is a sum over rows and asked for, divided by output elements, and its rows
+  // of dx.
   void add_gradients(std::int64_t end) noexcept {
     const std::int64_t I = layer_.sizes.inputs, gates = Cell::gates * H_, early = Layout::early * H_;
     const LayerWeights<void*>& to = layer_.gradients;
@@ -149,28 +149,34 @@ class BackwardLoop : protected Context<Cell, T> {
     };
 
     const std::int64_t rows = list(end, s_.left, in_gates(s_.dx_gates));
-    list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) {
-      return static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
-    });
-    add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
+    if (to.w_ih) {
+      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) {
+        return static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
+      });
+      add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
+    }
     if (to.b_ih) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_ih));
     if (layer_.dx) add_to_dx(rows, end);
 
     if constexpr (Cell::separate_recurrent) list(end, s_.left, in_gates(s_.dr_gates));
-    list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous_h(t, b); });
-    add_outer_products(rows, s_.left, s_.right, own_early.begin, own_early.end, P_, static_cast<T*>(to.w_hh),
-                       s_.buffer);
+    if (to.w_hh) {
+      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous_h(t, b); });
+      add_outer_products(rows, s_.left, s_.right, own_early.begin, own_early.end, P_, static_cast<T*>(to.w_hh),
+                         s_.buffer);
+    }
     if (to.b_hh) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_hh));
 
     const auto hidden = [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
       return s_.hidden + row * padded_h_;
     };
     if constexpr (Cell::late_gates > 0) {
-      list(end, s_.right, hidden);
-      const std::int64_t begin = own.begin > early ? own.begin : early;
-      add_outer_products(rows, s_.left, s_.right, begin, own.end, H_, static_cast<T*>(to.w_hh), s_.buffer);
+      if (to.w_hh) {
+        list(end, s_.right, hidden);
+        const std::int64_t begin = own.begin > early ? own.begin : early;
+        add_outer_products(rows, s_.left, s_.right, begin, own.end, H_, static_cast<T*>(to.w_hh), s_.buffer);
+      }
     }
-    if (layer_.sizes.projected) {
+    if (to.w_hr) {
       list(end, s_.left,
            [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* { return s_.dh + row * stride_p_; });
       list(end, s_.right, hidden);
@@ -179,6 +185,7 @@ class BackwardLoop : protected Context<Cell, T> {
                          s_.buffer);
     }
     for (int e = 0; e < Cell::extras; ++e) {
+      if (!to.extra[e]) continue;
       list(end, s_.left, [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
         return s_.dextra + row * Cell::extras * H_ + e * H_;
       });
@@ -203,14 +210,13 @@ class BackwardLoop : protected Context<Cell, T> {
           std::memset(row, 0, static_cast<std::size_t>(I) * sizeof(T));
       }
     const Range own = share(rows, worker.index, worker.count);
-    plain_product<T>(own.end - own.begin, s_.left + own.begin, Cell::gates * H_, packed_ + at_.w_ih_t, nullptr, I,
-                     s_.outputs + own.begin, layer_.add_to_dx);
+    plain_product<T>(own.end - own.begin, s_.left + own.begin, Cell::gates * H_, packed_.weights(packed_.at.w_ih_t),
+                     nullptr, I, s_.outputs + own.begin, layer_.add_to_dx);
   }
 
   const Layer& layer_;
   const BackwardScratch<Cell, T>& s_;
-  const Layout at_;
-  const T* packed_;
+  const PackedWeights<Cell, AsStates<T>> packed_;
   const std::int64_t H_, P_, padded_h_, stride_p_;
   std::int64_t block_first_ = 0;
 };
@@ -220,10 +226,10 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   using Loop = BackwardLoop<BackwardLayer, Cell, T>;
   using Base = Context<Cell, T>;
   using Base::stack, Base::worker, Base::lanes;
-  using Loop::layer_, Loop::s_, Loop::at_, Loop::packed_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::stride_p_;
+  using Loop::layer_, Loop::s_, Loop::packed_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::stride_p_;
   friend Loop;
   using V = Vec<T>;
-  using Layout = PackedLayout<Cell, T>;
+  using Layout = PackedLayout<Cell, AsStates<T>>;
 
  public:
   using Loop::Loop;
@@ -284,25 +290,25 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     if constexpr (Cell::late_gates > 0) {
       for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i) + Layout::early * H_;
       const Panels panels = this->panels(Plain::panels<T>(H_), step_in_block % 2 == 1);
-      product<T, Plain>(rows, s_.inputs, Cell::late_gates * H_, packed_ + at_.w_late_t, static_cast<const T*>(nullptr),
-                        H_, panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                          for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
-                            finish_late(i, unit, count, sum[v]);
-                          });
-                        });
+      product<AsStates<T>, Plain>(
+          rows, s_.inputs, Cell::late_gates * H_, packed_.weights(packed_.at.w_late_t), nullptr, H_, panels,
+          [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+            for_plain_vectors<T>(panel, H_,
+                                 [&](int v, std::int64_t unit, int count) { finish_late(i, unit, count, sum[v]); });
+          });
       this->wait_if_units();
     }
     for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i);
     const Panels panels = this->panels(Plain::panels<T>(P_), step_in_block % 2 == 1);
-    product<T, Plain>(rows, s_.inputs, Layout::early * H_, packed_ + at_.w_early_t, static_cast<const T*>(nullptr), P_,
-                      panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                        for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) {
-                          const std::int64_t b = s_.batch_index[i];
-                          T* to = s_.carry_h + b * stride_p_ + unit;
-                          const V before = layer_.sizes.projected ? sum[v] : sum[v] + load<V>(to);
-                          store(to, this->cut(layer_.reverse, t, b) ? zero<V>() : before);
-                        });
-                      });
+    product<AsStates<T>, Plain>(rows, s_.inputs, Layout::early * H_, packed_.weights(packed_.at.w_early_t), nullptr, P_,
+                                panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                  for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) {
+                                    const std::int64_t b = s_.batch_index[i];
+                                    T* to = s_.carry_h + b * stride_p_ + unit;
+                                    const V before = layer_.sizes.projected ? sum[v] : sum[v] + load<V>(to);
+                                    store(to, this->cut(layer_.reverse, t, b) ? zero<V>() : before);
+                                  });
+                                });
     if (layer_.sizes.projected) this->wait_if_units();
   }
 
@@ -325,12 +331,12 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
       }
       this->wait_if_units();
       for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * stride_p_;
-      product<T, Plain>(rows, s_.inputs, P_, packed_ + at_.w_hr_t, static_cast<const T*>(nullptr), H_, panels,
-                        [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                          for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
-                            backward_vector(i, unit, count, sum[v]);
-                          });
-                        });
+      product<AsStates<T>, Plain>(rows, s_.inputs, P_, packed_.weights(packed_.at.w_hr_t), nullptr, H_, panels,
+                                  [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                    for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
+                                      backward_vector(i, unit, count, sum[v]);
+                                    });
+                                  });
       return;
     }
     for (std::int64_t i = 0; i < rows; ++i)
@@ -353,7 +359,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     V dx[Cell::gates], separate[Cell::gates], dprev[kMaxStates], dextra[kMaxExtras];
     V* dr = Cell::separate_recurrent ? separate : dx;
     load_step(i, unit, count, saved, prev);
-    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_ + at_.extras + e * padded_h_ + unit);
+    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h_ + unit);
     if constexpr (Cell::saved == 0) h = load_some<V>(this->output(t_, b) + unit, count);
     dnew[0] = dh;
     if constexpr (Cell::states > 1) dnew[1] = load<V>(s_.carry_c + b * padded_h_ + unit);

@@ -54,7 +54,7 @@ class FrozenCall {
       py::object results = infer(arguments[0], arguments[1], arguments[4]);
       if (results) return results.release().ptr();
     }
-    return PyObject_Vectorcall(friendly_.ptr(), arguments, static_cast<std::size_t>(count), nullptr);
+    return in_python(PyObject_Vectorcall, friendly_.ptr(), arguments, static_cast<std::size_t>(count), nullptr);
   }
 
  private:
@@ -139,14 +139,15 @@ class Steps {
     const py::dtype& dtype = packed_.dtype();
     const Shape x_shape{batch_, packed_.input_size()}, y_shape{batch_, packed_.output_size()};
     if (!is_exact(x, dtype, x_shape) || !(y.is_none() || (is_exact(y, dtype, y_shape, true) && !overlap(x, y)))) {
-      const auto converted = elements(arguments_(x, y), "arguments", 2);
+      const auto converted =
+          elements(owned(in_python(PyObject_Vectorcall, arguments_.ptr(), arguments, 2, nullptr)), "arguments", 2);
       x = checked(converted[0], "x_t", dtype, x_shape);
       y = checked(converted[1], "out", dtype, y_shape, true);
     } else if (y.is_none()) {
       y = new_array(dtype, y_shape);
     }
 
-    const Turn turn(busy_);
+    const Turn turn(holder_);
     if (threads_ != num_threads()) divide();
     std::vector<Layer>& layers = layers_[now_];
     layers.front().x = bytes_of(x);
@@ -160,7 +161,7 @@ class Steps {
   py::tuple state() {
     std::vector<py::array> copies = packed_.new_states(batch_);
     {
-      const Turn turn(busy_);
+      const Turn turn(holder_);
       for (std::size_t s = 0; s < copies.size(); ++s) copy(states_[now_][s], copies[s]);
     }
     return tuple_of(copies);
@@ -168,23 +169,32 @@ class Steps {
 
   void set_state(const py::object& state) {
     const auto given = packed_.checked_states(elements(state, "state", packed_.state_count()), "state", batch_);
-    const Turn turn(busy_);
+    const Turn turn(holder_, true);
     for (std::size_t s = 0; s < given.size(); ++s) copy(given[s], states_[now_][s]);
   }
 
  private:
+  // One thread's use of a stream. `holder` is 0 while there is none, else 1 + forks() of the process it is in: a thread
+  // of the parent's never ends its turn here.
   class Turn {
    public:
-    explicit Turn(std::atomic_flag& busy) : busy_(busy) {
-      if (busy_.test_and_set(std::memory_order_acquire))
+    explicit Turn(std::atomic<unsigned>& holder, bool sets_state = false) : holder_(holder) {
+      const unsigned mine = forks() + 1;
+      unsigned before = 0;
+      if (holder_.compare_exchange_strong(before, mine, std::memory_order_acquire)) return;
+      if (before != mine && !sets_state)
+        throw std::runtime_error(
+            "stream: another thread used it when this process was forked; set its `state`, or take a new "
+            "`frozen.stream()`");
+      if (before == mine || !holder_.compare_exchange_strong(before, mine, std::memory_order_acquire))
         throw std::runtime_error("stream: used by two threads at once; give each thread its own `frozen.stream()`");
     }
-    ~Turn() { busy_.clear(std::memory_order_release); }
+    ~Turn() { holder_.store(0, std::memory_order_release); }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
    private:
-    std::atomic_flag& busy_;
+    std::atomic<unsigned>& holder_;
   };
 
   // Divides the steps to come among as many threads as there may be now.
@@ -208,11 +218,11 @@ class Steps {
   Stack stack_{};
   Plan plan_{};
   int threads_ = 0;
-  std::atomic_flag busy_;
+  std::atomic<unsigned> holder_ = 0;  // see Turn
 };
 
 template <class Self, PyObject* (Self::*method)(PyObject* const*, Py_ssize_t)>
-PyObject* call_directly(PyObject* self, PyObject* const* arguments, Py_ssize_t count) noexcept {
+PyObject* call_directly(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   try {
     // Not a cast, which would look the type up once more.
     auto* object = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().template value_ptr<Self>();

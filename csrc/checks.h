@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "gil.h"
+
 namespace py = pybind11;
 
 namespace rnnkern {
@@ -37,7 +39,13 @@ std::string text_of(const Py_intptr_t* sizes, int count) {
   return text + (count == 1 ? ",)" : ")");
 }
 
-std::string text_of(const py::dtype& dtype) { return py::str(py::handle(dtype)).cast<std::string>(); }
+// What a function of Python's API returned, or the error that it set.
+py::object owned(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+std::string text_of(const py::dtype& dtype) { return owned(in_python(PyObject_Str, dtype.ptr())).cast<std::string>(); }
 
 // What errors call an argument: argument, argument[index], argument[index]['key'], argument[index]['key'][element]. Its
 // text is put together only for an error.
@@ -104,12 +112,13 @@ std::vector<py::object> elements(const py::object& object, const Name& name, std
     return name.text() + ": expected a sequence of " + std::to_string(count) + " elements, got ";
   };
   if (!py::isinstance<py::sequence>(object)) throw py::type_error(expected() + Py_TYPE(object.ptr())->tp_name);
-  const auto sequence = py::reinterpret_borrow<py::sequence>(object);
-  const std::size_t size = sequence.size();
-  if (size != count) throw py::value_error(expected() + std::to_string(size));
+  const Py_ssize_t size = in_python(PySequence_Size, object.ptr());
+  if (size < 0) throw py::error_already_set();
+  if (static_cast<std::size_t>(size) != count) throw py::value_error(expected() + std::to_string(size));
   std::vector<py::object> all;
   all.reserve(count);
-  for (std::size_t i = 0; i < count; ++i) all.emplace_back(sequence[i]);
+  for (std::size_t i = 0; i < count; ++i)
+    all.push_back(owned(in_python(PySequence_GetItem, object.ptr(), static_cast<Py_ssize_t>(i))));
   return all;
 }
 

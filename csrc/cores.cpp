@@ -2,7 +2,6 @@
 #include "cores.h"
 
 #include <algorithm>
-#include <climits>
 #include <cmath>
 #include <cstddef>
 #include <cstdio>
@@ -10,6 +9,8 @@
 #include <set>
 #include <string>
 #include <thread>
+
+#include "policy.h"
 
 #ifdef __linux__
 #include <fcntl.h>
@@ -80,43 +81,53 @@ double cgroup_quota() { return INFINITY; }
 int usable_cores() {
   int cores = allowed_cores();
   if (cores == 0) cores = static_cast<int>(std::thread::hardware_concurrency());
-  return std::max(1, static_cast<int>(std::min<double>(cores, std::ceil(cgroup_quota()))));
+  return most_threads(cores, cgroup_quota());
 }
 
 #ifdef __linux__
 
-int idle_cpus() noexcept {
+int online_cpus() noexcept {
+  static const int cpus = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+  return cpus;
+}
+
+int runnable_threads() noexcept {
   static const int file = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
-  static const long cpus = sysconf(_SC_NPROCESSORS_ONLN);
-  cpu_set_t allowed;  // a thread with CPUs of its own is not told how many of them are idle
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < cpus) return INT_MAX;
+  cpu_set_t allowed;  // a thread with CPUs of its own is not told how many want those
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < online_cpus()) return 0;
   char text[64] = {};  // "0.20 0.18 0.12 1/80 11206": the fourth are the threads that run or wait for a CPU, and all
-  long runnable = 0;
-  if (file < 0 || pread(file, text, sizeof text - 1, 0) <= 0 || std::sscanf(text, "%*s %*s %*s %ld/", &runnable) != 1 ||
-      runnable < 1)
-    return INT_MAX;
-  return static_cast<int>(cpus - runnable);
+  int runnable = 0;
+  if (file < 0 || pread(file, text, sizeof text - 1, 0) <= 0 || std::sscanf(text, "%*s %*s %*s %d/", &runnable) != 1)
+    return 0;
+  return std::max(runnable, 0);
 }
 
-ThreadCpus::ThreadCpus() noexcept : thread_(static_cast<pid_t>(syscall(SYS_gettid))), allowed_{} {
-  sched_getaffinity(0, sizeof allowed_, &allowed_);
-}
+ThreadCpus::ThreadCpus() noexcept : thread_(static_cast<pid_t>(syscall(SYS_gettid))), allowed_{}, narrowed_{} {}
 
-void ThreadCpus::exclude_callers() const noexcept {
-  cpu_set_t others = allowed_;
+void ThreadCpus::exclude_callers() noexcept {
+  cpu_set_t now;
   const int cpu = sched_getcpu();
-  if (cpu >= 0) CPU_CLR(static_cast<std::size_t>(cpu), &others);
-  if (CPU_COUNT(&others) > 0) sched_setaffinity(thread_, sizeof others, &others);
+  if (cpu < 0 || sched_getaffinity(thread_, sizeof now, &now) != 0) return;
+  if (!CPU_EQUAL(&now, &narrowed_)) allowed_ = now;
+  cpu_set_t others = allowed_;
+  CPU_CLR(static_cast<std::size_t>(cpu), &others);
+  if (CPU_COUNT(&others) > 0 && sched_setaffinity(thread_, sizeof others, &others) == 0) narrowed_ = others;
 }
 
-void ThreadCpus::restore() const noexcept { sched_setaffinity(0, sizeof allowed_, &allowed_); }
+void ThreadCpus::restore() noexcept {
+  cpu_set_t now;
+  if (CPU_COUNT(&narrowed_) > 0 && sched_getaffinity(0, sizeof now, &now) == 0 && CPU_EQUAL(&now, &narrowed_))
+    sched_setaffinity(0, sizeof allowed_, &allowed_);
+  CPU_ZERO(&narrowed_);
+}
 
 #else
 
-int idle_cpus() noexcept { return INT_MAX; }
+int online_cpus() noexcept { return 0; }
+int runnable_threads() noexcept { return 0; }
 ThreadCpus::ThreadCpus() noexcept {}
-void ThreadCpus::exclude_callers() const noexcept {}
-void ThreadCpus::restore() const noexcept {}
+void ThreadCpus::exclude_callers() noexcept {}
+void ThreadCpus::restore() noexcept {}
 
 #endif
 

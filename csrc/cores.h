@@ -12,23 +12,28 @@ namespace rnnkern {
 // at least 1.
 int usable_cores();
 
-// How many more CPUs this machine has than threads that want one at this moment, the caller among them; negative where
-// they wait for each other, a large number where that cannot be found out, as where the caller may not run on all of
-// them. Takes about a microsecond.
-int idle_cpus() noexcept;
+// The CPUs of this machine.
+int online_cpus() noexcept;
 
-// The CPUs of the thread that made it. A kernel may wake a sleeping thread on the CPU of the thread that wakes it;
-// where that one goes on computing, the other waits for milliseconds to be moved.
+// The threads of this machine that have a CPU or wait for one at this moment, the caller among them; 0 where that says
+// nothing of the caller's CPUs or cannot be found out, as where the caller may not run on all of them. Takes about a
+// microsecond.
+int runnable_threads() noexcept;
+
+// The CPUs that the thread which made it may run on. A kernel may wake a sleeping thread on the CPU of the thread that
+// wakes it; where that one goes on computing, the other waits for milliseconds to be moved. What somebody else sets
+// meanwhile stays.
 class ThreadCpus {
  public:
   ThreadCpus() noexcept;
-  void exclude_callers() const noexcept;  // by another thread: keeps it off the CPU this is called on
-  void restore() const noexcept;          // by itself
+  void exclude_callers() noexcept;  // by another thread: keeps it off the CPU this is called on
+  void restore() noexcept;          // by itself
 
  private:
 #ifdef __linux__
   pid_t thread_;
-  cpu_set_t allowed_;
+  cpu_set_t allowed_;   // before it was kept off one
+  cpu_set_t narrowed_;  // while it is; else empty
 #endif
 };
 

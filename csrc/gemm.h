@@ -6,8 +6,6 @@
 
 #include "pack.h"
 
-#define RNNKERN_INLINE_LAMBDA __attribute__((always_inline))
-
 namespace rnnkern {
 namespace {
 
@@ -25,11 +23,11 @@ constexpr int kSingleRowPanels = kRegisters == 32                ? 1
                                  : vectors * 3 <= kRegisters - 4 ? 3
                                                                  : 2;
 
-// sums[r][v] += left(r) * right[v]. The shorter side waits in registers, the longer one passes through a single one:
+// sums[r][v] += left(r) * right(v). The shorter side waits in registers, the longer one passes through a single one:
 // with the other order GCC spills an accumulator of 4 rows by 3 vectors, and the tile runs at half speed. Pinned,
 // because GCC likes to load an operand again for each multiply-add of two: then loads are what 2 rows by 4 wait for.
-template <class T, int rows, int vectors, class Left>
-RNNKERN_INLINE void add_outer(Left&& left, const T* right, Vec<T> (&sums)[rows][vectors]) noexcept {
+template <class T, int rows, int vectors, class Left, class Right>
+RNNKERN_INLINE void add_outer(Left&& left, Right&& right, Vec<T> (&sums)[rows][vectors]) noexcept {
   using V = Vec<T>;
   if constexpr (rows < vectors) {
     V input[rows];
@@ -37,7 +35,7 @@ RNNKERN_INLINE void add_outer(Left&& left, const T* right, Vec<T> (&sums)[rows][
     for (int r = 0; r < rows; ++r) input[r] = set<V>(left(r));
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      V weight = load<V>(right + v * kLanes<T>);
+      V weight = right(v);
       if constexpr (rows > 1) pin(weight);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) sums[r][v] = fma(input[r], weight, sums[r][v]);
@@ -45,7 +43,7 @@ RNNKERN_INLINE void add_outer(Left&& left, const T* right, Vec<T> (&sums)[rows][
   } else {
     V weight[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) weight[v] = load<V>(right + v * kLanes<T>);
+    for (int v = 0; v < vectors; ++v) weight[v] = right(v);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const V input = set<V>(left(r));
@@ -55,42 +53,63 @@ RNNKERN_INLINE void add_outer(Left&& left, const T* right, Vec<T> (&sums)[rows][
   }
 }
 
+// Calls body.template operator()<i>(k, w) for input k of a panel of `width` units and gates, input i of its group at w.
+template <class Format, class Body>
+RNNKERN_INLINE void for_inputs(std::int64_t depth, const typename Format::W* w, std::int64_t width,
+                               Body&& body) noexcept {
+  std::int64_t k = 0;
+  for (; k + Format::group <= depth; k += Format::group, w += Format::group * width) {
+    body.template operator()<0>(k, w);
+    if constexpr (Format::group > 1) body.template operator()<1>(k + 1, w);
+  }
+  if constexpr (Format::group > 1)
+    if (k < depth) body.template operator()<0>(k, w);
+}
+
 // sums [rows][vectors] = from + a w; a: `rows` pointers to `depth` elements; w: a panel; from: `vectors` vectors for
 // each row, from_stride elements apart (0: the same for all).
-template <class T, int vectors, int rows>
-RNNKERN_INLINE void accumulate(const T* const* a, std::int64_t depth, const T* w, const T* from,
+template <class Format, int vectors, int rows, class T = typename Format::T>
+RNNKERN_INLINE void accumulate(const T* const* a, std::int64_t depth, const typename Format::W* w, const T* from,
                                std::int64_t from_stride, Vec<T>* sums) noexcept {
   using V = Vec<T>;
+  using W = typename Format::W;
   V s[rows][vectors];
   const T* row[rows];
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < vectors; ++v) s[r][v] = load<V>(from + v * kLanes<T> + r * from_stride);
   for (int r = 0; r < rows; ++r) row[r] = a[r];
-  for (std::int64_t k = 0; k < depth; ++k, w += vectors * kLanes<T>)
-    add_outer<T, rows, vectors>([&](int r) RNNKERN_INLINE_LAMBDA { return row[r][k]; }, w, s);
+  for_inputs<Format>(depth, w, vectors * kLanes<T>, [&]<int i>(std::int64_t k, const W* weights) RNNKERN_INLINE_LAMBDA {
+    add_outer<T, rows, vectors>([&](int r) RNNKERN_INLINE_LAMBDA { return row[r][k]; },
+                                [&](int v) RNNKERN_INLINE_LAMBDA {
+                                  return Format::template load_weights<i>(weights + v * Format::group * kLanes<T>);
+                                },
+                                s);
+  });
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < vectors; ++v) *sums++ = s[r][v];
 }
 
 // The same for one row and several panels: whole ones, and a last one of `tail` vectors.
-template <class T, int vectors, int panels, int tail>
-RNNKERN_INLINE void accumulate_panels(const T* a, std::int64_t depth, const T* w, const T* from,
+template <class Format, int vectors, int panels, int tail, class T = typename Format::T>
+RNNKERN_INLINE void accumulate_panels(const T* a, std::int64_t depth, const typename Format::W* w, const T* from,
                                       Vec<T>* sums) noexcept {
   using V = Vec<T>;
-  constexpr int count = panels * vectors + tail;
-  const std::int64_t stride = depth * vectors * kLanes<T>;
-  const T* last = w + panels * stride;
+  using W = typename Format::W;
+  constexpr int count = panels * vectors + tail, lanes = Format::group * kLanes<T>;
+  const std::int64_t stride = stored_inputs<Format>(depth) * vectors * kLanes<T>;
+  const W* last = w + panels * stride;
   V s[count];
   for (int v = 0; v < count; ++v) s[v] = load<V>(from + v * kLanes<T>);
-  for (std::int64_t k = 0; k < depth; ++k, w += vectors * kLanes<T>, last += tail * kLanes<T>) {
+  for_inputs<Format>(depth, w, vectors * kLanes<T>, [&]<int i>(std::int64_t k, const W* weights) RNNKERN_INLINE_LAMBDA {
     const V input = set<V>(a[k]);
 #pragma GCC unroll 16
     for (int v = 0; v < count; ++v) {
-      const T* weight = v < panels * vectors ? w + v / vectors * stride + v % vectors * kLanes<T>
-                                             : last + (v - panels * vectors) * kLanes<T>;
-      s[v] = fma(input, load<V>(weight), s[v]);
+      const W* weight = v < panels * vectors ? weights + v / vectors * stride + v % vectors * lanes
+                                             : last + (v - panels * vectors) * lanes;
+      s[v] = fma(input, Format::template load_weights<i>(weight), s[v]);
     }
-  }
+    if (i == Format::group - 1) last += Format::group * tail * kLanes<T>;
+  });
   for (int v = 0; v < count; ++v) sums[v] = s[v];
 }
 
@@ -115,29 +134,32 @@ RNNKERN_INLINE void with_count(std::int64_t count, Body&& body) noexcept {
 }
 
 // The tile for any number of rows it can have; one function for all cells, so that its loops are compiled once.
-template <class T, int vectors>
-__attribute__((noinline)) void tile_of_rows(std::int64_t rows, const T* const* a, std::int64_t depth, const T* w,
-                                            const T* start, Vec<T>* sums) noexcept {
+template <class Format, int vectors, class T = typename Format::T>
+__attribute__((noinline)) void tile_of_rows(std::int64_t rows, const T* const* a, std::int64_t depth,
+                                            const typename Format::W* w, const T* start, Vec<T>* sums) noexcept {
   with_count<kTileRows<vectors>>(
-      rows, [&]<int n>() RNNKERN_INLINE_LAMBDA { accumulate<T, vectors, n>(a, depth, w, start, 0, sums); });
+      rows, [&]<int n>() RNNKERN_INLINE_LAMBDA { accumulate<Format, vectors, n>(a, depth, w, start, 0, sums); });
 }
 
 // The tile that goes on from sums of its own for each row.
-template <class T, int vectors>
-__attribute__((noinline)) void tile_on_rows(std::int64_t rows, const T* const* a, std::int64_t depth, const T* w,
-                                            const T* from, std::int64_t from_stride, Vec<T>* sums) noexcept {
-  with_count<kTileRows<vectors>>(
-      rows, [&]<int n>() RNNKERN_INLINE_LAMBDA { accumulate<T, vectors, n>(a, depth, w, from, from_stride, sums); });
+template <class Format, int vectors, class T = typename Format::T>
+__attribute__((noinline)) void tile_on_rows(std::int64_t rows, const T* const* a, std::int64_t depth,
+                                            const typename Format::W* w, const T* from, std::int64_t from_stride,
+                                            Vec<T>* sums) noexcept {
+  with_count<kTileRows<vectors>>(rows, [&]<int n>() RNNKERN_INLINE_LAMBDA {
+    accumulate<Format, vectors, n>(a, depth, w, from, from_stride, sums);
+  });
 }
 
 // The tile of one row and up to kSingleRowPanels panels, with a last one of fewer subs behind them.
-template <class T, class Shape>
+template <class Format, class Shape, class T = typename Format::T>
 __attribute__((noinline)) void tile_of_panels(std::int64_t panels, std::int64_t tail_subs, const T* a,
-                                              std::int64_t depth, const T* w, const T* start, Vec<T>* sums) noexcept {
+                                              std::int64_t depth, const typename Format::W* w, const T* start,
+                                              Vec<T>* sums) noexcept {
   constexpr int vectors = Shape::vectors, gates = vectors / Shape::subs;
   with_count<kSingleRowPanels<vectors> + 1>(panels + 1, [&]<int n>() RNNKERN_INLINE_LAMBDA {
     with_count<Shape::subs>(tail_subs + 1, [&]<int t>() RNNKERN_INLINE_LAMBDA {
-      if constexpr (n + t > 2) accumulate_panels<T, vectors, n - 1, (t - 1) * gates>(a, depth, w, start, sums);
+      if constexpr (n + t > 2) accumulate_panels<Format, vectors, n - 1, (t - 1) * gates>(a, depth, w, start, sums);
     });
   });
 }
@@ -158,61 +180,67 @@ template <class T>
 alignas(64) constexpr T kZeros[kRegisters * kLanes<T>] = {};  // at least as many as a tile has sums
 
 // Inputs of which a panel fills an eighth of a small L2 (64 KiB), and the rows whose sums wait between two such parts.
-template <int vectors>
-constexpr std::int64_t kPartDepth = 64 * 1024 / (vectors * kVectorBytes);
+template <class Format, int vectors>
+constexpr std::int64_t kPartDepth = 64 * 1024 / (vectors * kLanes<typename Format::T> * sizeof(typename Format::W));
 constexpr std::int64_t kPartRows = 24;
 
 // What tile_of_rows does, for up to kPartRows rows and any depth: all rows use a part of the panel while it is in L2.
 // The next part is fetched meanwhile, with each tile at most as many lines as a core can wait for at a time.
-template <class T, int vectors>
-__attribute__((noinline)) void tiles_of_parts(std::int64_t rows, const T* const* a, std::int64_t depth, const T* w,
-                                              const T* start, Vec<T>* sums) noexcept {
+template <class Format, int vectors, class T = typename Format::T>
+__attribute__((noinline)) void tiles_of_parts(std::int64_t rows, const T* const* a, std::int64_t depth,
+                                              const typename Format::W* w, const T* start, Vec<T>* sums) noexcept {
+  using W = typename Format::W;
   constexpr int width = vectors * kLanes<T>;
-  constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
+  constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(W)), group = Format::group;
   const std::int64_t tiles = divide_up(rows, kTileRows<vectors>);
   const T* inputs[kTileRows<vectors>];
-  for_parts(depth, kPartDepth<vectors>, [&](std::int64_t k, std::int64_t part) {
-    const T *weights = w + k * width, *next = weights + part * width;
-    const std::int64_t fetched = smaller(divide_up(part * width, tiles * line), 16);
-    for_parts(rows, kTileRows<vectors>, [&](std::int64_t first, std::int64_t count) {
-      for (std::int64_t i = 0; i < fetched; ++i, next += line) __builtin_prefetch(next, 0, 2);
-      for (std::int64_t r = 0; r < count; ++r) inputs[r] = a[first + r] + k;
-      Vec<T>* tile = sums + first * vectors;
-      if (k == 0)
-        tile_of_rows<T, vectors>(count, inputs, part, weights, start, tile);
-      else
-        tile_on_rows<T, vectors>(count, inputs, part, weights, reinterpret_cast<const T*>(tile), width, tile);
-    });
-  });
+  for_parts(
+      divide_up(depth, group), kPartDepth<Format, vectors> / group, [&](std::int64_t first_group, std::int64_t groups) {
+        const std::int64_t k = first_group * group, part = smaller(groups * group, depth - k);
+        const W *weights = w + k * width, *next = weights + part * width;
+        const std::int64_t fetched = smaller(divide_up(part * width, tiles * line), 16);
+        for_parts(rows, kTileRows<vectors>, [&](std::int64_t first, std::int64_t count) {
+          for (std::int64_t i = 0; i < fetched; ++i, next += line) __builtin_prefetch(next, 0, 2);
+          for (std::int64_t r = 0; r < count; ++r) inputs[r] = a[first + r] + k;
+          Vec<T>* tile = sums + first * vectors;
+          if (k == 0)
+            tile_of_rows<Format, vectors>(count, inputs, part, weights, start, tile);
+          else
+            tile_on_rows<Format, vectors>(count, inputs, part, weights, reinterpret_cast<const T*>(tile), width, tile);
+        });
+      });
 }
 
 // The tile functions for panels of some number of vectors.
-template <class T>
+template <class Format>
 struct Tiles {
+  using T = typename Format::T;
+  using W = typename Format::W;
+
   int vectors, max_rows;
   std::int64_t part_depth;
-  void (*of_rows)(std::int64_t, const T* const*, std::int64_t, const T*, const T*, Vec<T>*) noexcept;
-  void (*on_rows)(std::int64_t, const T* const*, std::int64_t, const T*, const T*, std::int64_t, Vec<T>*) noexcept;
-  void (*of_parts)(std::int64_t, const T* const*, std::int64_t, const T*, const T*, Vec<T>*) noexcept;
+  void (*of_rows)(std::int64_t, const T* const*, std::int64_t, const W*, const T*, Vec<T>*) noexcept;
+  void (*on_rows)(std::int64_t, const T* const*, std::int64_t, const W*, const T*, std::int64_t, Vec<T>*) noexcept;
+  void (*of_parts)(std::int64_t, const T* const*, std::int64_t, const W*, const T*, Vec<T>*) noexcept;
 };
-template <class T, int vectors>
-constexpr Tiles<T> kTiles{vectors,
-                          kTileRows<vectors>,
-                          kPartDepth<vectors>,
-                          tile_of_rows<T, vectors>,
-                          tile_on_rows<T, vectors>,
-                          tiles_of_parts<T, vectors>};
+template <class Format, int vectors>
+constexpr Tiles<Format> kTiles{vectors,
+                               kTileRows<vectors>,
+                               kPartDepth<Format, vectors>,
+                               tile_of_rows<Format, vectors>,
+                               tile_on_rows<Format, vectors>,
+                               tiles_of_parts<Format, vectors>};
 
-template <class T, class Shape>
-RNNKERN_INLINE const Tiles<T>& tiles_of(int subs) noexcept {
+template <class Format, class Shape>
+RNNKERN_INLINE const Tiles<Format>& tiles_of(int subs) noexcept {
   constexpr int gates = Shape::vectors / Shape::subs;
   if constexpr (Shape::subs > 1)
-    if (subs == 1) return kTiles<T, gates>;
+    if (subs == 1) return kTiles<Format, gates>;
   if constexpr (Shape::subs > 2) {
-    if (subs == 2) return kTiles<T, 2 * gates>;
-    if (subs == 3) return kTiles<T, 3 * gates>;
+    if (subs == 2) return kTiles<Format, 2 * gates>;
+    if (subs == 3) return kTiles<Format, 3 * gates>;
   }
-  return kTiles<T, Shape::vectors>;
+  return kTiles<Format, Shape::vectors>;
 }
 
 // Which panels a product visits. Every other step backwards, so that it begins with what the step before has left in
@@ -227,10 +255,13 @@ struct Panels {
 // elements) with the packed weights; done(i, p, sums) takes the sums of a row and a panel, [sub][gate]: at once,
 // so that the divisions of a cell's step run beside the multiply-adds of the next tile.
 // start: packed like one input of the weights, or null for zeros.
-template <class T, class Shape, class Done>
-RNNKERN_INLINE void product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed,
-                            const T* start, std::int64_t units, Panels panels, Done&& done) noexcept {
+template <class Format, class Shape, class Done>
+RNNKERN_INLINE void product(std::int64_t rows, const typename Format::T* const* inputs, std::int64_t depth,
+                            const typename Format::W* packed, const typename Format::T* start, std::int64_t units,
+                            Panels panels, Done&& done) noexcept {
+  using T = typename Format::T;
   constexpr int width = Shape::vectors * kLanes<T>;
+  const std::int64_t panel_size = stored_inputs<Format>(depth) * width;
   Vec<T> sums[kPartRows * Shape::vectors];
   const std::int64_t begin = panels.begin, end = panels.end;
   if (begin == end) return;
@@ -243,8 +274,8 @@ RNNKERN_INLINE void product(std::int64_t rows, const T* const* inputs, std::int6
       const Range own = share(whole, part, parts);
       const std::int64_t panel = begin + own.begin, count = own.end - own.begin;
       const std::int64_t tail = part == parts - 1 ? tail_subs : 0;
-      tile_of_panels<T, Shape>(count, tail, inputs[0], depth, packed + panel * depth * width,
-                               start ? start + panel * width : kZeros<T>, sums);
+      tile_of_panels<Format, Shape>(count, tail, inputs[0], depth, packed + panel * panel_size,
+                                    start ? start + panel * width : kZeros<T>, sums);
       const std::int64_t visited = count + (tail > 0);
       for (std::int64_t p = 0; p < visited; ++p) done(0, panel + p, sums + p * Shape::vectors);
     }
@@ -252,12 +283,12 @@ RNNKERN_INLINE void product(std::int64_t rows, const T* const* inputs, std::int6
   }
   for (std::int64_t i = begin; i < end; ++i) {
     const std::int64_t panel = panels.backwards ? begin + end - 1 - i : i;
-    const Tiles<T>& tiles = tiles_of<T, Shape>(Shape::template subs_of<T>(panel, units));
+    const Tiles<Format>& tiles = tiles_of<Format, Shape>(Shape::template subs_of<T>(panel, units));
     const bool deep = rows > tiles.max_rows && depth > tiles.part_depth;
     const auto tile = deep ? tiles.of_parts : tiles.of_rows;
     for_parts(rows, deep ? kPartRows : tiles.max_rows,
               [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
-                tile(count, inputs + first, depth, packed + panel * depth * width,
+                tile(count, inputs + first, depth, packed + panel * panel_size,
                      start ? start + panel * width : kZeros<T>, sums);
 #pragma GCC unroll 1
                 for (std::int64_t r = 0; r < count; ++r) done(first + r, panel, sums + r * tiles.vectors);
@@ -281,13 +312,13 @@ template <class T>
 void plain_product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed, const T* start,
                    std::int64_t units, T* const* outputs, bool add) noexcept {
   using V = Vec<T>;
-  product<T, Plain>(rows, inputs, depth, packed, start, units, Panels{0, Plain::panels<T>(units)},
-                    [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                      for_plain_vectors<T>(panel, units, [&](int v, std::int64_t unit, int count) {
-                        T* to = outputs[i] + unit;
-                        store_some<V>(to, add ? load_some<V>(to, count) + sum[v] : sum[v], count);
-                      });
-                    });
+  product<AsStates<T>, Plain>(rows, inputs, depth, packed, start, units, Panels{0, Plain::panels<T>(units)},
+                              [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                for_plain_vectors<T>(panel, units, [&](int v, std::int64_t unit, int count) {
+                                  T* to = outputs[i] + unit;
+                                  store_some<V>(to, add ? load_some<V>(to, count) + sum[v] : sum[v], count);
+                                });
+                              });
 }
 
 // A sum of outer products is a product too: of the left side transposed and the right side packed. It goes through its
@@ -332,8 +363,9 @@ RNNKERN_INLINE void pack_panel(std::int64_t count, const T* const* from, std::in
 
 // target[r][k] += sum over i < depth of left[r][i] * right[i][k] for the k of one panel.
 template <class T>
-RNNKERN_INLINE void add_outer_tile(const Tiles<T>& tiles, std::int64_t tile_rows, const T* left, std::int64_t depth,
-                                   const T* right, std::int64_t panel, std::int64_t columns, T* target) noexcept {
+RNNKERN_INLINE void add_outer_tile(const Tiles<AsStates<T>>& tiles, std::int64_t tile_rows, const T* left,
+                                   std::int64_t depth, const T* right, std::int64_t panel, std::int64_t columns,
+                                   T* target) noexcept {
   using V = Vec<T>;
   constexpr int most_rows = 8;
   const T* inputs[most_rows];
@@ -372,7 +404,7 @@ void add_outer_products(std::int64_t rows, const T* const* left, const T* const*
       for_parts(end - begin, kOuterLeft, [&](std::int64_t j0, std::int64_t outputs) {
         transpose_rows(depth, left + i, begin + j0, outputs, packed_left, kOuterStride<T>);
         for (std::int64_t p = 0; p < panels; ++p) {
-          const Tiles<T>& tiles = tiles_of<T, Plain>(Plain::subs_of<T>(panel0 + p, columns));
+          const Tiles<AsStates<T>>& tiles = tiles_of<AsStates<T>, Plain>(Plain::subs_of<T>(panel0 + p, columns));
           for_parts(outputs, tiles.max_rows, [&](std::int64_t j, std::int64_t tile_rows) RNNKERN_INLINE_LAMBDA {
             add_outer_tile(tiles, tile_rows, packed_left + j * kOuterStride<T>, depth, buffer + p * depth * width,
                            panel0 + p, columns, target + (begin + j0 + j) * columns);

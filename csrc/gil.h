@@ -6,16 +6,32 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <type_traits>
+
+#include "team.h"
 
 namespace rnnkern {
 namespace {
+
+// Calls a function of Python's API that may run Python code, or wait for the GIL. Before 3.14 Python unwinds the stack
+// of a daemon thread that wants the GIL while the interpreter shuts down. In C++ that would abort the process in the
+// first noexcept function, and destructors would give up references without the GIL: the thread sleeps instead until
+// the process is gone, as in 3.14.
+template <class Result, class... Parameters>
+Result in_python(Result (*function)(Parameters...), std::type_identity_t<Parameters>... arguments) noexcept {
+  try {
+    return function(arguments...);
+  } catch (...) {
+    for (;;) pause();
+  }
+}
 
 // While one lives, other Python threads run; but for a look for Ctrl-C once 0.1 s have passed, and every 0.05 s from
 // then on.
 class WithoutGil {
  public:
   WithoutGil() noexcept : thread_(PyEval_SaveThread()) {}
-  ~WithoutGil() { take(); }
+  ~WithoutGil() { in_python(PyEval_RestoreThread, thread_); }
   WithoutGil(const WithoutGil&) = delete;
   WithoutGil& operator=(const WithoutGil&) = delete;
 
@@ -24,24 +40,20 @@ class WithoutGil {
     const auto now = Clock::now();
     if (now < self.next_) return false;
     self.next_ = now + std::chrono::milliseconds(50);
-    self.take();
-    const bool interrupted = PyErr_CheckSignals() != 0;
+    in_python(PyEval_RestoreThread, self.thread_);
+    bool interrupted = in_python(PyErr_CheckSignals) != 0;
+    if (lost_helpers() && !interrupted) {
+      PyErr_SetString(PyExc_RuntimeError,
+                      "fork: a signal handler forked this process during a call on several threads; "
+                      "the child cannot go on with that call");
+      interrupted = true;
+    }
     self.thread_ = PyEval_SaveThread();
     return interrupted;
   }
 
  private:
   using Clock = std::chrono::steady_clock;
-
-  // Python before 3.14 unwinds a daemon thread that wants the GIL while the interpreter shuts down. Here that would
-  // abort the process in the first noexcept function: the thread sleeps instead until the process is gone, as in 3.14.
-  void take() noexcept {
-    try {
-      PyEval_RestoreThread(thread_);
-    } catch (...) {
-      for (;;) pause();
-    }
-  }
 
   PyThreadState* thread_;
   Clock::time_point next_ = Clock::now() + std::chrono::milliseconds(100);

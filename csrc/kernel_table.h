@@ -26,7 +26,7 @@ struct PackCall {
   LayerSizes sizes;
   LayerWeights<const void*> weights;
   bool training;  // with what backward needs
-  void* packed;   // packed_elements() of these sizes, 64-byte aligned
+  void* packed;   // packed_bytes() of these sizes, 64-byte aligned
 };
 
 // One layer-direction of a call. A row is one (t, b); rows are in time-major order.
@@ -47,7 +47,7 @@ struct Layer {
   bool add_to_dx;                 // a second direction adds to what the first has written
   const void* dlast[kMaxStates];  // gradients of `last`
   void* dinitial[kMaxStates];
-  LayerWeights<void*> gradients;  // zeroed by the caller
+  LayerWeights<void*> gradients;  // null: not wanted; else zeroed by the caller
 };
 
 enum class Split : int { rows, units };  // what the threads of a call divide among them
@@ -76,19 +76,23 @@ struct Linear {
   const void *x, *weight, *bias;  // bias null: none
   void* y;
   const void* dy;
-  void *dx, *dweight, *dbias;  // dx, dbias null: not wanted; dweight, dbias zeroed by the caller
+  void *dx, *dweight, *dbias;  // null: not wanted; dweight, dbias zeroed by the caller
   void* scratch;
 };
 
-// The functions of one cell for one element type.
+// What packed weights are stored in; states and sums are double with float64, else float.
+enum class WeightFormat : int { float32, float64, bfloat16 };
+constexpr int kFormats = 3;
+
+// The functions of one cell for one format.
 struct CellKernels {
-  std::int64_t (*packed_elements)(const LayerSizes&, bool training) noexcept;
+  std::int64_t (*packed_bytes)(const LayerSizes&, bool training) noexcept;
   Task pack;                                                                       // context: const PackCall*
   std::int64_t (*saved_elements)(const LayerSizes&, std::int64_t batch) noexcept;  // a step of Layer::saved
   std::int64_t (*scratch_bytes)(const Stack&, bool backward) noexcept;
   std::int64_t (*row_grain)(const LayerSizes&, std::int64_t batch) noexcept;  // rows a thread works on together
   Task forward;                                                               // context: const Stack*
-  Task backward;                                                              // context: const Stack*
+  Task backward;                                                              // the same; null: inference only
 };
 
 struct LinearKernels {
@@ -104,7 +108,7 @@ struct ActivationKernel {
   void (*f64)(const double* x, double* y, std::int64_t n) noexcept;
 };
 
-// One run of a loop of limits.h.
+// One run of a loop of probes.h.
 struct Probe {
   std::int64_t repeats;
   std::int64_t elements;  // of a row of data; whole vectors
@@ -122,7 +126,7 @@ struct CellEntry {
   const char* name;
   int gates, states, saved, extras;
   bool projects, two_products;
-  CellKernels f32, f64;
+  CellKernels kernels[kFormats];
 };
 
 struct KernelTable {

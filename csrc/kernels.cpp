@@ -1,7 +1,7 @@
 // Compiled once per ISA; exports one constant table of all kernels for that ISA.
 
-#include "limits.h"
 #include "narrow.h"
+#include "probes.h"
 
 namespace rnnkern {
 namespace {
@@ -17,16 +17,17 @@ void multiply(const Worker& worker, std::int64_t count, const T* a, const T* b, 
   }
 }
 
-template <class Cell, class T, template <class, class> class LayerOf, template <class, class> class ScratchOf>
+template <class Cell, class Format, template <class, class> class LayerOf, template <class, class> class ScratchOf>
 void forward_as(const Stack& stack, Worker& worker) noexcept {
   const FlushDenormals flush;
   Arena arena(stack.scratch);
-  const ScratchOf<Cell, T> scratch(arena, stack, worker.index);
+  using T = typename Format::T;
+  const ScratchOf<Cell, Format> scratch(arena, stack, worker.index);
   Context<Cell, T> call{stack, worker};
   for (int layer = 0; layer < stack.layer_count; ++layer) {
     for (int direction = 0; direction < stack.directions; ++direction) {
       const Layer& one = stack.layers[layer * stack.directions + direction];
-      call.advance(LayerOf<Cell, T>(call, one, scratch).run());
+      call.advance(LayerOf<Cell, Format>(call, one, scratch).run());
     }
     if (stack.masks && layer + 1 < stack.layer_count && call.takes_part()) {
       const Layer& first = stack.layers[layer * stack.directions];
@@ -37,12 +38,13 @@ void forward_as(const Stack& stack, Worker& worker) noexcept {
   }
 }
 
-template <class Cell, class T>
+template <class Cell, class Format>
 void forward(void* context, Worker& worker) noexcept {
   const Stack& stack = *static_cast<const Stack*>(context);
   if constexpr (kCanBeNarrow<Cell>)
-    if (is_narrow<Cell, T>(stack)) return forward_as<Cell, T, NarrowForward, NarrowScratch>(stack, worker);
-  forward_as<Cell, T, ForwardLayer, ForwardScratch>(stack, worker);
+    if (is_narrow<Cell, typename Format::T>(stack))
+      return forward_as<Cell, Format, NarrowForward, NarrowScratch>(stack, worker);
+  forward_as<Cell, Format, ForwardLayer, ForwardScratch>(stack, worker);
 }
 
 template <class Cell, class T, template <class, class> class LayerOf>
@@ -74,15 +76,16 @@ void backward(void* context, Worker& worker) noexcept {
   backward_as<Cell, T, BackwardLayer>(stack, worker);
 }
 
-template <class Cell, class T>
+template <class Cell, class Format>
 std::int64_t scratch_bytes(const Stack& stack, bool for_backward) noexcept {
+  using T = typename Format::T;
   Arena arena(nullptr);
   if (for_backward)
     BackwardScratch<Cell, T>(arena, stack, 0);
   else if (is_narrow<Cell, T>(stack))
-    NarrowScratch<Cell, T>(arena, stack, 0);
+    NarrowScratch<Cell, Format>(arena, stack, 0);
   else
-    ForwardScratch<Cell, T>(arena, stack, 0);
+    ForwardScratch<Cell, Format>(arena, stack, 0);
   return arena.used();
 }
 
@@ -107,8 +110,8 @@ struct LinearScratch {
 
   LinearScratch(Arena& arena, const Linear& call, int worker_index, int max_threads) noexcept {
     const std::int64_t forward_size =
-        Plain::elements<T>(call.outputs, call.inputs) + Plain::elements<T>(call.outputs, 1);
-    const std::int64_t backward_size = Plain::elements<T>(call.inputs, call.outputs);
+        Plain::elements<AsStates<T>>(call.outputs, call.inputs) + Plain::elements<AsStates<T>>(call.outputs, 1);
+    const std::int64_t backward_size = Plain::elements<AsStates<T>>(call.inputs, call.outputs);
     packed = arena.take<T>(forward_size > backward_size ? forward_size : backward_size);
     for (int i = 0; i < max_threads; ++i) {
       const auto left_rows = arena.take<const T*>(call.rows), right_rows = arena.take<const T*>(call.rows);
@@ -134,9 +137,9 @@ void linear_forward(void* context, Worker& worker) noexcept {
   const LinearScratch<T> s(arena, call, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
   const T* bias = static_cast<const T*>(call.bias);
-  T* packed_bias = s.packed + Plain::elements<T>(outputs, inputs);
-  pack_panels<1>(worker, static_cast<const T*>(call.weight), outputs, inputs, 0, inputs, 1, s.packed);
-  if (bias) pack_panels<1>(worker, bias, outputs, 1, 0, 1, 1, packed_bias);
+  T* packed_bias = s.packed + Plain::elements<AsStates<T>>(outputs, inputs);
+  pack_panels<AsStates<T>, 1>(worker, static_cast<const T*>(call.weight), outputs, inputs, 0, inputs, 1, s.packed);
+  if (bias) pack_panels<AsStates<T>, 1>(worker, bias, outputs, 1, 0, 1, 1, packed_bias);
   if (worker.count > 1) worker.wait(worker.team);
   const Range own = share(call.rows, worker.index, worker.count);
   for (std::int64_t i = own.begin; i < own.end; ++i) {
@@ -154,14 +157,16 @@ void linear_backward(void* context, Worker& worker) noexcept {
   Arena arena(call.scratch);
   const LinearScratch<T> s(arena, call, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
-  if (call.dx) pack_panels<1>(worker, static_cast<const T*>(call.weight), inputs, outputs, 0, 1, inputs, s.packed);
+  if (call.dx)
+    pack_panels<AsStates<T>, 1>(worker, static_cast<const T*>(call.weight), inputs, outputs, 0, 1, inputs, s.packed);
   for (std::int64_t i = 0; i < call.rows; ++i) {
     s.left[i] = static_cast<const T*>(call.dy) + i * outputs;
     s.right[i] = static_cast<const T*>(call.x) + i * inputs;
     s.outputs[i] = static_cast<T*>(call.dx) + (call.dx ? i * inputs : 0);
   }
   const Range own = share(outputs, worker.index, worker.count, kTileRows<Plain::vectors>);
-  add_outer_products(call.rows, s.left, s.right, own.begin, own.end, inputs, static_cast<T*>(call.dweight), s.buffer);
+  if (call.dweight)
+    add_outer_products(call.rows, s.left, s.right, own.begin, own.end, inputs, static_cast<T*>(call.dweight), s.buffer);
   if (call.dbias) add_rows(call.rows, s.left, own.begin, own.end, static_cast<T*>(call.dbias));
   if (!call.dx) return;
   if (worker.count > 1) worker.wait(worker.team);
@@ -179,23 +184,29 @@ void apply(const Scalar<V>* x, Scalar<V>* y, std::int64_t n) noexcept {
   }
 }
 
-template <class Cell, class T>
+template <class Cell, class Format>
 constexpr CellKernels kernels_of() noexcept {
-  return {packed_elements<Cell, T>, pack_layer<Cell, T>, saved_elements<Cell, T>, scratch_bytes<Cell, T>,
-          row_grain<Cell, T>,       forward<Cell, T>,    backward<Cell, T>};
+  using T = typename Format::T;
+  return {packed_bytes<Cell, Format>,
+          pack_layer<Cell, Format>,
+          saved_elements<Cell, T>,
+          scratch_bytes<Cell, Format>,
+          row_grain<Cell, T>,
+          forward<Cell, Format>,
+          Format::trains ? backward<Cell, T> : nullptr};
 }
 
 template <class Cell>
 constexpr CellEntry entry_of() noexcept {
-  return {Cell::name,
-          Cell::gates,
-          Cell::states,
-          Cell::saved,
-          Cell::extras,
-          Cell::projects,
-          Cell::late_gates > 0,
-          kernels_of<Cell, float>(),
-          kernels_of<Cell, double>()};
+  return {
+      Cell::name,
+      Cell::gates,
+      Cell::states,
+      Cell::saved,
+      Cell::extras,
+      Cell::projects,
+      Cell::late_gates > 0,
+      {kernels_of<Cell, AsStates<float>>(), kernels_of<Cell, AsStates<double>>(), kernels_of<Cell, BFloat16Weights>()}};
 }
 
 template <class List>

@@ -116,11 +116,15 @@ class Narrow : public Loop {
 
   // sums[r][i] += w[k][r * step] right[k][i], k after k: w packed, its k `stride` elements apart; right
   // [depth][n][lanes].
-  template <int rows, int n>
-  RNNKERN_INLINE static void add_products(const T* w, std::int64_t stride, std::int64_t step, std::int64_t depth,
-                                          const T* right, V (&sums)[rows][n]) noexcept {
-    for (std::int64_t k = 0; k < depth; ++k, w += stride, right += n * lanes)
-      add_outer<T, rows, n>([&](int r) RNNKERN_INLINE_LAMBDA { return w[r * step]; }, right, sums);
+  template <class Format, int rows, int n>
+  RNNKERN_INLINE static void add_products(const typename Format::W* w, std::int64_t stride, std::int64_t step,
+                                          std::int64_t depth, const T* right, V (&sums)[rows][n]) noexcept {
+    for_inputs<Format>(
+        depth, w, stride, [&]<int i>(std::int64_t k, const typename Format::W* weights) RNNKERN_INLINE_LAMBDA {
+          add_outer<T, rows, n>(
+              [&](int r) RNNKERN_INLINE_LAMBDA { return Format::widened(weights[r * step * Format::group + i]); },
+              [&](int v) RNNKERN_INLINE_LAMBDA { return load<V>(right + (k * n + v) * lanes); }, sums);
+        });
   }
 
  private:
@@ -139,8 +143,10 @@ constexpr int kNarrowSteps = Cell::gates == 1   ? 8
                              : kRegisters == 32 ? 4
                                                 : 2;
 
-template <class Cell, class T>
+template <class Cell, class Format>
 struct NarrowScratch {
+  using T = typename Format::T;
+
   T* h[2];   // [vectors, H, lanes]: the state before and after a step
   T* c;      // [vectors, H, lanes]
   T* gates;  // [vectors, block_steps, G * H, lanes]: the input's share
@@ -161,24 +167,22 @@ struct NarrowScratch {
   }
 };
 
-template <class Cell, class T>
-class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>, Cell, T> {
+template <class Cell, class Format>
+class NarrowForward
+    : public Narrow<ForwardLoop<NarrowForward<Cell, Format>, Cell, typename Format::T>, Cell, typename Format::T> {
+  using T = typename Format::T;
   using Loop = ForwardLoop<NarrowForward, Cell, T>;
   using Rows = Narrow<Loop, Cell, T>;
   using Base = Context<Cell, T>;
   using Loop::now_, Loop::block_first_, Loop::time, Loop::output;
-  using Rows::stack, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state, Rows::add_products;
+  using Rows::stack, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state;
   friend Loop;
   using V = Vec<T>;
   static constexpr int gates = Cell::gates;
 
  public:
-  NarrowForward(const Base& context, const Layer& layer, const NarrowScratch<Cell, T>& scratch) noexcept
-      : Rows(context, layer),
-        s_(scratch),
-        at_(layer.sizes, false),
-        packed_(static_cast<const T*>(layer.packed)),
-        H_(layer.sizes.hidden) {}
+  NarrowForward(const Base& context, const Layer& layer, const NarrowScratch<Cell, Format>& scratch) noexcept
+      : Rows(context, layer), s_(scratch), packed_(layer, false), H_(layer.sizes.hidden) {}
 
  private:
   void enter() noexcept {
@@ -217,8 +221,9 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
     for (std::int64_t unit = 0; unit < H_; ++unit) {
       V sums[gates][n];
       for (int gate = 0; gate < gates; ++gate)
-        for (int i = 0; i < n; ++i) sums[gate][i] = set<V>(packed_[at_.b_ih + gate * lanes + unit]);
-      add_products(packed_ + at_.w_ih + unit, gates * lanes, lanes, layer_.sizes.inputs, s_.x, sums);
+        for (int i = 0; i < n; ++i) sums[gate][i] = set<V>(packed_.values(packed_.at.b_ih)[gate * lanes + unit]);
+      Rows::template add_products<Format>(packed_.weights(packed_.at.w_ih) + unit * Format::group, gates * lanes, lanes,
+                                          layer_.sizes.inputs, s_.x, sums);
       for (int gate = 0; gate < gates; ++gate)
         for (int i = 0; i < n; ++i) store(to + ((i * gates + gate) * H_ + unit) * lanes, sums[gate][i]);
     }
@@ -258,11 +263,13 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
     for (std::int64_t unit = 0; unit < H_; ++unit) {
       V r[gates][1], input[gates], extra[kMaxExtras], prev[kMaxStates], next[kMaxStates], saved[kSlots<Cell>];
       for (int gate = 0; gate < gates; ++gate) {
-        r[gate][0] = set<V>(packed_[at_.b_early + gate * lanes + unit]);
+        r[gate][0] = set<V>(packed_.values(packed_.at.b_early)[gate * lanes + unit]);
         input[gate] = load<V>(x + (gate * H_ + unit) * lanes);
       }
-      add_products(packed_ + at_.w_early + unit, gates * lanes, lanes, H_, h, r);
-      for (int e = 0; e < Cell::extras; ++e) extra[e] = set<V>(packed_[at_.extras + e * padded<T>(H_) + unit]);
+      Rows::template add_products<Format>(packed_.weights(packed_.at.w_early) + unit * Format::group, gates * lanes,
+                                          lanes, H_, h, r);
+      for (int e = 0; e < Cell::extras; ++e)
+        extra[e] = set<V>(packed_.values(packed_.at.extras)[e * padded<T>(H_) + unit]);
       prev[0] = load<V>(h + unit * lanes);
       if constexpr (Cell::states > 1) prev[1] = load<V>(c + unit * lanes);
       Cell::forward(input, &r[0][0], extra, prev, next, saved);
@@ -273,9 +280,8 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
     }
   }
 
-  const NarrowScratch<Cell, T>& s_;
-  const PackedLayout<Cell, T> at_;
-  const T* packed_;
+  const NarrowScratch<Cell, Format>& s_;
+  const PackedWeights<Cell, Format> packed_;
   const std::int64_t H_;
 };
 
@@ -285,7 +291,7 @@ template <class Cell, class T>
 class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell, T>, Cell, T> {
   using Loop = BackwardLoop<NarrowBackward, Cell, T>;
   using Rows = Narrow<Loop, Cell, T>;
-  using Loop::s_, Loop::at_, Loop::packed_, Loop::H_, Loop::padded_h_;
+  using Loop::s_, Loop::packed_, Loop::H_, Loop::padded_h_;
   using Rows::stack, Rows::worker, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state;
   friend Loop;
   using V = Vec<T>;
@@ -391,7 +397,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
       V dx[gates], separate[gates], dprev[kMaxStates], dextra[kMaxExtras];
       V* dr = Cell::separate_recurrent ? separate : dx;
       for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(from_saved + v * H_ * lanes + at);
-      for (int e = 0; e < Cell::extras; ++e) extra[e] = set<V>(packed_[at_.extras + e * padded_h_ + unit]);
+      for (int e = 0; e < Cell::extras; ++e) extra[e] = set<V>(packed_.values(packed_.at.extras)[e * padded_h_ + unit]);
       if constexpr (!Cell::projects) prev[0] = load<V>(s.h_prev + at);
       if constexpr (Cell::states > 1) prev[1] = load<V>(s.c_prev + at);
       if constexpr (Cell::saved == 0) h = load<V>(s.h + at);
@@ -416,7 +422,8 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
     for_parts(H_, most, [&](std::int64_t first, std::int64_t count) {
       with_count<most>(count, [&]<int n>() RNNKERN_INLINE_LAMBDA {
         V sums[n][1] = {};
-        Rows::add_products(packed_ + at_.w_early_t + first, lanes, 1, gates * H_, dr, sums);
+        Rows::template add_products<AsStates<T>>(packed_.weights(packed_.at.w_early_t) + first, lanes, 1, gates * H_,
+                                                 dr, sums);
         for (int i = 0; i < n; ++i) {
           T* to = state(s_.carry_h, vector) + (first + i) * lanes;
           const V past = load<V>(to);

@@ -14,7 +14,7 @@
 #include "dispatch.h"
 #include "kernel_table.h"
 #include "plan.h"
-#include "threads.h"
+#include "team.h"
 
 namespace rnnkern {
 
@@ -41,11 +41,11 @@ struct Record {
 
 class Network {
  public:
-  Network(const Isa& isa, std::string_view cell, std::int64_t element_bytes, std::int64_t input_size,
-          std::int64_t hidden_size, std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions)
+  Network(const Isa& isa, std::string_view cell, WeightFormat format, std::int64_t input_size, std::int64_t hidden_size,
+          std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions)
       : entry_(find_cell(*isa.table, cell)),
-        bytes_(element_bytes),
-        kernels_(bytes_ == 4 ? entry_.f32 : entry_.f64),
+        bytes_(format == WeightFormat::float64 ? 8 : 4),
+        kernels_(entry_.kernels[static_cast<int>(format)]),
         isa_(isa.name),
         inputs_(input_size),
         hidden_(hidden_size),
@@ -91,9 +91,7 @@ class Network {
   std::int64_t state_size(std::size_t s) const { return s == 0 ? outputs_ : hidden_; }
 
   // The packed weights of layer-direction i.
-  std::int64_t packed_bytes(std::size_t i, bool training) const {
-    return times(kernels_.packed_elements(sizes(i), training), bytes_);
-  }
+  std::int64_t packed_bytes(std::size_t i, bool training) const { return kernels_.packed_bytes(sizes(i), training); }
   std::int64_t packed_bytes(bool training) const {
     std::int64_t total = 0;
     for (std::size_t i = 0; i < layer_directions(); ++i) total += packed_bytes(i, training);
@@ -254,7 +252,7 @@ class Network {
   }
 
   const CellEntry& entry_;
-  const std::int64_t bytes_;  // of an element
+  const std::int64_t bytes_;  // of an element of a state
   const CellKernels& kernels_;
   const char* isa_;
   std::int64_t inputs_, hidden_, outputs_;

@@ -19,7 +19,7 @@
 #include "kernel_table.h"
 #include "network.h"
 #include "plan.h"
-#include "threads.h"
+#include "team.h"
 
 namespace rnnkern {
 namespace {
@@ -75,16 +75,25 @@ py::tuple tuple_of(const std::vector<py::array>& arrays) {
   return tuple;
 }
 
+WeightFormat format_of(const std::string& name) {
+  if (name == "float32") return WeightFormat::float32;
+  if (name == "float64") return WeightFormat::float64;
+  if (name == "bfloat16") return WeightFormat::bfloat16;
+  throw py::value_error(std::string("format: expected float32, float64 or bfloat16, got ").append(name));
+}
+
 // The weights of a stack, packed for the ISA that was active when it was made.
 class Packed : public Network {
  public:
-  Packed(const std::string& cell, const py::object& dtype, std::int64_t input_size, std::int64_t hidden_size,
+  Packed(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
          std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::object& weights,
          bool training)
-      : Network(active(), cell, float_dtype(dtype).itemsize(), input_size, hidden_size, proj_size, num_layers,
+      : Network(active(), cell, format_of(format), input_size, hidden_size, proj_size, num_layers,
                 std::move(directions)),
-        dtype_(float_dtype(dtype)),
+        dtype_(element_bytes() == 8 ? py::dtype::of<double>() : py::dtype::of<float>()),
         training_(training) {
+    if (training && kernels().backward == nullptr)
+      throw py::value_error(std::string("format: expected float32 or float64 for training, got ").append(format));
     const auto given = elements(weights, "weights", layer_directions());
     for (std::size_t i = 0; i < given.size(); ++i) pack_next(i, given[i]);
   }
@@ -115,9 +124,13 @@ class Packed : public Network {
     return py::make_tuple(tuple_of(last), training_ ? py::cast(std::move(saved)) : py::none());
   }
 
+  // Which weights of each layer-direction, in the order of LayerWeights, are to get a gradient; none: all of them.
+  using Wanted = std::optional<std::vector<std::vector<bool>>>;
+
   // Returns the gradients of x (None unless need_x), of the initial state, and of the weights of each layer-direction,
-  // in dicts like those they were packed from.
-  py::tuple backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x) const {
+  // in dicts like those they were packed from: without those that are not wanted, None in place of an extra.
+  py::tuple backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x,
+                     const Wanted& wanted) const {
     if (saved.packed_id != id_) throw py::value_error("saved: expected what forward of these weights returned");
     const auto dlast_objects = elements(dlast, "dlast", state_count());
     const std::int64_t T = saved.steps, B = saved.batch;
@@ -127,8 +140,11 @@ class Packed : public Network {
     if (!dy.is_none()) output_gradient = checked(dy, "dy", dtype_, {T, B, output_size()});
     if (need_x) input_gradient = new_array(dtype_, {T, B, input_size()});
     const std::vector<py::array> dinitial = new_states(B);
-    std::vector<std::vector<py::array>> gradients;
-    for (const auto& layer : layers()) gradients.push_back(zero_gradients(layer.sizes));
+    if (wanted && wanted->size() != layer_directions())
+      throw py::value_error("wanted: expected one for each of " + std::to_string(layer_directions()) +
+                            " layer-directions");
+    std::vector<Gradients> gradients;
+    for (std::size_t i = 0; i < layer_directions(); ++i) gradients.push_back(zero_gradients(i, wanted));
     if (T == 0 || B == 0) {
       for (std::size_t s = 0; s < dinitial.size(); ++s) copy(dfinal[s], dinitial[s]);
     } else {
@@ -179,6 +195,7 @@ class Packed : public Network {
   }
 
   const py::dtype& dtype() const { return dtype_; }
+  bool biased() const { return biased_; }
   Shape state_shape(std::size_t s, std::int64_t B) const {
     return {static_cast<std::int64_t>(layer_directions()), B, state_size(s)};
   }
@@ -202,6 +219,9 @@ class Packed : public Network {
   }
 
  private:
+  // Of the weights of a layer-direction, in the order of LayerWeights; none: not wanted.
+  using Gradients = std::vector<std::optional<py::array>>;
+
   // What an error calls the weights of layer-direction i, or one of them.
   static Name weights_name(std::size_t i, const char* key = nullptr) { return {"weights", i, key}; }
 
@@ -216,7 +236,9 @@ class Packed : public Network {
     const std::vector<py::array> arrays = checked_weights(dict, i, sizes(i));
     packed_.emplace_back(packed_bytes(i, training_));
     add(packed_.back().data);
-    const auto pointers = weight_pointers<const void*>(arrays);
+    std::vector<const void*> data;
+    for (const auto& one : arrays) data.push_back(bytes_of(one));
+    const auto pointers = weights_at(data.data(), biased_);
     if (packing_ns(i, training_) < kKeepsGil) {
       pack(i, pointers, training_, packed_.back().data);
     } else {
@@ -245,7 +267,7 @@ class Packed : public Network {
   std::vector<py::array> checked_weights(const py::dict& dict, std::size_t i, const LayerSizes& sizes) const {
     const auto take = [&](const char* key) {
       const py::str name(key);
-      PyObject* object = PyDict_GetItemWithError(dict.ptr(), name.ptr());
+      PyObject* object = in_python(PyDict_GetItemWithError, dict.ptr(), name.ptr());
       if (object == nullptr && PyErr_Occurred()) throw py::error_already_set();
       if (object == nullptr)
         throw py::value_error(weights_name(i).text() + ": expected an array named '" + key + "', got none");
@@ -267,28 +289,34 @@ class Packed : public Network {
     return arrays;
   }
 
-  // Arrays for the gradients of the weights of a layer-direction, in the order of LayerWeights.
-  std::vector<py::array> zero_gradients(const LayerSizes& sizes) const {
-    std::vector<py::array> arrays;
-    for (const auto& [key, shape] : matrices(sizes)) arrays.push_back(new_array(dtype_, shape));
-    for (int e = 0; e < entry().extras; ++e) arrays.push_back(new_array(dtype_, {sizes.hidden}));
-    for (const auto& one : arrays) std::memset(bytes_of(one), 0, static_cast<std::size_t>(one.nbytes()));
-    return arrays;
+  // Zeros for the wanted gradients of layer-direction i.
+  Gradients zero_gradients(std::size_t i, const Wanted& wanted) const {
+    const std::size_t count = weight_count(biased_);
+    if (wanted && (*wanted)[i].size() != count)
+      throw py::value_error(Name{"wanted", i}.text() + ": expected " + std::to_string(count) + " flags");
+    Gradients gradients;
+    const auto add = [&](const Shape& shape) {
+      const bool skipped = wanted && !(*wanted)[i][gradients.size()];
+      gradients.push_back(skipped ? std::optional<py::array>() : new_array(dtype_, shape));
+      if (!skipped) std::memset(bytes_of(*gradients.back()), 0, static_cast<std::size_t>(gradients.back()->nbytes()));
+    };
+    for (const auto& [key, shape] : matrices(sizes(i))) add(shape);
+    for (int e = 0; e < entry().extras; ++e) add({sizes(i).hidden});
+    return gradients;
   }
 
-  template <class Pointer>
-  LayerWeights<Pointer> weight_pointers(const std::vector<py::array>& arrays) const {
-    std::vector<Pointer> pointers;
-    for (const auto& one : arrays) pointers.push_back(bytes_of(one));
-    return weights_at(pointers.data(), biased_);
-  }
-
-  py::dict dict_of(const std::vector<py::array>& arrays) const {
+  py::dict dict_of(const Gradients& gradients) const {
     py::dict dict;
-    std::size_t next = 0;
-    for (const auto& [key, shape] : matrices(sizes(0))) dict[key] = arrays[next++];
-    if (entry().extras > 0)
-      dict["extras"] = tuple_of({arrays.begin() + static_cast<std::ptrdiff_t>(next), arrays.end()});
+    auto next = gradients.begin();
+    for (const auto& [key, shape] : matrices(sizes(0))) {
+      if (*next) dict[key] = **next;
+      ++next;
+    }
+    if (entry().extras > 0) {
+      py::tuple extras(static_cast<std::size_t>(entry().extras));
+      for (std::size_t e = 0; e < extras.size(); ++e, ++next) extras[e] = *next ? py::object(**next) : py::none();
+      dict["extras"] = extras;
+    }
     return dict;
   }
 
@@ -373,7 +401,7 @@ class Packed : public Network {
 
   // Backward through what `record` has left; dy and dx may be null.
   void go_back(const Saved& saved, void* dy, void* dx, const States& dlast, const States& dinitial,
-               const std::vector<std::vector<py::array>>& gradients) const {
+               const std::vector<Gradients>& gradients) const {
     const std::int64_t T = saved.steps, B = saved.batch;
     std::vector<py::array> between;
     std::vector<void*> between_data;
@@ -382,7 +410,11 @@ class Packed : public Network {
       between_data.push_back(bytes_of(between.back()));
     }
     std::vector<LayerWeights<void*>> pointers;
-    for (const auto& arrays : gradients) pointers.push_back(weight_pointers<void*>(arrays));
+    for (const auto& arrays : gradients) {
+      std::vector<void*> data;
+      for (const auto& one : arrays) data.push_back(one ? bytes_of(*one) : nullptr);
+      pointers.push_back(weights_at(data.data(), biased_));
+    }
     run(saved,
         retraced(B, record_of(saved), bytes_of(saved.initial), dy, dx, between_data.data(), dlast, dinitial, pointers),
         true, nullptr);

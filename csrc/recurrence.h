@@ -106,8 +106,11 @@ void copy_row(T* to, const T* from, std::int64_t count, std::int64_t padded_coun
 template <class Cell>
 constexpr int kSlots = Cell::saved > Cell::gates ? Cell::saved : Cell::gates;
 
-template <class Cell, class T>
+// Of a layer whose states are T; `Format` says how its weights are stored.
+template <class Cell, class Format>
 struct ForwardScratch {
+  using T = typename Format::T;
+
   T* h[2];    // [B, stride P]: the state before and after a step
   T* c;       // [B, padded H]
   T* hidden;  // [B, padded H]: h before the projection, or the scaled h of a late product
@@ -198,24 +201,24 @@ class ForwardLoop : protected Context<Cell, T> {
   std::int64_t block_first_ = 0;  // steps done before this block
 };
 
-template <class Cell, class T>
-class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
+template <class Cell, class Format>
+class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typename Format::T> {
+  using T = typename Format::T;
   using Loop = ForwardLoop<ForwardLayer, Cell, T>;
   using Base = Context<Cell, T>;
   using Base::stack, Base::worker, Base::lanes;
   using Loop::layer_, Loop::now_, Loop::block_first_, Loop::time, Loop::input, Loop::output;
   friend Loop;
   using V = Vec<T>;
-  using Layout = PackedLayout<Cell, T>;
+  using Layout = PackedLayout<Cell, Format>;
   static constexpr int slots = kSlots<Cell>;
   static_assert(Cell::saved == 0 || Cell::saved >= Cell::gates, "the gates' input share needs the saved row");
 
  public:
-  ForwardLayer(const Base& context, const Layer& layer, const ForwardScratch<Cell, T>& scratch) noexcept
+  ForwardLayer(const Base& context, const Layer& layer, const ForwardScratch<Cell, Format>& scratch) noexcept
       : Loop(context, layer),
         s_(scratch),
-        at_(layer.sizes, false),
-        packed_(static_cast<const T*>(layer.packed)),
+        packed_(layer, false),
         H_(layer.sizes.hidden),
         P_(layer.sizes.outputs),
         padded_h_(padded<T>(H_)),
@@ -265,58 +268,61 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
       }
     }
     const Panels panels = this->panels(Shape::template panels<T>(H_));
-    product<T, Shape>(rows, s_.block_inputs, layer_.sizes.inputs, packed_ + at_.w_ih, packed_ + at_.b_ih, H_, panels,
-                      [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                        for (int sub = 0; sub < Shape::subs; ++sub) {
-                          const std::int64_t unit = (panel * Shape::subs + sub) * lanes;
-                          if (unit >= padded_h_) break;
-                          for (int gate = 0; gate < Cell::gates; ++gate)
-                            store(s_.block_gates[i] + gate * padded_h_ + unit, sum[sub * Cell::gates + gate]);
-                        }
-                      });
+    product<Format, Shape>(rows, s_.block_inputs, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
+                           packed_.values(packed_.at.b_ih), H_, panels,
+                           [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                             for (int sub = 0; sub < Shape::subs; ++sub) {
+                               const std::int64_t unit = (panel * Shape::subs + sub) * lanes;
+                               if (unit >= padded_h_) break;
+                               for (int gate = 0; gate < Cell::gates; ++gate)
+                                 store(s_.block_gates[i] + gate * padded_h_ + unit, sum[sub * Cell::gates + gate]);
+                             }
+                           });
   }
 
   void step(std::int64_t t) noexcept {
     const std::int64_t rows = list_rows(t);
     using Early = typename Layout::Early;
     const Panels panels = this->panels(Early::template panels<T>(H_), now_ == 1);
-    product<T, Early>(rows, s_.h_prev, P_, packed_ + at_.w_early, packed_ + at_.b_early, H_, panels,
-                      [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                        for (int sub = 0; sub < Early::subs; ++sub) {
-                          const std::int64_t unit = (panel * Early::subs + sub) * lanes;
-                          if (unit >= padded_h_) break;
-                          V r[Cell::gates];
-                          for (int gate = 0; gate < Layout::early; ++gate) r[gate] = sum[sub * Layout::early + gate];
-                          if constexpr (Cell::late_gates > 0)
-                            prepare(i, unit, r);
-                          else
-                            finish(t, i, unit, r);
-                        }
-                      });
+    product<Format, Early>(rows, s_.h_prev, P_, packed_.weights(packed_.at.w_early), packed_.values(packed_.at.b_early),
+                           H_, panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                             for (int sub = 0; sub < Early::subs; ++sub) {
+                               const std::int64_t unit = (panel * Early::subs + sub) * lanes;
+                               if (unit >= padded_h_) break;
+                               V r[Cell::gates];
+                               for (int gate = 0; gate < Layout::early; ++gate)
+                                 r[gate] = sum[sub * Layout::early + gate];
+                               if constexpr (Cell::late_gates > 0)
+                                 prepare(i, unit, r);
+                               else
+                                 finish(t, i, unit, r);
+                             }
+                           });
     if constexpr (Cell::late_gates > 0) {
       using Late = typename Layout::Late;
       this->wait_if_units();
       const Panels late = this->panels(Late::template panels<T>(H_), now_ == 1);
-      product<T, Late>(rows, s_.hidden_rows, H_, packed_ + at_.w_late, packed_ + at_.b_late, H_, late,
-                       [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                         for (int sub = 0; sub < Late::subs; ++sub) {
-                           const std::int64_t unit = (panel * Late::subs + sub) * lanes;
-                           if (unit >= padded_h_) break;
-                           V r[Cell::gates] = {};
-                           for (int gate = 0; gate < Cell::late_gates; ++gate)
-                             r[Layout::early + gate] = sum[sub * Cell::late_gates + gate];
-                           finish(t, i, unit, r);
-                         }
-                       });
+      product<Format, Late>(rows, s_.hidden_rows, H_, packed_.weights(packed_.at.w_late),
+                            packed_.values(packed_.at.b_late), H_, late,
+                            [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                              for (int sub = 0; sub < Late::subs; ++sub) {
+                                const std::int64_t unit = (panel * Late::subs + sub) * lanes;
+                                if (unit >= padded_h_) break;
+                                V r[Cell::gates] = {};
+                                for (int gate = 0; gate < Cell::late_gates; ++gate)
+                                  r[Layout::early + gate] = sum[sub * Cell::late_gates + gate];
+                                finish(t, i, unit, r);
+                              }
+                            });
     }
     if (layer_.sizes.projected) {
       this->wait_if_units();
       const Panels plain = this->panels(Plain::panels<T>(P_), now_ == 1);
-      product<T, Plain>(rows, s_.hidden_rows, H_, packed_ + at_.w_hr, static_cast<const T*>(nullptr), P_, plain,
-                        [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                          for_plain_vectors<T>(panel, P_,
-                                               [&](int v, std::int64_t unit, int) { store_h(t, i, unit, sum[v]); });
-                        });
+      product<Format, Plain>(rows, s_.hidden_rows, H_, packed_.weights(packed_.at.w_hr), nullptr, P_, plain,
+                             [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                               for_plain_vectors<T>(
+                                   panel, P_, [&](int v, std::int64_t unit, int) { store_h(t, i, unit, sum[v]); });
+                             });
     }
   }
 
@@ -360,7 +366,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
     T* row = s_.step_gates[i] + unit;
     V x[Cell::gates], extra[kMaxExtras], prev[kMaxStates], next[kMaxStates], saved[slots];
     for (int gate = 0; gate < Cell::gates; ++gate) saved[gate] = x[gate] = load<V>(row + gate * padded_h_);
-    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_ + at_.extras + e * padded_h_ + unit);
+    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h_ + unit);
     if constexpr (!Cell::projects) prev[0] = load<V>(s_.h_prev[i] + unit);
     if constexpr (Cell::states > 1) prev[1] = load<V>(s_.c_prev[i] + unit);
     Cell::forward(x, r, extra, prev, next, saved);
@@ -379,9 +385,8 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
     store_some<V>(output(t, b) + unit, h, P_ - unit < lanes ? static_cast<int>(P_ - unit) : lanes);
   }
 
-  const ForwardScratch<Cell, T>& s_;
-  const Layout at_;
-  const T* packed_;
+  const ForwardScratch<Cell, Format>& s_;
+  const PackedWeights<Cell, Format> packed_;
   const std::int64_t H_, P_, padded_h_, stride_p_;
   const bool keep_;
 };

@@ -13,6 +13,7 @@
 #endif
 
 #define RNNKERN_INLINE __attribute__((always_inline)) inline
+#define RNNKERN_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace rnnkern {
 namespace {
@@ -75,23 +76,23 @@ RNNKERN_INLINE void pin(V& v) noexcept {
 #endif
 }
 
-// An IEEE format: 2^n has the bits (n + bias) << mantissa_bits; x + round_shift has no bits below one.
+// An IEEE type: 2^n has the bits (n + bias) << mantissa_bits; x + round_shift has no bits below one.
 template <class T>
-struct Format;
+struct Ieee;
 template <>
-struct Format<float> {
+struct Ieee<float> {
   using Bits = std::uint32_t;
   static constexpr int mantissa_bits = 23, bias = 127;
   static constexpr float round_shift = 0x1.8p23f;
 };
 template <>
-struct Format<double> {
+struct Ieee<double> {
   using Bits = std::uint64_t;
   static constexpr int mantissa_bits = 52, bias = 1023;
   static constexpr double round_shift = 0x1.8p52;
 };
 template <class V>
-using BitsOf = typename Vector<typename Format<Scalar<V>>::Bits, sizeof(V)>::Type;
+using BitsOf = typename Vector<typename Ieee<Scalar<V>>::Bits, sizeof(V)>::Type;
 
 // What vector extensions cannot express, or not as well: min as a comparison often becomes two instructions. x86
 // returns the second operand when either is NaN, hence the swaps. Without a mask GCC 12 warns of its own 512-bit min
@@ -280,14 +281,14 @@ RNNKERN_INLINE V max(V a, V b) noexcept {
 // a * b to the nearest integer, ties to even; |a * b| <= 2^22 (float), 2^51 (double).
 template <class V>
 RNNKERN_INLINE V round_product(V a, V b) noexcept {
-  constexpr Scalar<V> shift = Format<Scalar<V>>::round_shift;
+  constexpr Scalar<V> shift = Ieee<Scalar<V>>::round_shift;
   return fma(a, b, set<V>(shift)) - shift;
 }
 
 // 2^n of integral n, -bias <= n <= bias + 1: zero at the lower end, +inf at the upper.
 template <class V>
 RNNKERN_INLINE V pow2n(V n) noexcept {
-  using F = Format<Scalar<V>>;
+  using F = Ieee<Scalar<V>>;
   return reinterpret_cast<V>(reinterpret_cast<BitsOf<V>>(n + (F::round_shift + F::bias)) << F::mantissa_bits);
 }
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 import os
+import random
+from collections import defaultdict
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -85,6 +90,56 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def pytest_configure(config: pytest.Config) -> None:
     """Tests that name no backend run on the best there is."""
     config.addinivalue_line("filterwarnings", "ignore:rnnkern runs on the backend")
+
+
+# What comes round, alone or listed with more: each value is in some test of a grid. All else is a test's own.
+COMES_ROUND = {"cell", "backend", "native", "dtype", "layout"}
+
+
+def shown(item: pytest.Item) -> set[frozenset[Any]]:
+    """What a test of a grid shows: each value of its parameters, and each pair of values of its own ones."""
+    params, names = item.callspec.params, {name: (name,) for name in item.callspec.params}
+    for marker in item.iter_markers("parametrize"):  # what is listed together is one value
+        listed = marker.args[0]
+        together = tuple(name.strip() for name in listed.split(",")) if isinstance(listed, str) else tuple(listed)
+        names |= dict.fromkeys(together, together)
+    values = {group: (group, *(id(params[name]) for name in group)) for group in names.values()}
+    own = [value for group, value in values.items() if COMES_ROUND.isdisjoint(group)]
+    return {frozenset({value}) for value in values.values()} | {frozenset(pair) for pair in combinations(own, 2)}
+
+
+def few(grid: list[pytest.Item]) -> set[pytest.Item]:
+    """Of the tests of one function, few that show all that any shows; its name draws which cell meets which backend."""
+    order = random.Random(grid[0].originalname).sample(range(len(grid)), len(grid))
+    each = [shown(item) for item in grid]
+    missing = set().union(*each)
+    gains = [(-len(each[i]), place, i) for place, i in enumerate(order)]
+    heapq.heapify(gains)
+    chosen = set()
+    while missing:
+        _, place, i = heapq.heappop(gains)
+        gain = len(each[i] & missing)
+        if gains and gain < -gains[0][0]:  # others have shown some of it meanwhile
+            heapq.heappush(gains, (-gain, place, i))
+            continue
+        chosen.add(grid[i])
+        missing -= each[i]
+    return chosen
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what a grid of parameters has beyond few of its tests: `-m exhaustive`. Faults of kernels show first."""
+    items.sort(key=lambda item: item.path.name != "test_kernels.py")
+    grids = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec"):
+            grids[item.path, item.originalname].append(item)
+    for grid in grids.values():
+        chosen = few(grid)
+        for item in grid:
+            if item not in chosen:
+                item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -67,7 +67,7 @@ def test_demo_reports_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "sample",
     ):
         assert word in printed
-    assert "largest relative error" in printed
+    assert "of what the accuracy rule allows" in printed
     saved = rk.load(out / "model.npz")
     assert saved["hidden"] == 16
     assert saved["layer"]["weight_hh_l0"].shape == (64, 16)
@@ -167,6 +167,7 @@ def test_demo_refuses_what_it_cannot_resume(text: Path, tmp_path: Path, capsys: 
         (quick(other, out, "--resume"), "text"),
     ):
         assert f"another {word}" in error_of(capsys, arguments)
+    assert "another text: choose another folder with --out" in error_of(capsys, quick(other, out))
     assert (out / "model.npz").read_bytes() == model
     (out / "model.npz").write_bytes(model[:-100])
     assert "expected a whole file" in error_of(capsys, quick(text, out, "--resume"))
@@ -236,6 +237,55 @@ def test_a_text_is_its_symbols() -> None:
     text = Text.of("name", "aé\U0001f600\n" * 25)
     assert text.alphabet == "\naé\U0001f600"
     assert "".join(text.alphabet[symbol] for symbol in [*text.train, *text.held_out]) == "aé\U0001f600\n" * 25
+
+
+# What the surroundings do
+
+
+def test_right_gradients_of_a_text_learned_by_heart_are_called_right(text: Path, tmp_path: Path) -> None:
+    """Where they nearly cancel, rounding is large beside them; a wrong one is named."""
+    session = demo.prepare(demo.Options(hidden=8, text=str(text), out=tmp_path, backend="reference"))
+    session.output.parameters["bias"][...] = -30.0
+    symbols = session.streams[...]
+    symbols[...] = 0  # one symbol for ever, foreseen with certainty
+    session.output.parameters["bias"][0] = 0.0
+    assert demo.gradient_error(session) <= 1
+    session.streams[...] = np.arange(len(session.streams))[:, None] % 5
+    session.output.parameters["bias"][...] = 0.0
+    assert demo.gradient_error(session) <= 1
+    right = session.layer.backward
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        grads = right(*arguments, **options)
+        grads.parameters["weight_hh_l0"][0, 0] += 1e-3
+        return grads
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(session.layer), "backward", lambda _, *given, **options: wrong(*given, **options))
+        with pytest.raises(AssertionError, match="weight_hh_l0"):
+            demo.gradient_error(session)
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor", "--help"])
+def test_a_closed_pipe_ends_no_work(command: str, text: Path, tmp_path: Path) -> None:
+    """As `| head -1` closes it: no traceback, and the demo's model is saved."""
+    arguments = quick(text, tmp_path / "out", "--hidden", "4") if command == "demo" else [command]
+    with subprocess.Popen(
+        [sys.executable, "-m", "rnnkern", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert (tmp_path / "out" / "model.npz").exists() == (command == "demo")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing else."""
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"rnnkern {rk.__version__}\n"
 
 
 # doctor

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -239,7 +240,7 @@ def test_wrong_options_of_a_run(backend):
     check(ValueError, "save: expected 'gates', got NoneType", layer.forward, FLOATS["x"], save=None)
     check(TypeError, "seed: expected an integer >= 0, got float 0.5", layer.forward, FLOATS["x"], seed=0.5)
     check(ValueError, "seed: expected an integer >= 0, got -1", layer.forward, FLOATS["x"], seed=-1)
-    check(ValueError, "weights: expected None .*, got str 'bfloat16'", layer.freeze, "bfloat16")
+    check(ValueError, "weights: expected None .*, got str 'float16'", layer.freeze, "float16")
     check(TypeError, "unexpected keyword", layer, FLOATS["x"], length=3)
 
 
@@ -254,6 +255,17 @@ WRONG_GRADIENTS = {
     "dstate_count": ({"dstate": (None,)}, ValueError, r"dstate: expected a tuple \(h, c\), got 1 elements"),
     "dstate_shape": ({"dstate": (None, np.ones((1, B, 1)))}, ValueError, r"dstate\[1\]: expected float32 of shape"),
     "need_x": ({"need_x": 1}, TypeError, "need_x: expected a bool, got int 1"),
+    "parameters_unknown": (
+        {"parameters": ["weight_ih_l1"]},
+        ValueError,
+        "parameters: expected names from .* got weight_ih_l1$",
+    ),
+    "parameters_text": (
+        {"parameters": "weight_ih_l0"},
+        TypeError,
+        "parameters: expected True, False or names .* got str",
+    ),
+    "parameters_number": ({"parameters": 1}, TypeError, "parameters: expected True, False or names .* got int 1"),
     "into": ({"into": {}}, TypeError, "into: expected the Grads of an earlier backward, got dict"),
 }
 
@@ -280,6 +292,32 @@ def test_gradients_that_cannot_be_added_to(backend):
     before = grads.x.copy()
     check(ValueError, "into.*bias_hh_l0.*writable", layer.backward, tape, FLOATS["dy"], into=grads)
     assert np.array_equal(grads.x, before)
+    check(ValueError, "into.*weight_ih.*NoneType", layer.backward, tape, into=layer.backward(tape, parameters=False))
+
+
+def test_the_result_of_a_layer_is_no_array():
+    """`head(layer(x))` says that a layer returns y and its state, whatever takes an array."""
+    layer, head, x = rk.GRU(3, 3), rk.Linear(3, 3), np.zeros((1, 1, 3), np.float32)
+    for result in (layer(x), layer.forward(x), rk.LSTM(3, 3)(x), layer.freeze()(x), layer(np.zeros((5, 3)))):
+        for call in (layer, layer.freeze(), layer.forward, head, head.forward, lambda y: rk.mse(y, x)):
+            check(TypeError, r"expected an array, got a tuple.*\(y, state\); pass y", call, result)
+    pair = np.zeros((2, 3)), np.ones((2, 3))
+    assert head(pair).shape == (2, 2, 3)
+
+
+def test_dropout_on_a_single_layer_warns_at_the_line_of_the_caller():
+    """It does nothing there; the warning comes once, also from a subclass of the package."""
+    for make in (rk.RNN, rk.LSTM, rk.GRU, partial(rk.Recurrent, "gru")):
+        with pytest.warns(UserWarning, match="dropout: has no effect on a single layer") as seen:
+            make(3, 4, dropout=0.5)
+        assert [one.filename for one in seen] == [__file__]
+
+
+@pytest.mark.parametrize("name", ["RNNKERN_NUM_THREADS", "RNNKERN_BACKEND", "RNNKERN_MAX_ISA", "RNNKERN_CACHE_DIR"])
+def test_an_empty_variable_of_the_environment_is_not_set(name):
+    """As a job script has it that clears one."""
+    code = "import rnnkern as rk; rk.LSTM(3, 4)([[[0.0] * 3]])"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {name: ""}, check=True)
 
 
 def test_tapes_of_others(backend):

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -405,7 +406,7 @@ class Public:
         arguments = self.inputs(layer)
         y, state, tape = layer.forward(**arguments)
         dstate = tuple(one.copy() for one in state) if isinstance(state, tuple) else state.copy()
-        given = {"tape": tape, "dy": np.ones_like(y), "dstate": dstate, "need_x": True}
+        given = {"tape": tape, "dy": np.ones_like(y), "dstate": dstate, "need_x": True, "parameters": True}
         if self.rng.random() < 0.2:
             given["into"] = layer.backward(tape)
         if self.rng.random() < 0.1:
@@ -568,8 +569,15 @@ class Native:
             "dy": np.ones((5, 2, stack.output_size), stack.dtype),
             "dlast": self.state(stack),
             "need_x": True,
+            "wanted": self.rng.choice((None, self.wanted(stack, bias))),
         }
         return packed.backward, arguments, ()
+
+    def wanted(self, stack: Stack, bias: bool) -> list[list[bool]]:
+        """Which gradients are asked for, sometimes of the wrong count."""
+        count = len(stack.layers[0].weight_shapes(bias, stack.proj_size > 0)) + (self.rng.random() < 0.1)
+        layers = len(stack.layers) + (self.rng.random() < 0.1)
+        return [[self.rng.random() < 0.5 for _ in range(count)] for _ in range(layers)]
 
     def frozen_call(self) -> Call:
         stack = self.rng.choice(self.stacks)
@@ -759,23 +767,151 @@ def test_more_rows_than_memory_are_rejected() -> None:
         )  # fmt: skip
 
 
-def test_daemon_threads_may_outlive_the_interpreter(tmp_path: Path) -> None:
-    """A thread that comes back from a kernel while the interpreter shuts down does not abort the process."""
-    program = """
+@pytest.mark.parametrize(
+    "work",
+    [
+        "layer, x = rk.LSTM(64, 64), np.zeros((20_000, 8, 64), np.float32)\nwhile True: layer(x)",
+        "frozen, x = rk.LSTM(4, 8).freeze(), np.zeros((5, 2, 4))\nwhile True: frozen(x)",
+        "stream, x = rk.LSTM(4, 8).freeze().stream(), np.zeros((1, 4))\nwhile True: stream.step(x)",
+        "layer, x = rk.GRU(4, 8), np.zeros((5, 2, 4)).tolist()\nwhile True: layer.backward(layer.forward(x)[2])",
+    ],
+    ids=["kernel", "frozen", "stream", "training"],
+)
+def test_daemon_threads_may_outlive_the_interpreter(work: str, tmp_path: Path) -> None:
+    """A thread that wants the GIL while the interpreter shuts down does not abort the process, wherever it is."""
+    program = f"""
 import threading, time
 import numpy as np, rnnkern as rk
-
-def work():
-    layer, x = rk.LSTM(64, 64, backend="native"), np.zeros((20_000, 8, 64), np.float32)
-    while True:
-        layer(x)
-
 for _ in range(3):
-    threading.Thread(target=work, daemon=True).start()
-time.sleep(0.5)
+    threading.Thread(target=exec, args=({work!r}, globals().copy()), daemon=True).start()
+time.sleep(0.3)
 """
     child = run_python(tmp_path, "-c", program)
     assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this platform pins no threads")
+def test_threads_stay_where_somebody_pins_them(tmp_path: Path) -> None:
+    """`taskset -ap` on a running program holds for the team too."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one CPU")
+    program = """
+import os, time
+import numpy as np, rnnkern as rk
+rk.set_num_threads(2)
+frozen, x = rk.LSTM(128, 128).freeze(), np.zeros((50, 16, 128), "float32")
+def call(times):
+    for _ in range(times):
+        frozen(x)
+        time.sleep(0.002)
+call(10)
+threads, cpus = [int(name) for name in os.listdir("/proc/self/task")], os.sched_getaffinity(0)
+assert len(threads) > 1 and all(os.sched_getaffinity(thread) == cpus for thread in threads)
+for thread in threads:
+    os.sched_setaffinity(thread, {min(cpus)})
+call(30)
+assert all(os.sched_getaffinity(thread) == {min(cpus)} for thread in threads)
+"""
+    child = run_python(tmp_path, "-c", program)
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this platform pins no threads")
+def test_a_signal_handler_may_fork_during_a_call(tmp_path: Path) -> None:
+    """The child gives up the call, in which the work of its threads is missing, and goes on; so does the parent."""
+    program = """
+import os, signal, time, warnings
+import numpy as np, rnnkern as rk
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: a process with threads forks
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # nobody knows then whether the CPUs are wanted by others
+rk.set_num_threads(2)
+layer, x, children = rk.GRU(97, 300), np.zeros((3_000, 2, 97), np.float32), []
+signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
+signal.setitimer(signal.ITIMER_REAL, 0.12)
+try:
+    while not children:
+        layer(x)
+except RuntimeError as error:
+    assert children == [0] and "fork" in str(error)
+    layer(x[:100])
+else:
+    if children == [0]:
+        os._exit(3)
+    for _ in range(600):
+        child, status = os.waitpid(children[0], os.WNOHANG)
+        if child:
+            assert status == 0, status
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(children[0], signal.SIGKILL)
+        raise SystemExit("the child hangs")
+"""
+    child = run_python(tmp_path, "-c", program)
+    assert child.returncode == 0, child.stderr
+
+
+FAILING = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stddef.h>
+static __thread long left;
+void fail_after(long calls) { left = calls; }
+void *malloc(size_t size) {
+  static void *(*real)(size_t);
+  if (!real) real = (void *(*)(size_t))dlsym(RTLD_NEXT, "malloc");
+  if (left > 0 && --left == 0) return NULL;
+  return real(size);
+}
+"""
+
+
+def test_no_memory_at_any_allocation_is_a_memory_error(tmp_path: Path) -> None:
+    """Each of them fails once, in all calls that make or use a compiled object; none is freed twice."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("cc is not installed, or this is not Linux")
+    (tmp_path / "failing.c").write_text(FAILING)
+    subprocess.run([compiler, "-shared", "-fPIC", "failing.c", "-o", "failing.so"], cwd=tmp_path, check=True)
+    program = """
+import ctypes
+import numpy as np, rnnkern as rk
+fail_after = ctypes.PyDLL("./failing.so").fail_after
+fail_after.argtypes = [ctypes.c_long]
+layer, x, linear = rk.LSTM(3, 4, 2, seed=0), np.zeros((3, 2, 3), np.float32), rk.Linear(3, 2, seed=0)
+frozen, stream = layer.freeze(), layer.freeze().stream()
+expected = frozen(x)[0].tobytes()
+tape = layer.forward(x)[2]
+calls = [layer.freeze, frozen.stream, lambda: frozen(x), lambda: stream.step(x[0, :1]), lambda: layer.forward(x),
+         lambda: layer.backward(tape), lambda: linear(x[0])]
+failed = 0
+for call in calls:
+    for count in range(1, 60):
+        try:
+            fail_after(count)
+            call()
+            fail_after(0)
+        except MemoryError:
+            failed += 1
+    assert frozen(x)[0].tobytes() == expected
+assert failed > 20, failed
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, timeout=100, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(rk.__file__).parents[1]), "LD_PRELOAD": "./failing.so"},
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize("name", ["RNNKERN_MAX_ISA", "OMP_NUM_THREADS"])
+def test_an_empty_variable_is_none(name: str, tmp_path: Path) -> None:
+    """As the shell's `NAME= program` means it."""
+    child = subprocess.run(
+        [sys.executable, "-c", "import rnnkern as rk; print(rk.num_threads())"], cwd=tmp_path, capture_output=True,
+        env={key: value for key, value in os.environ.items() if key != name}
+        | {"PYTHONPATH": str(Path(rk.__file__).parents[1]), name: ""}, text=True, check=True,
+    )  # fmt: skip
+    assert int(child.stdout) >= 1
 
 
 if __name__ == "__main__":

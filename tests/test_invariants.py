@@ -159,7 +159,7 @@ def test_helpers_that_come_during_a_call_change_no_bit(cell, native):
             rk.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.skipif(backends.get("native").unavailable() is not None, reason="the compiled module is missing")
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="scheduling affinity is Linux's")
 def test_helpers_come_to_cpus_of_their_own_however_busy_the_others_are():
     """What runs elsewhere on the machine takes nothing from a process that is kept to some of its CPUs."""
@@ -335,6 +335,7 @@ def test_a_million_steps(native):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # for its memory
 def test_more_gate_elements_than_32_bits_count():
     """T*B*G*H beyond 2**31, while y takes 2.2 GB: the last row is that row run alone. On the best ISA."""
     reason = backends.get("native").unavailable()
@@ -347,3 +348,45 @@ def test_more_gate_elements_than_32_bits_count():
     y, (h, c) = layer(x)
     alone, (h_alone, c_alone) = layer(x[:, -1:])
     same({"y": y[:, -1:], "h": h[:, -1:], "c": c[:, -1:]}, {"y": alone, "h": h_alone, "c": c_alone})
+
+
+def test_the_number_of_helpers_that_a_call_asks_for():
+    """A CPU that nobody else wants for each, of 1 to 128; all where that is not known; few for a short call."""
+    native = backends.get("native").native_module()
+    if native is None:
+        pytest.skip("the compiled module is missing")
+    long, short, ago, just = 1_000_000, 60_000, 1_000_000, 10_000  # ns
+    table = [
+        # threads, expected, since the last, CPUs, runnable, awake -> helpers, looks again
+        (1, long, ago, 1, 1, 0, 0, False),
+        (2, long, ago, 2, 1, 0, 1, False),
+        (2, long, ago, 2, 2, 0, 0, True),
+        (2, long, ago, 2, 2, 1, 1, False),  # the other is the helper, which spins
+        (2, long, ago, 2, 3, 1, 0, True),
+        (16, long, ago, 16, 1, 0, 15, False),
+        (16, long, ago, 16, 2, 0, 14, False),
+        (16, long, ago, 16, 11, 0, 5, False),
+        (16, long, ago, 16, 15, 0, 1, False),
+        (16, long, ago, 16, 16, 0, 0, True),
+        (16, long, ago, 16, 40, 0, 0, True),
+        (16, long, ago, 16, 16, 15, 15, False),
+        (64, long, ago, 128, 1, 0, 63, False),
+        (64, long, ago, 128, 100, 0, 28, False),
+        (64, long, ago, 128, 100, 10, 38, False),
+        (16, long, ago, 16, 0, 0, 15, False),  # not known, as where the caller may not run on all CPUs
+        (16, short, ago, 16, 1, 0, 0, False),
+        (16, short, ago, 16, 4, 3, 3, False),
+        (16, short, just, 16, 1, 0, 15, False),
+    ]
+    for threads, expected_ns, since_last, cpus, runnable, awake, *decision in table:
+        asked = native.decide(
+            threads=threads, expected_ns=expected_ns, since_last=since_last, cpus=cpus, runnable=runnable, awake=awake
+        )
+        assert list(asked) == decision, (threads, expected_ns, since_last, cpus, runnable, awake)
+    quotas = [(1, np.inf, 1), (128, np.inf, 128), (128, 2.0, 2), (128, 1.5, 2), (4, 0.1, 1), (2, 64.0, 2)]
+    for cores, quota, threads in quotas:
+        assert native.most_threads(cores, quota) == threads
+    retreats = [0]
+    while len(retreats) < 8:
+        retreats.append(native.next_retreat(retreats[-1]))
+    assert retreats == [0, 1, 3, 7, 15, 31, 63, 63]

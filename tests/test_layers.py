@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import pickle
+import signal
+import tempfile
 import threading
 import time
+import tracemalloc
 import types
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -195,6 +200,17 @@ def test_initial_parameters_are_uniform_draws_of_the_seed(cell, dtype):
         same(array, generator.uniform(-0.25, 0.25, array.shape).astype(dtype))
 
 
+def test_large_parameters_are_drawn_in_pieces_of_the_same_values():
+    """Bits are those of one draw; at no time is there much more memory than for the parameters."""
+    tracemalloc.start()
+    layer = rk.LSTM(300, 300, seed=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    expected = np.random.default_rng(3).uniform(-1 / 300**0.5, 1 / 300**0.5, (1200, 300)).astype("float32")
+    same(layer.parameters["weight_ih_l0"], expected)
+    assert peak <= 1.6 * sum(array.nbytes for array in layer.parameters.values())
+
+
 def test_state_dict_copies_and_load_state_dict_copies_back(cell, backend):
     """Neither shares memory with the layer; float64 values are cast to the layer's dtype."""
     layer, other = (rk.Recurrent(cell, 3, 4, seed=seed, backend=backend) for seed in (0, 1))
@@ -207,6 +223,16 @@ def test_state_dict_copies_and_load_state_dict_copies_back(cell, backend):
     for array in (*layer.state_dict().values(), *weights.values()):
         array[...] = 0
     same(other(x), layer(x))
+
+
+def test_a_layer_may_load_its_own_parameters_in_other_places():
+    """All are read before the first is written."""
+    layer = rk.GRU(3, 4, bidirectional=True, seed=0)
+    before = layer.state_dict()
+    exchanged = {name: name.removesuffix("_reverse") + "_reverse" * (not name.endswith("_reverse")) for name in before}
+    layer.load_state_dict({name: layer.parameters[other] for name, other in exchanged.items()})
+    for name, other in exchanged.items():
+        same(layer.parameters[name], before[other])
 
 
 def test_y_and_state_of_forward_are_read_only(cell, backend):
@@ -232,6 +258,17 @@ def test_backward_belongs_to_the_parameters_of_its_forward(cell, backend):
     lengths[:] = 0
     resets[:] = ~resets
     same(layer.backward(tape, y, final), expected)
+
+
+def test_a_tape_keeps_lengths_and_resets_as_they_were(backend):
+    """Both are copied: the caller may write into them before backward."""
+    layer = rk.GRU(3, 4, backend=backend, seed=0)
+    x, _ = given(layer)
+    lengths, resets = np.array([5, 2, 4]), np.eye(5, 3, -1, bool)
+    y, _, tape = layer.forward(x, lengths=lengths, resets=resets)
+    expected = layer.backward(tape, np.ones_like(y))
+    lengths[...], resets[...] = 5, False
+    same(layer.backward(tape, np.ones_like(y)), expected)
 
 
 def test_backward_may_run_from_several_threads(cell, backend):
@@ -292,6 +329,63 @@ def test_the_gradient_of_x_is_left_out_on_request(cell, backend):
     with_x, without = layer.backward(tape, y), layer.backward(tape, y, need_x=False)
     assert without.x is None
     same((without.state, *without.parameters.values()), (with_x.state, *with_x.parameters.values()))
+
+
+def choices(names):
+    """What may be asked for: nothing, each kind of parameter alone and all but that, and all."""
+    kinds = {name.split("_l")[0] for name in names}
+    for kind in sorted(kinds):
+        yield [name for name in names if name.startswith(kind)]
+        yield (name for name in names if not name.startswith(kind))
+    yield from (False, True, [], names, list(names)[-1:])
+
+
+def test_parameters_that_are_not_asked_for_have_no_gradient(cell, backend):
+    """`parameters` leaves out the rest and changes no bit of what it names, with `into` too."""
+    proj_size = 2 * CELLS[cell].projects
+    layer = rk.Recurrent(cell, 3, 4, 2, bidirectional=True, proj_size=proj_size, backend=backend, seed=0)
+    x, state = given(layer)
+    y, _, tape = layer.forward(x, state, lengths=[5, 0, 3])
+    full = layer.backward(tape, y, state)
+    for need_x, chosen in enumerate(choices(layer.parameters)):
+        names = {True: list(full.parameters), False: []}[chosen] if isinstance(chosen, bool) else list(chosen)
+        ask = {"need_x": need_x % 2 == 0, "parameters": chosen if isinstance(chosen, bool) else iter(names)}
+        grads = layer.backward(tape, y, state, **ask)
+        assert set(grads.parameters) == set(names)
+        assert (grads.x is None) == (not ask["need_x"])
+        expected = rk.Grads(
+            full.x if ask["need_x"] else None, full.state, {n: full.parameters[n] for n in grads.parameters}
+        )
+        same(grads, expected)
+        total = layer.backward(tape, y, state)
+        layer.backward(tape, y, state, need_x=False, parameters=names, into=total)
+        same(total.x, full.x)
+        for name, gradient in total.parameters.items():
+            same(gradient, full.parameters[name] * (2 if name in names else 1))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (4, 0, 3)])
+def test_the_same_where_there_is_nothing_to_sum(backend, shape):
+    """No step or no row: zeros for what is asked for alone."""
+    layer = rk.GRU(3, 4, backend=backend, seed=0)
+    _, _, tape = layer.forward(np.zeros(shape))
+    assert list(layer.backward(tape, parameters=["weight_hh_l0"]).parameters) == ["weight_hh_l0"]
+
+
+def test_the_functional_pair_gives_what_is_asked_for():
+    """`need_x`, `parameters` and `into` are those of the layers."""
+    layer = rk.LSTM(3, 4, seed=0)
+    weights = {key: layer.parameters[name] for key, name in layer._names[0].items()}
+    x, state = given(layer)
+    y, _, tape = rk.forward("lstm", x, weights, state)
+    full = rk.backward(tape, y)
+    part = rk.backward(tape, y, need_x=False, parameters=["w_hh"])
+    assert part.x is None
+    assert list(part.parameters) == ["w_hh"]
+    same(part.parameters["w_hh"], full.parameters["w_hh"])
+    assert rk.backward(tape, y, need_x=False, parameters=False, into=full) is full
+    same(full.state, tuple(2 * one for one in part.state))
+    same(full.parameters["w_hh"], part.parameters["w_hh"])
 
 
 @pytest.mark.parametrize("need_x", [True, False])
@@ -403,6 +497,7 @@ def test_a_reset_selects_and_does_not_multiply(cell, backend):
     same(layer.backward(other_tape, dy.astype(np.float32)).x[2:], layer.backward(tape, y).x[2:])
 
 
+@pytest.mark.filterwarnings("ignore:dropout. has no effect on a single layer")
 def test_dropout_is_only_in_forward_and_between_layers(cell, backend):
     """A call has none, and a single layer has none."""
     for num_layers in (1, 2):
@@ -599,6 +694,22 @@ def test_a_stream_refuses_a_second_thread(backend):
     assert np.isfinite(stream.step(x_t)).all()
 
 
+@pytest.mark.skipif(backends.get("native").unavailable() is not None, reason="the compiled module is missing")
+def test_a_signal_ends_a_long_call():
+    """Ctrl-C, or what a handler raises, comes before the last step: a call of seconds cannot be waited for."""
+    layer, steps = rk.LSTM(1, 512, backend="native", seed=0), 25_000
+    out = np.full((steps, 1, 512), np.nan, np.float32)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.15)
+        with pytest.raises(KeyboardInterrupt):
+            layer(np.zeros((steps, 1, 1), np.float32), out=out)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert np.isnan(out[-1]).all()
+
+
 def test_a_bidirectional_layer_has_no_stream():
     """Its reverse direction starts at the end."""
     with pytest.raises(ValueError, match="one direction"):
@@ -682,20 +793,117 @@ def test_auto_takes_the_best_and_warns_once_when_it_steps_down(monkeypatch):
 
     monkeypatch.setattr(backends, "get", get)
     monkeypatch.setattr(backends, "AUTOMATIC", ("native", "reference"))
-    with pytest.warns(UserWarning, match="'reference', because native: no compiler"):
+    with pytest.warns(UserWarning, match="'reference', because native: no compiler") as warned:
         assert rk.GRU(3, 4).backend == "reference"
+    assert [one.filename for one in warned] == [__file__]
     assert rk.GRU(3, 4).backend == "reference"
     monkeypatch.setenv("RNNKERN_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         rk.GRU(3, 4)
 
 
-COPIES = {"pickle": lambda thing: pickle.loads(pickle.dumps(thing)), "copy": copy.copy, "deepcopy": copy.deepcopy}
+def by_buffers(thing):
+    """Pickle with the arrays beside the bytes: those of the copy are at first the memory of the original."""
+    buffers = []
+    return pickle.loads(pickle.dumps(thing, 5, buffer_callback=buffers.append), buffers=buffers)
 
 
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES.keys())
+def by_joblib(thing, mmap_mode=None):
+    """A file of joblib, mapped into memory where asked."""
+    joblib = pytest.importorskip("joblib", reason="joblib is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        joblib.dump(thing, f"{folder}/thing")
+        return joblib.load(f"{folder}/thing", mmap_mode=mmap_mode)
+
+
+COPIES = {
+    "pickle": lambda thing: pickle.loads(pickle.dumps(thing)),
+    "pickle_0": lambda thing: pickle.loads(pickle.dumps(thing, 0)),
+    "buffers": by_buffers,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "joblib": by_joblib,
+    "joblib_read_only": partial(by_joblib, mmap_mode="r"),
+    "joblib_mapped": partial(by_joblib, mmap_mode="c"),
+}
+every_copy = pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES.keys())
+
+
+def steps_of(layer, optimizer, head, part=None):
+    """The loss after some steps of training; `part`: the names that the optimizer has of the layer."""
+    x = np.ones((5, 2, 3), "float32")
+    for _ in range(5):
+        y, _, tape = layer.forward(x)
+        p, head_tape = head.forward(y)
+        loss, dp = rk.mse(p, np.zeros_like(p))
+        grads = head.backward(head_tape, dp)
+        optimizer.step([layer.backward(tape, grads.x, parameters=True if part is None else part), grads])
+    return loss
+
+
+@every_copy
+@pytest.mark.parametrize("make", [partial(rk.SGD, lr=0.1, momentum=0.9), rk.Adam, partial(rk.SGD, lr=0.1)])
+@pytest.mark.parametrize("chosen", [None, ["weight_hh_l1", "bias_ih_l0"]], ids=["all", "some"])
+def test_a_copied_trainer_trains_as_the_original(duplicate, make, chosen):
+    """Copied together, optimizer and layers stay connected, also where it has some of the parameters in a dict."""
+    layer, head = rk.GRU(3, 4, 2, dropout=0.5, seed=0), rk.Linear(4, 1, seed=1)
+    own = layer if chosen is None else {name: layer.parameters[name] for name in chosen}
+    optimizer = make([own, head.parameters])
+    steps_of(layer, optimizer, head, chosen)
+    mine = layer, optimizer, head
+    twin = copy.deepcopy(mine) if duplicate is copy.copy else duplicate(mine)
+    before = layer.state_dict()
+    losses = [steps_of(*one, chosen) for one in (twin, twin)]
+    same(tuple(layer.state_dict().values()), tuple(before.values()))  # the copy is of its own
+    assert losses == [steps_of(*one, chosen) for one in (mine, mine)]
+    same(tuple(twin[0].state_dict().values()), tuple(layer.state_dict().values()))
+
+
+@every_copy
+@pytest.mark.parametrize("make", [rk.Adam, partial(rk.SGD, lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize("source", [lambda layer: layer, lambda layer: dict(layer.parameters)], ids=["layer", "dict"])
+def test_an_optimizer_copied_alone_owns_its_parameters(duplicate, make, source):
+    """It takes the same steps, on arrays of its own."""
+    layer = rk.RNN(3, 4, seed=0)
+    optimizer = make(source(layer))
+    grads = layer.state_dict()
+    twin = duplicate(optimizer)
+    before = layer.state_dict()
+    twin.step(grads)
+    same(tuple(layer.parameters.values()), tuple(before.values()))
+    optimizer.step(grads)
+    same(tuple(twin._parameters[0].values()), tuple(layer.parameters.values()))
+    assert repr(twin.state_dict()) == repr(optimizer.state_dict())
+
+
+@every_copy
+def test_gradients_and_parameters_come_back_as_arrays_of_their_own(duplicate):
+    """Writable, so that `into` takes them."""
+    layer = rk.LSTM(3, 4, seed=0)
+    y, _, tape = layer.forward(np.ones((5, 2, 3)))
+    grads = layer.backward(tape, y)
+    twin, parameters = duplicate(grads), duplicate(layer.parameters)
+    same(twin, grads)
+    same(tuple(parameters.values()), tuple(layer.parameters.values()))
+    layer.backward(tape, y, into=twin)
+    same(twin.x, 2 * grads.x)
+    parameters["weight_hh_l0"][...] = 0
+    assert layer.parameters["weight_hh_l0"].all()
+
+
+@every_copy
+@pytest.mark.parametrize("module", [rk.GRU(3, 4), rk.Linear(3, 4)], ids=["layer", "linear"])
+def test_tapes_refuse_to_be_copied(duplicate, module):
+    """A tape is bound to its layer and process; the error says what to do."""
+    tape = module.forward(np.ones((5, 2, 3)))[-1]
+    with pytest.raises(TypeError, match=r"tape: cannot be copied .* run `forward` again"):
+        duplicate(tape)
+
+
+@every_copy
+@pytest.mark.parametrize("cell", ["lstm_peephole", "gru", "rnn_tanh"])
 def test_layers_frozen_layers_and_streams_can_be_copied(cell, backend, duplicate):
-    """By pickle, copy and deepcopy; the generator of the dropout masks comes along."""
+    """In every way; the generator of the dropout masks comes along, and what is written reaches the copy's calls."""
     layer = rk.Recurrent(cell, 3, 4, 2, dropout=0.5, seed=0, backend=backend)
     x, state = given(layer)
     expected, frozen = layer(x, state), layer.freeze()
@@ -708,12 +916,13 @@ def test_layers_frozen_layers_and_streams_can_be_copied(cell, backend, duplicate
     same(frozen_twin(x, state), expected)
     same(stream_twin.state, next_state)
     same(stream_twin.step(x[1]), stream.step(x[1]))
-    shared = np.shares_memory(twin.parameters["weight_ih_l0"], layer.parameters["weight_ih_l0"])
-    assert shared == (duplicate is copy.copy)
-    if not shared:
-        same(twin.forward(x)[0], layer.forward(x)[0])
-        twin.parameters["weight_ih_l0"][...] = 0
-        same(layer(x, state), expected)
+    same(twin.forward(x)[0], layer.forward(x)[0])
+    twin.load_state_dict({name: np.zeros_like(array) for name, array in layer.parameters.items()})
+    assert not np.array_equal(twin(x, state)[0], expected[0])
+    same(twin(x, state), twin.freeze()(x, state))
+    same(layer(x, state), expected)
+    layer.parameters["weight_ih_l0"][...] = 0
+    same(duplicate(frozen)(x, state), expected)
 
 
 @pytest.mark.parametrize(
@@ -734,6 +943,15 @@ def test_layers_frozen_layers_and_streams_can_be_copied(cell, backend, duplicate
 def test_layers_print_as_the_call_that_makes_them(layer, text):
     """Without the options left at their defaults, as in torch."""
     assert repr(layer()) == text
+
+
+@pytest.mark.parametrize("layer", [rk.RNN, rk.LSTM, rk.GRU])
+def test_the_help_of_a_layer_describes_its_parameters(layer):
+    """Each once, of its own and of `Recurrent`, in the order of the call; and no others."""
+    section = inspect.getdoc(layer).partition("Parameters\n----------\n")[2].partition("\n\nRaises\n")[0]
+    names = [name for line in section.split("\n") if not line.startswith(" ") for name in line.split(", ")]
+    assert names == list(inspect.signature(layer).parameters)
+    assert "See `Recurrent`" not in layer.__doc__
 
 
 def test_tapes_and_gradients_print_their_sizes():

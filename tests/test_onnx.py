@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import unittest
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -131,36 +130,26 @@ def assert_same(runtime, values, operator, **attributes):
             assert_within_rounding(name, result, exact[name], [one[name] for one in naive], (who, operator, attributes))
 
 
-def combinations(operator):
-    """Every combination of what a node may have beside its activations."""
-    optional = [("B",), ("sequence_lens",), ("initial_h", "initial_c") if operator == "LSTM" else ("initial_h",)]
-    switches = {"RNN": [], "GRU": ["linear_before_reset"], "LSTM": ["input_forget"]}[operator]
-    if operator == "LSTM":
-        optional.append(("P",))
-    for direction, clip, *chosen in itertools.product(
-        standard.DIRECTIONS, (None, 0.5), *[(False, True)] * (len(optional) + len(switches))
-    ):
-        names = sum((one for one, there in zip(optional, chosen, strict=False) if there), ())
-        attributes = {"direction": direction} | ({} if clip is None else {"clip": clip})
-        attributes |= {one: int(there) for one, there in zip(switches, chosen[len(optional) :], strict=True)}
-        yield operator, names, attributes
-
-
-COMBINATIONS = [one for operator in standard.OPERATORS for one in combinations(operator)]
-
-
-def identity(combination):
-    """Its name in the name of a test."""
-    operator, names, attributes = combination
-    return "-".join([operator, *names, *(f"{key}={value}" for key, value in attributes.items())])
+# What a node of each operator may have beside what all have.
+VARIANTS = [("RNN", (), {})]
+VARIANTS += [("GRU", (), {"linear_before_reset": switch}) for switch in (0, 1)]
+VARIANTS += [("LSTM", names, {"input_forget": switch}) for names in ((), ("P",)) for switch in (0, 1)]
 
 
 @pytest.mark.filterwarnings("ignore:.*runs step by step in NumPy")
-@pytest.mark.parametrize("combination", COMBINATIONS, ids=identity)
-def test_every_combination_of_inputs_and_attributes_gives_what_onnx_runtime_gives(runtime, combination):
+@pytest.mark.parametrize("direction", standard.DIRECTIONS)
+@pytest.mark.parametrize("clip", [{}, {"clip": 0.5}], ids=["", "clip"])
+@pytest.mark.parametrize("biases", [(), ("B",)], ids=["", "biases"])
+@pytest.mark.parametrize("lengths", [(), ("sequence_lens",)], ids=["", "lengths"])
+@pytest.mark.parametrize("state", [(), ("initial_h", "initial_c")], ids=["", "state"])
+@pytest.mark.parametrize(("operator", "own_inputs", "own_attributes"), VARIANTS)
+def test_every_combination_of_inputs_and_attributes_gives_what_onnx_runtime_gives(
+    runtime, operator, own_inputs, own_attributes, state, lengths, biases, clip, direction
+):
     """Direction, lengths, initial states, biases, peepholes, clip, input_forget and linear_before_reset."""
-    operator, names, attributes = combination
-    assert_same(runtime, drawn(operator, names, attributes["direction"]), operator, **attributes)
+    names = biases + lengths + state + own_inputs  # those that the operator has
+    attributes = {"direction": direction} | clip | own_attributes
+    assert_same(runtime, drawn(operator, names, direction), operator, **attributes)
 
 
 def with_activation(operator, name, slot, direction="bidirectional"):
@@ -420,6 +409,64 @@ def test_constant_weights_are_packed_once(monkeypatch, where):
     assert len(made) == 1
     assert np.array_equal(first, second)
     assert np.array_equal(first, run_node_model(values, "GRU")["Y"])
+
+
+@pytest.mark.parametrize("opset", [10, 13, 19, 21, onnx.defs.onnx_opset_version()])
+def test_weights_that_the_graph_computes_are_packed_once(monkeypatch, opset):
+    """Out of quantized parts, under an If, which all are constants."""
+    made = counting(monkeypatch)
+    values = drawn("GRU")
+    W, zero = np.random.default_rng(1).integers(-127, 127, values["W"].shape).astype(np.int8), np.int8(3)
+    scales = np.linspace(0.001, 0.01, 3 * H, dtype=np.float32)
+    scale = scales[:, None] if opset >= 13 else scales[0]
+    constants = {"q": W, "scale": scales if opset >= 13 else scales[0], "yes": np.array(True), "R": values["R"]}
+    constants |= {"zero": np.full(3 * H, zero) if opset >= 13 else zero}
+    axis = {"axis": 1} if opset >= 13 else {}
+    inner = helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dequantized"], **axis)
+    branch = helper.make_graph([inner], "branch", [], [info("dequantized", np.float32, 3)])
+    choice = helper.make_node("If", ["yes"], ["W"], then_branch=branch, else_branch=branch)
+    constants = {name: np.asarray(value) for name, value in constants.items()}
+    model = model_of([choice, node_of("GRU", values)], {"X": values["X"]}, ["Y"], constants, opset=opset)
+    prepared = bridge.prepare(model)
+    first, second = (prepared.run([values["X"]])[0] for _ in range(2))
+    assert len(made) == 1
+    assert np.array_equal(first, second)
+    expected = run_node_model(values | {"W": (W.astype(np.float32) - 3) * scale}, "GRU")["Y"]
+    assert np.array_equal(first, expected)
+
+
+@pytest.mark.parametrize("cell", writer.CELL_OPERATORS)
+def test_the_recurrent_nodes_of_a_model_come_as_layers(cell):
+    """With the weights of the layers that were exported; what a layer is not is refused by the name of the node."""
+    layer = rk.Recurrent(cell, 3, 4, bidirectional=True, seed=0)
+    ((name, again),) = bridge.layers(bridge.to_model(layer)).items()
+    assert (name, again.cell) == (f"{cell}_l0", cell)
+    x = np.ones((5, 2, 3), np.float32)
+    assert np.array_equal(again(x)[0], layer(x)[0])
+    values = drawn("GRU")
+    constants = {"W": values["W"], "R": values["R"]}
+    reverse = model_of([node_of("GRU", values, direction="reverse")], {"X": values["X"]}, ["Y"], constants)
+    with pytest.raises(ValueError, match=r"^GRU node 'rec': expected direction='forward' or"):
+        bridge.layers(reverse)
+    with pytest.raises(ValueError, match=r"^GRU node 'rec': expected constants for W, got 'W'"):
+        bridge.layers(model_of([node_of("GRU", values)], values, ["Y"]))
+
+
+def test_blocks_of_quantized_values_are_spread():
+    """The last of three values has a block of its own; int4 too."""
+    dtype = helper.tensor_dtype_to_np_dtype(TensorProto.INT4)
+    node = helper.make_node("DequantizeLinear", ["x", "scale"], ["y"], axis=1, block_size=2)
+    (y,) = bridge.run_node(node, [np.array([[-8, 7, 3]]).astype(dtype), np.array([[0.5, 2.0]], np.float32)])
+    assert np.array_equal(y, np.array([[-4, 3.5, 6]], np.float32))
+
+
+def test_an_operator_outside_the_standard_is_refused_by_name_and_domain():
+    """Models that ONNX Runtime has optimized have such."""
+    node = helper.make_node("DynamicQuantizeLSTM", ["X"], ["Y"], "rec", domain="com.microsoft", hidden_size=H)
+    model = model_of([node], {"X": drawn("LSTM")["X"]}, ["Y"])
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    with pytest.raises(NotImplementedError, match=r"^DynamicQuantizeLSTM node 'rec': .*'com\.microsoft'; export"):
+        bridge.prepare(model)
 
 
 def test_weights_that_are_inputs_are_read_at_each_run():
@@ -714,7 +761,7 @@ WRONG_INPUTS = [
     ("R", lambda R: R[0], "shape (1, 4*H, H), got float32 of shape (20, 5)"),
     ("R", lambda R: R[:, 1:], "shape (1, 20, 5), got float32 of shape (1, 19, 5)"),
     ("R", lambda R: np.concatenate([R, R]), "shape (1, 20, 5), got float32 of shape (2, 20, 5)"),
-    ("W", lambda W: W[..., :2], "shape (1, 20, 3), got float32 of shape (1, 20, 2)"),
+    ("X", lambda X: X[..., :2], "3 features, as W has, got float32 of shape (6, 4, 2)"),
     ("B", lambda b: b[:, :20], "shape (1, 40), got float32 of shape (1, 20)"),
     ("P", lambda P: P[:, :5], "shape (1, 15), got float32 of shape (1, 5)"),
     ("initial_h", lambda h: h[:, :1], "shape (1, 4, 5), got float32 of shape (1, 1, 5)"),

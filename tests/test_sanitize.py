@@ -215,9 +215,7 @@ def test_a_child_computes_although_another_thread_has_the_team() -> None:
     try:
         for _ in range(3):
             time.sleep(0.01)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: a process with threads forks
-                child = os.fork()
+            child = forked()
             if child == 0:
                 code = 1
                 try:
@@ -229,6 +227,54 @@ def test_a_child_computes_although_another_thread_has_the_team() -> None:
     finally:
         done.set()
         thread.join()
+
+
+def forked() -> int:
+    """`os.fork`, without the warning of Python 3.12 for a process with threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_child_refuses_a_stream_in_use_until_its_state_is_set() -> None:
+    """The thread that was in a step is not there to end it."""
+    problem = Problem("lstm", T=1, B=300, I=64, H=256)
+    frozen, x, done = layer_of(problem, "native").freeze(), inputs(problem).x[0], threading.Event()
+    stream, fresh = frozen.stream(300), frozen.stream(300)
+    start = fresh.state
+    expected = fresh.step(x).tobytes()
+
+    def keep_busy() -> None:
+        while not done.is_set():
+            stream.step(x)
+
+    def try_it() -> int:
+        try:
+            stream.step(x)
+        except RuntimeError as error:
+            stream.state = start
+            return 0 if "forked" in str(error) and stream.step(x).tobytes() == expected else 1
+        return 2  # it was between two steps
+
+    thread = threading.Thread(target=keep_busy)
+    thread.start()
+    codes = []
+    try:
+        while 0 not in codes and len(codes) < 100:
+            time.sleep(0.003)
+            child = forked()
+            if child == 0:
+                code = 1
+                try:
+                    code = try_it()
+                finally:
+                    os._exit(code)
+            codes.append(exit_code(child))
+    finally:
+        done.set()
+        thread.join()
+    assert set(codes) - {2} == {0}, codes
 
 
 def exit_code(child: int) -> int | None:

@@ -25,6 +25,8 @@ from sklearn.utils.estimator_checks import check_sample_weight_equivalence_on_de
 import rnnkern as rk
 from rnnkern.sklearn import RNNClassifier, RNNRegressor
 
+# Most tests end long before the loss does.
+pytestmark = pytest.mark.filterwarnings("ignore:training ended after max_iter:sklearn.exceptions.ConvergenceWarning")
 BOTH = pytest.mark.parametrize("estimator", [RNNClassifier, RNNRegressor])
 EXPECTED_FAILURES = {
     "check_sample_weight_equivalence_on_dense_data": "compares to 1e-7, and in float32 three equal rows added up round "
@@ -230,11 +232,13 @@ def test_a_model_of_one_feature_takes_sequences_of_any_length():
         ([[1.0], []], r"X\[1\]: expected at least one step, got an empty sequence"),
         ([np.ones((3, 2)), np.ones((3, 1))], r"X\[1\]: expected shape \(T, 2\), got \(3, 1\)"),
         ([np.ones((3, 2, 2)), np.ones((3, 1))], r"X\[0\]: expected shape \(T, I\), got \(3, 2, 2\)"),
-        ([np.ones((3, 2)), np.array([[1.0, np.nan]])], "Input X contains NaN"),
-        ([np.ones((3, 2)), np.full((2, 2), np.inf)], "Input X contains infinity"),
+        ([np.ones((3, 2)), np.array([[1.0, np.nan]])], r"X\[1\]: expected finite numbers, got NaN at step 0"),
+        ([np.ones((3, 2)), np.full((2, 2), np.inf)], r"X\[1\]: .*, got infinity at step 0"),
+        ([[1.0, 2.0], [3.0, np.nan]], r"X\[1\]: .* NaN at step 1; .* pass a list of sequences \(T_i, I\)"),
+        ([np.ones((2, 3)), np.ones((2, 4))], r"X\[1\]: .*, got \(2, 4\); steps come first: .* pass \[x.T for x in X\]"),
         ([np.ones((3, 2)), np.ones((2, 2)) * 1j], "Complex data not supported"),
         ([np.array(["a", "b"]), np.array(["c"])], "could not convert string to float"),
-        ([np.ones((3, 2))], "inconsistent numbers of samples"),
+        ([np.ones((3, 2))], "inconsistent numbers of samples.*: X is read as 1 sequences"),
         ([], "Expected 2D array, got 1D array"),
     ],
 )  # fmt: skip
@@ -246,6 +250,57 @@ def test_what_is_no_list_of_sequences_is_refused(X, message):
         model = RNNClassifier(2, max_iter=1).fit(np.ones((2, 3, 2)), [0, 1])
         with pytest.raises(ValueError, match=message):
             model.predict(X)
+
+
+def test_a_frame_of_series_is_refused():
+    """With the way to a list of sequences, which fits."""
+    pandas = pytest.importorskip("pandas")
+    X, y, _ = sequences(12)
+    frame = pandas.DataFrame({name: [pandas.Series(x[:, i]) for x in X] for i, name in enumerate("ab")})
+    for nested in (frame, frame.to_numpy()):
+        with pytest.raises(
+            ValueError, match=r"X: expected numbers in a table, got sequences in its cells; pass a list"
+        ):
+            RNNClassifier(2, max_iter=1).fit(nested, y)
+    model = RNNClassifier(2, max_iter=1, random_state=0).fit(
+        [np.column_stack(list(row)) for row in frame.to_numpy()], y
+    )
+    assert same_bits(model, clone(model).fit(X, y))
+    numbers = pandas.DataFrame([x[:1, 0] for x in X]).astype(object)
+    RNNClassifier(2, max_iter=1).fit(numbers, y)
+
+
+@pytest.mark.parametrize("shape", [(20, 1, 10), (20, 3, 200), (20, 12, 120)])
+def test_an_array_that_looks_like_channels_first_is_fitted_with_a_warning(shape):
+    """Also as a list; once, by fit, and not by predict."""
+    X, y = np.random.default_rng(0).normal(size=shape), np.arange(20) % 2
+    for form in (X, list(X)):
+        with pytest.warns(UserWarning, match=r"X is read as \(N, T, I\): .* pass np.transpose\(X, \(0, 2, 1\)\)"):
+            model = RNNClassifier(2, max_iter=1).fit(form, y)
+        model.predict(form)
+
+
+@pytest.mark.parametrize("shape", [(20, 3, 29), (20, 13, 200), (20, 100, 100), (20, 1, 1)])
+def test_more_features_than_steps_alone_are_no_reason_to_warn(shape):
+    """Nor are long lists of unequal length: their steps are those that differ."""
+    RNNClassifier(2, max_iter=1).fit(np.ones(shape), np.arange(20) % 2)
+    RNNClassifier(2, max_iter=1).fit([np.ones((2, 200)), np.ones((3, 200))], [0, 1])
+
+
+@BOTH
+def test_targets_of_each_step_are_refused(estimator):
+    """In lists of unequal length, and one after the other; a classifier's in an array too."""
+    X, _ = data_for(estimator, count=8)
+    each = [(x[:, 0] > 0).astype(int) for x in X]
+    objects = np.empty(8, object)
+    objects[:] = each
+    message = "each sequence.*; for one at each step train rnnkern.Recurrent and rnnkern.Linear"
+    for y in (each, [one.tolist() for one in each], objects, np.concatenate(each)):
+        with pytest.raises(ValueError, match=message):
+            estimator(2, max_iter=1).fit(X, y)
+    if estimator is RNNClassifier:
+        with pytest.raises(ValueError, match=rf"got shape \(8, 3\){message[13:]}"):
+            estimator(2, max_iter=1).fit(X, np.ones((8, 3), int))
 
 
 def test_sequences_of_other_features_are_refused():
@@ -319,6 +374,20 @@ def test_probabilities_of_a_confident_model_stay_finite():
     assert model.predict_proba(X).sum(axis=1) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_decision_function_has_the_logits(classes):
+    """Of two classes their difference, as scikit-learn has it."""
+    X, _, sums = sequences(30)
+    model = RNNClassifier(4, max_iter=3, random_state=0).fit(X, np.argsort(sums) % classes)
+    found, log_probabilities = model.decision_function(X), model.predict_log_proba(X)
+    if classes == 2:
+        np.testing.assert_allclose(found, log_probabilities[:, 1] - log_probabilities[:, 0], rtol=1e-6, atol=1e-12)
+    else:
+        np.testing.assert_allclose(
+            found - found[:, :1], log_probabilities - log_probabilities[:, :1], rtol=1e-6, atol=1e-12
+        )
+
+
 # How it trains
 
 
@@ -337,8 +406,8 @@ def test_one_seed_gives_one_model(estimator, early_stopping):
         rk.set_num_threads(before)
     assert same_bits(first, second)
     assert not same_bits(first, clone(model).set_params(random_state=4).fit(X, y))
-    seeded = [clone(model).set_params(random_state=np.random.RandomState(5)).fit(X, y) for _ in range(2)]
-    assert same_bits(*seeded)
+    for seeded in (np.random.RandomState, np.random.default_rng):
+        assert same_bits(*(clone(model).set_params(random_state=seeded(5)).fit(X, y) for _ in range(2)))
 
 
 @BOTH
@@ -352,6 +421,38 @@ def test_sequences_of_weight_zero_count_as_left_out(estimator):
     spoiled = [x if weight else 1e6 * x for x, weight in zip(X, weights, strict=True)]
     assert without.loss_curve_ == pytest.approx(clone(model).fit(spoiled, y, weights).loss_curve_, rel=1e-5)
     assert same_bits(clone(model).fit(X, y, weights), clone(model).fit(X, y, 4 * weights))
+
+
+def test_a_class_weight_is_a_weight_of_its_sequences():
+    """To the last bit; "balanced" gives each class the same sum, and a class of weight 0 is left out."""
+    X, y, _ = sequences(40)
+    y = np.where(np.arange(40) < 25, "up", "down")
+    model = RNNClassifier(4, max_iter=3, random_state=0)
+    up, down = 40 / (2 * 25), 40 / (2 * 15)
+    for class_weight, factors in (({"up": 3}, (3, 1)), ("balanced", (up, down)), ({"up": 0, "down": 2}, (0, 2))):
+        weighted = clone(model).set_params(class_weight=class_weight).fit(X, y)
+        assert same_bits(weighted, clone(model).fit(X, y, np.where(y == "up", *factors)))
+    once_more = clone(model).set_params(class_weight={"up": 3}).fit(X, y).partial_fit(X, y)
+    assert once_more.n_iter_ == 4
+
+
+@pytest.mark.parametrize(
+    ("class_weight", "message"),
+    [
+        ({"sideways": 1}, r"class_weight: expected labels among \['down', 'up'\], got 'sideways'"),
+        ({"up": -1}, r"class_weight\['up'\]: expected a finite number >= 0, got -1"),
+        ({"up": 0, "down": 0}, "class_weight: expected a class of y with a weight > 0"),
+        ("even", "class_weight: expected a dict, 'balanced' or None, got 'even'"),
+        ([1, 2], "class_weight: expected a dict, 'balanced' or None"),
+    ],
+)
+def test_wrong_class_weights_are_refused(class_weight, message):
+    """By name; "balanced" by partial_fit, which sees a part."""
+    X, y, _ = sequences(10)
+    with pytest.raises(ValueError, match=message):
+        RNNClassifier(2, max_iter=1, class_weight=class_weight).fit(X, y)
+    with pytest.raises(ValueError, match="class_weight: expected a dict or None for partial_fit, got 'balanced'"):
+        RNNClassifier(2, class_weight="balanced").partial_fit(X, y, classes=["down", "up"])
 
 
 @pytest.mark.parametrize("weights", [[1, -1, 1, 1], [0] * 4, [1] * 3, [1, 1, 1, np.nan]])
@@ -393,7 +494,8 @@ def test_training_ends_when_the_loss_no_longer_falls(estimator):
     """By as much as tol, for as many epochs as n_iter_no_change."""
     X, y = data_for(estimator)
     assert estimator(4, tol=1e9, n_iter_no_change=3, random_state=0).fit(X, y).n_iter_ == 4
-    assert estimator(4, tol=-np.inf, max_iter=7).fit(X, y).n_iter_ == 7
+    with pytest.warns(ConvergenceWarning, match="training ended after max_iter=7 epochs while it still improved"):
+        assert estimator(4, tol=-np.inf, max_iter=7).fit(X, y).n_iter_ == 7
 
 
 @BOTH

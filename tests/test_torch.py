@@ -676,6 +676,8 @@ def test_a_compiled_graph_is_whole_and_gives_the_bits_of_eager_mode(cell, name):
     assert alive() == before
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive  # a compiler of C++ runs some ten seconds; graphs compiled without it are tested above
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, of the compiler
 def test_a_compiled_training_step_learns_like_an_eager_one(tmp_path, monkeypatch):
     """Inductor and all, with other sizes than at first."""

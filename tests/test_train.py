@@ -80,6 +80,16 @@ def test_linear_writes_to_out_and_adds_into(backend: str, random: np.random.Gene
     without = layer.backward(tape, dy, need_x=False)
     assert without.x is None
     assert layer.backward(tape, dy, need_x=False, into=without) is without
+    for names in (["weight"], ["bias"], []):
+        part = layer.backward(tape, dy, parameters=names)
+        np.testing.assert_array_equal(part.x, once.x)
+        assert list(part.parameters) == names
+        for name in names:
+            np.testing.assert_array_equal(part.parameters[name], once.parameters[name])
+        layer.backward(tape, dy, need_x=False, parameters=names, into=part)
+        np.testing.assert_array_equal(part.x, once.x)
+    with pytest.raises(ValueError, match="parameters: expected names from weight, bias, got weights"):
+        layer.backward(tape, dy, parameters=["weights"])
 
 
 def test_linear_tape_keeps_the_weights_of_its_forward(backend: str) -> None:
@@ -382,6 +392,22 @@ def test_optimizers_go_on_from_their_state(
         second.step(one)
     for key, value in parameters.items():
         np.testing.assert_array_equal(value, resumed[key])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_gradient_that_is_not_finite_stops_the_step(bad: float, dtype: str) -> None:
+    """The error names the parameter, and parameters, moments and the count of steps are as before."""
+    layers = rk.GRU(3, 4, dtype=dtype, seed=0), rk.Linear(4, 2, dtype=dtype, seed=1)
+    optimizer, grads = rk.Adam(layers), [layer.state_dict() for layer in layers]
+    optimizer.step(grads)
+    before = [layer.state_dict() for layer in layers], optimizer.state_dict()
+    grads[1]["weight"][1, 2] = bad
+    with pytest.raises(FloatingPointError, match=r"grads\[1\]\['weight'\]: expected finite values"):
+        optimizer.step(grads)
+    assert repr(([layer.state_dict() for layer in layers], optimizer.state_dict())) == repr(before)
+    grads[1]["weight"][...] = np.finfo(dtype).max / 4  # whose sum overflows
+    optimizer.step(grads)
 
 
 def test_a_wrong_step_changes_nothing() -> None:

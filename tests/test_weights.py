@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import fcntl
 import io
 import json
 import os
+import socket
 import stat
+import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +22,7 @@ import numpy as np
 import pytest
 
 import rnnkern as rk
+from rnnkern import weights
 
 STATE: dict[str, Any] = {
     "layer": {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.array([np.nan, -0.0, np.inf])},
@@ -27,7 +34,7 @@ STATE: dict[str, Any] = {
     "text": "línea\n\ud800",
     "flags": [True, False, None, (1, 2.5, float("-inf"))],
     "integers": [2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 10**6000],
-    "scalars": [np.float32(1) / 3, np.int8(-3), np.bool_(True), np.longdouble(1) / 3, np.str_("a"), np.complex64(1j)],
+    "scalars": [np.float32(1) / 3, np.int8(-3), np.bool_(True), np.str_("a"), np.complex64(1j)],
     "record": np.zeros(3, [("a", "i4"), ("b", "f8", 2)]),
     "pcg": np.random.default_rng(3).bit_generator.state,
     "mersenne": np.random.MT19937(3).state,
@@ -73,6 +80,15 @@ def test_state_comes_back_exactly(path: Path, state: dict[str, Any]) -> None:
     """Types, keys and their order, dtypes, shapes and bits survive."""
     rk.save(path, state)
     assert same(rk.load(path), state)
+
+
+def test_a_long_double_keeps_its_value(tmp_path: Path) -> None:
+    """Its padding bytes, which no number depends on, need not."""
+    path, third = tmp_path / "state.npz", np.longdouble(1) / 3
+    rk.save(path, {"third": third})
+    loaded = rk.load(path)["third"]
+    assert type(loaded) is np.longdouble
+    assert loaded == third
 
 
 def test_a_generator_goes_on_where_it_was(path: Path) -> None:
@@ -122,31 +138,154 @@ def test_a_failed_save_leaves_the_previous_file(
     error: type[BaseException],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a full disk as on Ctrl-C."""
+    """On a full disk as on Ctrl-C; an OSError names the file, not the temporary one."""
+    raised = error(errno.ENOSPC, "No space left on device", "temporary")
 
     def fail(*_arguments: object) -> None:
-        raise error
+        raise raised
 
     rk.save(path, state)
     with monkeypatch.context() as patch:
         patch.setattr(*failing, fail)
-        with pytest.raises(error):
+        with pytest.raises(error) as caught:
             rk.save(path, {"other": 1})
+    if error is OSError:
+        assert str(caught.value) == f"[Errno {errno.ENOSPC}] No space left on device: {str(path)!r}"
     assert same(rk.load(path), state)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 def test_a_link_stays_a_link(path: Path, state: dict[str, Any], tmp_path: Path) -> None:
-    """The file it names is replaced, and has the permissions of any new file; the name of the link says the format."""
+    """The file it names is replaced; the name of the link says the format."""
     target = tmp_path / "target"
     target.touch()
     path.symlink_to(target)
     rk.save(path, state)
     assert path.is_symlink()
     assert same(rk.load(path), state)
-    other = tmp_path / "other"
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o4755])
+def test_a_file_keeps_its_permissions(path: Path, mode: int) -> None:
+    """A private file stays private; a new one has those of any other new file."""
+    rk.save(path, {})
+    other = path.with_name("other")
     other.touch()
-    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+    assert path.stat().st_mode == other.stat().st_mode
+    path.chmod(mode)
+    rk.save(path, {"a": 1})
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert rk.load(path) == {"a": 1}
+
+
+def test_a_write_protected_file_is_refused(path: Path) -> None:
+    """The directory would allow it, and the superuser may everything."""
+    rk.save(path, {"a": 1})
+    path.chmod(0o444)
+    with pytest.raises(PermissionError, match=r"write-protected: .*state"):
+        rk.save(path, {"a": 2})
+    assert rk.load(path) == {"a": 1}
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a FIFO", "a socket", "a device"])
+def test_what_is_no_file_is_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name, by `save` and by `load`, and it stays what it is."""
+    monkeypatch.chdir(tmp_path)  # the name of a socket may have about 100 bytes
+    path = Path("/dev/null" if kind == "a device" else "here")
+    with socket.socket(socket.AF_UNIX) as listener:
+        {"a directory": path.mkdir, "a FIFO": lambda: os.mkfifo(path), "a socket": lambda: listener.bind("here")}.get(
+            kind, lambda: None
+        )()
+        before = path.stat()
+        for call in (rk.load, lambda path: rk.save(path, {})):
+            with pytest.raises(OSError, match=rf"expected a file, got {kind}: '{path}'"):
+                call(path)
+        assert path.stat().st_ino == before.st_ino
+    assert len(list(tmp_path.iterdir())) == (kind != "a device")
+
+
+def test_a_path_may_be_of_any_kind(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A str, bytes or os.PathLike, absolute or not, with a name as long as names can be."""
+    monkeypatch.chdir(path.parent)
+    longest = path.with_stem("w" * (255 - len(path.suffix)))
+    for number, one in enumerate((path, str(path), os.fsencode(path), path.name, longest, longest.name)):
+        rk.save(one, {"a": number})
+        assert rk.load(one) == {"a": number}
+    assert sorted(path.parent.iterdir()) == sorted([path, longest])
+    for wrong, error in ((3, TypeError), (None, TypeError), ("", IsADirectoryError), ("new/", IsADirectoryError)):
+        for call in (rk.load, lambda path: rk.save(path, {})):
+            with pytest.raises(error):
+                call(wrong)  # type: ignore[arg-type]
+
+
+def test_links_that_lead_nowhere(path: Path) -> None:
+    """A link to a file that is not there makes it; links in a circle are an error and stay."""
+    path.symlink_to(path.with_name("target"))
+    rk.save(path, {"a": 1})
+    assert path.is_symlink()
+    assert rk.load(path) == {"a": 1}
+    path.unlink()
+    path.symlink_to(path.name)
+    for call in (rk.load, lambda path: rk.save(path, {})):
+        with pytest.raises(OSError, match="state"):
+            call(path)
+    assert path.is_symlink()
+
+
+def test_what_a_killed_save_left_is_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a later save of the same file, unless the save still runs."""
+
+    def fail(*_arguments: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    def abandon(target: Path) -> Path:
+        before = set(target.parent.iterdir())
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", fail)
+            patch.setattr(Path, "unlink", fail)
+            with pytest.raises(OSError, match=r"state|other"):
+                rk.save(target, {})
+        (left,) = set(target.parent.iterdir()) - before
+        return left
+
+    running, of_other = abandon(path), abandon(path.with_stem("other"))
+    with running.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        abandon(path)
+        rk.save(path, {})
+        assert set(path.parent.iterdir()) == {path, running, of_other}
+    rk.save(path, {})
+    assert set(path.parent.iterdir()) == {path, of_other}
+
+
+def test_a_thread_that_saves_leaves_nothing_when_the_process_ends(tmp_path: Path) -> None:
+    """A daemon thread, which Python does not wait for."""
+    code = (
+        "import os, sys, threading, rnnkern as rk; waiting = threading.Event();"
+        "os.fsync = lambda _: (waiting.set(), threading.Event().wait());"
+        "threading.Thread(target=rk.save, args=(sys.argv[1], {}), daemon=True).start(); waiting.wait();"
+        "print(len(os.listdir(os.path.dirname(sys.argv[1]))))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "state.npz"], check=True, capture_output=True)
+    assert run.stdout == b"1\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("safetensors")
+def test_what_is_written_is_what_the_checksum_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where a thread trains the arrays on meanwhile."""
+    path, array = tmp_path / "state.safetensors", np.ones(3)
+    checksum = weights._checksum
+
+    def train_on(*arguments: Any) -> int:
+        array[:] += 1
+        return checksum(*arguments)
+
+    monkeypatch.setattr(weights, "_checksum", train_on)
+    rk.save(path, {"a": array})
+    monkeypatch.undo()
+    assert same(rk.load(path), {"a": np.ones(3)})
+    assert array[0] == 2
 
 
 def test_a_missing_file_or_folder_is_an_os_error(path: Path) -> None:
@@ -225,12 +364,63 @@ def test_a_foreign_file_is_refused(tmp_path: Path, data: bytes) -> None:
         rk.load(path)
 
 
-def test_an_archive_of_numpy_is_refused(tmp_path: Path) -> None:
-    """It has no structure to return."""
+@pytest.mark.parametrize("writer", [np.savez, np.savez_compressed, np.save])
+def test_a_file_of_numpy_is_refused(tmp_path: Path, writer: Any) -> None:
+    """It has no structure to return; the message says how to read it."""
     path = tmp_path / "state.npz"
-    np.savez(path, a=np.ones(3))
-    with pytest.raises(ValueError, match=r"state\.npz"):
+    with path.open("wb") as file:
+        writer(file, np.ones(3))
+    with pytest.raises(ValueError, match=rf"state\.npz: .* of numpy\.{writer.__name__[:4]}.*numpy\.load\(path\)"):
         rk.load(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "script"])
+def test_a_file_of_pytorch_is_refused(path: Path, torch: ModuleType, kind: str) -> None:
+    """Under any name; the message says how to read it."""
+    module = torch.nn.Linear(2, 3)
+    for target in (path, path.with_suffix(".pth")):
+        if kind == "script":
+            with zipfile.ZipFile(target, "w") as archive:
+                for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+                    archive.writestr(f"model/{name}", b"")
+        else:
+            torch.save(module.state_dict(), target, _use_new_zipfile_serialization=kind == "zip")
+        with pytest.raises(ValueError, match=r"PyTorch: torch\.(jit\.)?load\(path"):
+            rk.load(target)
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    """It may be compressed, name an array often, or have members that lie on each other: it is refused."""
+    path = tmp_path / "state.npz"
+    rk.save(path, {"a": np.zeros(1 << 18)})
+    with zipfile.ZipFile(path) as plain:
+        members = {name: plain.read(name) for name in plain.namelist()}
+    often = json.dumps({"format": "rnnkern 1", "state": {"mapping": {str(k): {"array": "a"} for k in range(64)}}})
+
+    def packed(compression: int, structure: str | bytes, *twins: str) -> bytes:
+        data = io.BytesIO()
+        with zipfile.ZipFile(data, "w", compression) as archive:
+            archive.writestr("a.npy", members["a.npy"])
+            archive.writestr("structure.json", structure)
+            for name in twins:  # entries of the directory that point to the data of the first
+                twin = copy.copy(archive.getinfo("a.npy"))
+                twin.filename = name
+                archive.filelist.append(twin)
+        return data.getvalue()
+
+    structure = members["structure.json"]
+    for data, reason in (
+        (packed(zipfile.ZIP_DEFLATED, structure), "compressed"),
+        (packed(zipfile.ZIP_STORED, often), "asked for twice"),
+        (packed(zipfile.ZIP_STORED, structure, "b.npy"), "overlap"),
+        (packed(zipfile.ZIP_STORED, structure, "a.npy"), "overlap"),
+    ):
+        path.write_bytes(data)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=rf"state\.npz: .*{reason}"):
+            rk.load(path)
+        assert tracemalloc.get_traced_memory()[1] < len(data) + (6 << 20)  # the file, and a member as bytes and array
+        tracemalloc.stop()
 
 
 # The format of safetensors
@@ -328,5 +518,5 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monk
     """Before a file is read or written."""
     monkeypatch.setitem(sys.modules, "safetensors", None)
     for call in (rk.load, lambda path: rk.save(path, {})):
-        with pytest.raises(ImportError, match=r'\.safetensors: .*pip install "rnnkern\[safetensors\]"'):
+        with pytest.raises(ImportError, match=r"\.safetensors: .*python -m pip install safetensors"):
             call(tmp_path / "state.safetensors")

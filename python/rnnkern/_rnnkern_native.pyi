@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'abi_bytes', 'activation', 'cells', 'compiler', 'frozen_call', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'num_threads', 'pack', 'set_num_threads', 'stream', 'unknown_max_isa', 'use_isa']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'abi_bytes', 'activation', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'set_num_threads', 'stream', 'unknown_max_isa', 'use_isa']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -19,11 +19,14 @@ class Packed:
     """
     The weights of a stack, packed for the ISA that was active when it was made.
     """
-    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool) -> tuple:
+    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool, wanted: collections.abc.Sequence[collections.abc.Sequence[bool]] | None) -> tuple:
         ...
     def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any) -> tuple:
         ...
     def plan(self, steps: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex, backward: bool) -> dict:
+        ...
+    @property
+    def biased(self) -> bool:
         ...
     @property
     def isa(self) -> str:
@@ -63,6 +66,10 @@ def cells() -> list:
     """
     What the compiled module knows of each cell.
     """
+def decide(threads: typing.SupportsInt | typing.SupportsIndex, expected_ns: typing.SupportsInt | typing.SupportsIndex, since_last: typing.SupportsInt | typing.SupportsIndex, cpus: typing.SupportsInt | typing.SupportsIndex, runnable: typing.SupportsInt | typing.SupportsIndex, awake: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, bool]:
+    """
+    How many helpers a call asks for, and whether it asks again on its way, by policy.h.
+    """
 def frozen_call(packed: typing.Any, friendly: typing.Any, batch_first: bool) -> FrozenCall:
     ...
 def isa() -> str:
@@ -85,9 +92,17 @@ def measure(name: str, cell: str, repeats: typing.SupportsInt | typing.SupportsI
     """
     Times a loop that only the machine limits, for rnnkern.bench.limits.
     """
+def most_threads(cores: typing.SupportsInt | typing.SupportsIndex, quota: typing.SupportsFloat | typing.SupportsIndex) -> int:
+    """
+    The threads that a process may use on cores, under a quota of CPUs' worth of time.
+    """
+def next_retreat(before: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    How many calls do without helpers after a crowded one.
+    """
 def num_threads() -> int:
     ...
-def pack(cell: str, dtype: typing.Any, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], weights: typing.Any, training: bool) -> Packed:
+def pack(cell: str, format: str, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], weights: typing.Any, training: bool) -> Packed:
     ...
 def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +20,13 @@ __all__ = [
     "as_parameter",
     "check_names",
     "check_out",
+    "chosen_names",
     "flag",
     "float_dtype",
     "integer",
     "probability",
     "seed_or_none",
+    "warn_the_caller",
 ]
 
 Array = NDArray[Any]
@@ -33,6 +37,15 @@ def describe(value: object) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} of shape {value.shape}"
     return f"{type(value).__name__} {value!r}" if isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def warn_the_caller(message: str) -> None:
+    """A UserWarning at the line outside this package from which it comes."""
+    package, level = __name__.partition(".")[0] + ".", 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def integer(name: str, value: object, least: int, most: int | None = None) -> int:
@@ -88,10 +101,22 @@ def as_array(name: str, value: object) -> Array:
             return np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"{name}: expected an array on the CPU, got {type(value).__name__}: {error}") from error
+    if _is_result(value):
+        raise TypeError(f"{name}: expected an array, got a tuple, as a layer returns it: (y, state); pass y alone")
     try:
         return np.asarray(value)
     except ValueError as error:  # nested lists of different lengths
         raise ValueError(f"{name}: expected an array, got {type(value).__name__}: {error}") from None
+
+
+def _is_result(value: object) -> bool:
+    """Whether this is what a layer returns, (y, state) or (y, state, tape), and not an array-like."""
+    if not isinstance(value, tuple) or len(value) not in (2, 3) or not isinstance(value[0], np.ndarray):
+        return False
+    y, state = value[:2]
+    if len(value) == 3:
+        return not isinstance(value[2], np.ndarray | Sequence)
+    return isinstance(state, tuple) or (isinstance(state, np.ndarray) and (y.ndim == 3 or y.shape != state.shape))
 
 
 def as_floats(name: str, value: object, dtype: np.dtype[Any]) -> Array:
@@ -126,6 +151,20 @@ def check_names(argument: str, given: Mapping[str, Any], expected: Iterable[str]
             f"{kind} {', '.join(which)}" for kind, which in (("without", missing), ("with unknown", unknown)) if which
         )
         raise ValueError(f"{argument}: expected the names {', '.join(names)}; got a mapping {came}")
+
+
+def chosen_names(argument: str, value: object, known: Iterable[str]) -> list[str]:
+    """Those of the known names that are chosen: all for True, none for False, else the names that are given."""
+    known = list(known)
+    if isinstance(value, bool | np.bool_):
+        return known if value else []
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{argument}: expected True, False or names of parameters, got {describe(value)}")
+    given = list(value)
+    unknown = [str(name) for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{argument}: expected names from {', '.join(known)}, got {', '.join(unknown)}")
+    return [name for name in known if name in given]
 
 
 def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: Iterable[object]) -> Array:
@@ -268,7 +307,7 @@ class Signature:
         """The way back from (T, B, .)."""
         return array[:, 0] if unbatched else np.ascontiguousarray(self.time_major(array))
 
-    def state_to_caller(self, state: State, unbatched: bool) -> Array | tuple[Array, ...]:
+    def state_to_caller(self, state: State, unbatched: bool) -> Any:
         """The array of a cell with one state, else the tuple."""
         if unbatched:
             state = tuple(one[:, 0] for one in state)

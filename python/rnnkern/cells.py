@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["CELLS", "Cell", "CellMath", "Math"]
+__all__ = ["CELLS", "NONLINEARITIES", "Cell", "CellMath", "Math", "cell_of_nonlinearity", "table"]
 
 
 class Math(Protocol):
@@ -67,6 +67,8 @@ class Cell:
     late_gates: int = 0  # last gates whose recurrent product waits for `prepare`
     projects: bool = False  # may have a projection: the math never reads the previous h elementwise
     separate_gates: tuple[str, ...] = ()  # use x[g] and r[g] apart and not their sum, so that two biases do not merge
+    nonlinearity: str = ""  # what `rnnkern.RNN` calls it, of the cells which that layer chooses from
+    source: str = ""  # the paper
 
     def __reduce__(self) -> tuple[Callable[[str], Cell], tuple[str]]:
         return _cell, (self.name,)  # by name: functions made in functions cannot be pickled
@@ -296,10 +298,19 @@ class _Registry(Mapping[str, Cell]):
 
 
 CELLS: Mapping[str, Cell] = _Registry(
-    Cell("rnn_tanh", gates=("h",), states=("h",), saved=("h",), math=_rnn("tanh")),
-    Cell("rnn_relu", gates=("h",), states=("h",), saved=("h",), math=_rnn("relu")),
-    Cell("rnn_sigmoid", gates=("h",), states=("h",), saved=("h",), math=_rnn("sigmoid")),
-    Cell("lstm", tuple("ifgo"), ("h", "c"), ("i", "f", "g", "o", "c"), _lstm, projects=True),
+    *(
+        Cell(f"rnn_{name}", ("h",), ("h",), ("h",), _rnn(name), nonlinearity=name, source="Elman 1990")
+        for name in ("tanh", "relu", "sigmoid")
+    ),
+    Cell(
+        "lstm",
+        tuple("ifgo"),
+        ("h", "c"),
+        ("i", "f", "g", "o", "c"),
+        _lstm,
+        projects=True,
+        source="Hochreiter and Schmidhuber 1997, Gers et al. 2000",
+    ),
     Cell(
         "lstm_peephole",
         tuple("ifgo"),
@@ -308,7 +319,48 @@ CELLS: Mapping[str, Cell] = _Registry(
         _lstm_peephole,
         extras=("p_i", "p_f", "p_o"),
         projects=True,
+        source="Gers and Schmidhuber 2000",
     ),
-    Cell("gru", tuple("rzn"), ("h",), ("r", "z", "n", "m"), _gru, separate_gates=("n",)),
-    Cell("gru_reset_before", tuple("rzn"), ("h",), ("r", "z", "n"), _gru_reset_before, late_gates=1),
+    Cell(
+        "gru",
+        tuple("rzn"),
+        ("h",),
+        ("r", "z", "n", "m"),
+        _gru,
+        separate_gates=("n",),
+        source="Cho et al. 2014, the reset gate after the product as in PyTorch and cuDNN",
+    ),
+    Cell(
+        "gru_reset_before",
+        tuple("rzn"),
+        ("h",),
+        ("r", "z", "n"),
+        _gru_reset_before,
+        late_gates=1,
+        source="Cho et al. 2014, equations 5 to 8",
+    ),
 )
+
+# The cells of `rnnkern.RNN` by its argument `nonlinearity`.
+NONLINEARITIES = {cell.nonlinearity: cell.name for cell in CELLS.values() if cell.nonlinearity}
+
+
+def cell_of_nonlinearity(nonlinearity: object) -> str:
+    """The name of the cell that `rnnkern.RNN` takes for a nonlinearity."""
+    if not isinstance(nonlinearity, str):
+        raise TypeError(f"nonlinearity: expected a name (str), got {type(nonlinearity).__name__} {nonlinearity!r}")
+    if nonlinearity not in NONLINEARITIES:
+        raise ValueError(f"nonlinearity: expected one of {', '.join(NONLINEARITIES)}, got {nonlinearity!r}")
+    return NONLINEARITIES[nonlinearity]
+
+
+def table() -> str:
+    """Every cell in a table of Markdown: gates, states, extras, whether it takes a projection, and the source."""
+    rows = [
+        (f"`{cell.name}`", " ".join(cell.gates), " ".join(cell.states), " ".join(cell.extras),
+         "yes" if cell.projects else "", cell.source)
+        for cell in CELLS.values()
+    ]  # fmt: skip
+    head = ("cell", "gates", "states", "extras", "projection", "source")
+    lines = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+    return "\n".join(lines)

@@ -6,11 +6,12 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import backends, demo, doctor
+from . import __version__, backends, demo, doctor
 from .bench import report, runner
 from .bench.peers import PEERS
 from .bench.workloads import named
@@ -23,7 +24,18 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; wrong usage exits with 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    try:
+        return _run(arguments)
+    finally:
+        _flush()
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="rnnkern", description="Fused recurrent networks on the CPU.")
+    parser.add_argument("--version", action="version", version=f"rnnkern {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in COMMANDS:
         add(commands)
@@ -37,6 +49,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("rnnkern: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _flush() -> None:
+    """Flush stdout; once its reader is gone, the interpreter's own flush at the end would print a traceback."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _try_folder(path: Path) -> None:
+    """Make a folder and write into it, before the work and not after it; OSError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"--out: expected a folder that can be written to, got {path}: {error.strerror}") from error
 
 
 def add_demo(commands: Any) -> None:
@@ -67,6 +97,7 @@ def add_demo(commands: Any) -> None:
         wanted = demo.Options(**{name: value for name, value in vars(options).items() if name != "run"})
         try:
             session = demo.prepare(wanted)
+            _try_folder(wanted.out)
         except (OSError, ValueError, backends.BackendUnavailableError) as error:
             parser.exit(2, f"rnnkern demo: {' '.join(str(error).split())}\n")
         with Terminal() as terminal:
@@ -87,8 +118,9 @@ def add_doctor(commands: Any) -> None:
     _add_backend(parser)
 
     def run(options: argparse.Namespace) -> int:
-        asked = options.backend if options.backend != "auto" else os.environ.get("RNNKERN_BACKEND", "auto")
-        return doctor.run(asked, print)
+        asked = options.backend if options.backend != "auto" else os.environ.get("RNNKERN_BACKEND") or "auto"
+        with Terminal() as terminal:
+            return doctor.run(asked, terminal.say)
 
     parser.set_defaults(run=run)
 
@@ -138,12 +170,15 @@ def add_bench(commands: Any) -> None:
             tuple(options.workload), tuple(options.peer), tuple(sorted(set(options.threads))), options.seconds_per_peer
         )
         try:
-            options.out.mkdir(parents=True, exist_ok=True)  # before the measuring, not after it
+            _try_folder(options.out)
         except OSError as error:
             parser.exit(2, f"rnnkern bench: {error}\n")
         with Terminal() as terminal:
             results = runner.run(runner.quick(wanted) if options.quick else wanted, terminal)
-            for path in report.write(results, options.out):
+            # An interrupted report never takes the place of a whole one.
+            kept = results["interrupted"] and (options.out / "report.json").exists()
+            out = options.out / "interrupted" if kept else options.out
+            for path in report.write(results, out):
                 terminal.say(f"saved      {path}")
         return 130 if results["interrupted"] else 0
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import backends
-from .arguments import Signature, as_array, as_parameter, check_out, describe, flag
+from .arguments import Signature, as_array, as_parameter, check_out, chosen_names, describe, flag
 from .cells import CELLS, Cell
+from .copies import shared
 from .stack import LayerSizes, Stack, State, Weights
 
 __all__ = ["Grads", "Parameters", "Tape", "backward", "forward"]
@@ -38,6 +40,12 @@ class Parameters(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._arrays)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_arrays": shared(self._arrays)}
+
+    def __copy__(self) -> Parameters:
+        return copy.deepcopy(self)  # a copy has arrays of its own
 
     def __repr__(self) -> str:
         return f"Parameters({', '.join(f'{name}: {array.shape}' for name, array in self._arrays.items())})"
@@ -65,6 +73,9 @@ class Tape:
     unbatched: bool
     owner: object = field(default=None)  # the layer, None for the functional pair
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        refuse_to_copy()
+
     def __repr__(self) -> str:
         stack = self.signature.stack
         return f"Tape({stack.cell.name}, T={self.steps}, B={self.batch}, {stack.dtype}, {self.backend.name})"
@@ -72,16 +83,30 @@ class Tape:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Grads:
-    """Gradients: of x (None with `need_x=False`), of the initial state (structured like it) and of the parameters."""
+    """Gradients: of x and of the parameters, as asked for, and of the initial state (structured like it)."""
 
-    x: Array | None
+    x: Array | None  # None with `need_x=False`
     state: Any  # an array, or a tuple of one for each state of the cell
     parameters: Mapping[str, Array]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"x": shared(self.x), "state": shared(self.state), "parameters": self.parameters}
+
+    def __copy__(self) -> Grads:
+        return copy.deepcopy(self)  # a copy has arrays of its own
 
     def __repr__(self) -> str:
         x = None if self.x is None else self.x.shape
         state = tuple(s.shape for s in self.state) if isinstance(self.state, tuple) else self.state.shape
         return f"Grads(x: {x}, state: {state}, parameters: {', '.join(self.parameters)})"
+
+
+def refuse_to_copy() -> NoReturn:
+    """For every way to copy a tape: what it refers to is the memory of one process and belongs to one layer."""
+    raise TypeError(
+        "tape: cannot be copied or pickled, since it is bound to its layer and process; copy the layer and run "
+        "`forward` again, or copy what `backward` returns"
+    )
 
 
 def forward(
@@ -154,7 +179,15 @@ def forward(
     return run_forward(signature, backend, backend.pack(stack, [given], True), [names], None, arguments, None)
 
 
-def backward(tape: Tape, dy: Any = None, dstate: Any = None) -> Grads:
+def backward(
+    tape: Tape,
+    dy: Any = None,
+    dstate: Any = None,
+    *,
+    need_x: bool = True,
+    parameters: bool | Iterable[str] = True,
+    into: Grads | None = None,
+) -> Grads:
     """Gradients of one `forward`; Werbos 1990, "Backpropagation through time".
 
     Parameters
@@ -166,14 +199,27 @@ def backward(tape: Tape, dy: Any = None, dstate: Any = None) -> Grads:
     dstate
         Gradient of the final state, structured like it; None, or None in place of h or c, where the loss does not
         see it.
+    need_x
+        Whether the gradient of x is wanted.
+    parameters
+        Which weights get a gradient: True for all, False for none, or their names. What is not asked for costs no time
+        and changes no bit of the rest.
+    into
+        Gradients of an earlier backward of the same shapes; what is asked for is added to them, in place.
 
     Returns
     -------
     Grads
-        `x`, `state` (of the initial state) and `parameters`, with the keys and shapes of `weights`.
+        `x` (None without `need_x`), `state` (of the initial state) and `parameters`, with the keys and shapes of
+        `weights`, those that are asked for. With `into`, that object.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as above; the message names it.
     """
     check_tape(tape, None)
-    return run_backward(tape, dy, dstate, True, None)
+    return run_backward(tape, dy, dstate, need_x, parameters, into)
 
 
 def _stack_of(cell: Cell, weights: Mapping[str, Any], reverse: bool) -> Stack:
@@ -221,6 +267,16 @@ def check_tape(tape: object, owner: object) -> None:
     if tape.owner is not owner:
         expected, came = ("rnnkern.forward" if one is None else f"a forward of {one!r}" for one in (owner, tape.owner))
         raise ValueError(f"tape: expected one of {expected}, got one of {came}" + " (another)" * (expected == came))
+
+
+def uniform(generator: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Draws from U(-bound, bound) in float64, cast; a piece at a time, so that the whole is never there in float64."""
+    drawn = np.empty(shape, dtype)
+    flat, piece = drawn.reshape(-1), 1 << 16
+    for start in range(0, flat.size, piece):
+        part = flat[start : start + piece]
+        part[:] = generator.uniform(-bound, bound, part.size)
+    return drawn
 
 
 def dropout_masks(stack: Stack, steps: int, batch: int, dropout: float, seed: int) -> list[Array]:
@@ -336,16 +392,20 @@ def run_forward(
     return shown, signature.state_to_caller(final, unbatched), tape
 
 
-def run_backward(tape: Tape, dy: Any, dstate: Any, need_x: bool, into: Grads | None) -> Grads:
+def run_backward(
+    tape: Tape, dy: Any, dstate: Any, need_x: bool, parameters: bool | Iterable[str], into: Grads | None
+) -> Grads:
     """Gradients of one forward; with `into` added to those."""
+    need_x = flag("need_x", need_x)
     signature, steps, batch, unbatched = tape.signature, tape.steps, tape.batch, tape.unbatched
     stack = signature.stack
+    chosen = _chosen(tape.names, parameters)
     if dy is not None:
         shape = signature.output_shape(steps, batch, unbatched)
         dy = signature.from_caller(as_parameter("dy", dy, shape, signature.dtype), unbatched)
     dfinal = signature.state("dstate", dstate, batch, unbatched, halves=True)
     if into is not None:
-        _check_into(tape, into, need_x)
+        _check_into(tape, chosen, into, need_x)
     if tape.saved is None:
         dx: Array | None = np.zeros((steps, batch, signature.input_size), signature.dtype) if need_x else None
         initial = tuple(one.copy() for one in dfinal)
@@ -354,22 +414,31 @@ def run_backward(tape: Tape, dy: Any, dstate: Any, need_x: bool, into: Grads | N
             shapes = sizes.weight_shapes(True, stack.proj_size > 0)
             gradients.append({name: np.zeros(shape, stack.dtype) for name, shape in shapes.items()})
     else:
+        wanted = None if parameters is True else chosen
         dx, initial, gradients = tape.backend.backward(
-            stack, tape.packed, tape.saved, tape.lengths, tape.resets, tape.masks, dy, dfinal, need_x
+            stack, tape.packed, tape.saved, tape.lengths, tape.resets, tape.masks, dy, dfinal, need_x, wanted
         )
     grads = Grads(
         None if dx is None else signature.to_caller(dx, unbatched),
         signature.state_to_caller(initial, unbatched),
         Parameters(
-            {name: one[key] for names, one in zip(tape.names, gradients, strict=True) for key, name in names.items()}
+            {name: one[key] for names, one in zip(chosen, gradients, strict=True) for key, name in names.items()}
         ),
     )
     if into is None:
         return grads
-    held, new = _by_name(into), _by_name(grads)
+    held, new = _by_name(into), _by_name(grads)  # and nothing of `into` that was not asked for
     for name in new:
         held[name] += new[name]
     return into
+
+
+def _chosen(names: Names, parameters: bool | Iterable[str]) -> Names:
+    """Those of the names that are asked for."""
+    if parameters is True:
+        return names
+    asked = chosen_names("parameters", parameters, (name for one in names for name in one.values()))
+    return [{key: name for key, name in one.items() if name in asked} for one in names]
 
 
 def _by_name(grads: Grads) -> dict[str, Array]:
@@ -380,7 +449,7 @@ def _by_name(grads: Grads) -> dict[str, Array]:
     return arrays | {f"parameters[{name!r}]": one for name, one in grads.parameters.items()}
 
 
-def _check_into(tape: Tape, into: object, need_x: bool) -> None:
+def _check_into(tape: Tape, chosen: Names, into: object, need_x: bool) -> None:
     """`into` holds writable arrays of the shapes that this backward gives, so that adding cannot fail half way."""
     if not isinstance(into, Grads):
         raise TypeError(f"into: expected the Grads of an earlier backward, got {describe(into)}")
@@ -392,7 +461,7 @@ def _check_into(tape: Tape, into: object, need_x: bool) -> None:
     for index, size in enumerate(signature.state_sizes):
         batch = () if tape.unbatched else (tape.batch,)
         shapes[f"state[{index}]"] = (signature.state_count, *batch, size)
-    for names, sizes in zip(tape.names, stack.layers, strict=True):
+    for names, sizes in zip(chosen, stack.layers, strict=True):
         weight_shapes = sizes.weight_shapes(True, stack.proj_size > 0)
         shapes |= {f"parameters[{name!r}]": weight_shapes[key] for key, name in names.items()}
     held = _by_name(into)

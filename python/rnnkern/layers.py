@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -18,14 +19,16 @@ from .arguments import (
     Signature,
     as_parameter,
     check_names,
-    describe,
     flag,
     float_dtype,
     integer,
     probability,
     seed_or_none,
+    warn_the_caller,
 )
-from .cells import CELLS
+from .cells import CELLS, cell_of_nonlinearity
+from .copies import owned
+from .formats import check_format, copied, rounded
 from .functional import (
     Grads,
     Parameters,
@@ -37,10 +40,21 @@ from .functional import (
     run_backward,
     run_forward,
     run_inference,
+    uniform,
 )
 from .stack import Stack, State, Weights
 
 __all__ = ["GRU", "LSTM", "RNN", "Frozen", "Recurrent", "Stream"]
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # for type checkers alone, which know it: of `typing` from Python 3.13 on
+
+    StateT = TypeVar("StateT", default=Any)
+    LayerT = TypeVar("LayerT")
+else:
+    from typing import TypeVar
+
+    StateT = TypeVar("StateT")  # what a layer returns as its state: an array, for an LSTM a tuple of two
 
 Array = NDArray[Any]
 
@@ -76,7 +90,7 @@ def _check_size(stack: Stack) -> None:
     np.empty(size, np.uint8)  # MemoryError here and not after minutes of drawing values
 
 
-class Recurrent:
+class Recurrent(Generic[StateT]):
     """A stack of layers of any cell of the registry; `RNN`, `LSTM` and `GRU` choose the cell.
 
     Parameters
@@ -155,31 +169,77 @@ class Recurrent:
         self._signature = Signature(stack, flag("batch_first", batch_first))
         self._bias = flag("bias", bias)
         self._dropout = probability("dropout", dropout)
+        if self._dropout and stack.num_layers == 1:
+            warn_the_caller(f"dropout: has no effect on a single layer, got {dropout} with num_layers=1")
         self._chosen_backend = backend
-        self._backend = backends.pick(backend)
         self._generator = np.random.default_rng(seed_or_none(seed))
         self._names = parameter_names(stack, self._bias)
         bound = 1 / math.sqrt(hidden_size)
         self._parameters = Parameters(
             {
-                names[key]: self._generator.uniform(-bound, bound, shape).astype(stack.dtype)
+                names[key]: uniform(self._generator, bound, shape, stack.dtype)
                 for names, sizes in zip(self._names, stack.layers, strict=True)
                 for key, shape in sizes.weight_shapes(self._bias, proj_size > 0).items()
             }
         )
-        # The same arrays as backends take them, one mapping for each layer-direction.
+        self._connect()
+
+    def _connect(self) -> None:
+        """Make what follows from the rest, in a copy too."""
+        self._backend = backends.pick(self._chosen_backend)
+        # The parameters as backends take them, one mapping for each layer-direction.
         self._weights = [{key: self._parameters[name] for key, name in names.items()} for names in self._names]
 
-    cell = property(attrgetter("_signature.stack.cell.name"), doc="Name of the cell.")
-    input_size = property(attrgetter("_signature.stack.input_size"), doc="I.")
-    hidden_size = property(attrgetter("_signature.stack.hidden_size"), doc="H.")
-    num_layers = property(attrgetter("_signature.stack.num_layers"), doc="L.")
-    bias = property(attrgetter("_bias"), doc="Whether there are biases.")
-    batch_first = property(attrgetter("_signature.batch_first"), doc="Whether the batch comes before the time.")
-    dropout = property(attrgetter("_dropout"), doc="Probability of a zero between two layers.")
-    proj_size = property(attrgetter("_signature.stack.proj_size"), doc="P, or 0 without a projection.")
-    dtype = property(attrgetter("_signature.dtype"), doc="The NumPy dtype of parameters and results.")
-    backend = property(attrgetter("_backend.name"), doc="Name of the backend in use.")
+    @property
+    def cell(self) -> str:
+        """Name of the cell."""
+        return self._signature.stack.cell.name
+
+    @property
+    def input_size(self) -> int:
+        """I."""
+        return self._signature.stack.input_size
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self._signature.stack.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self._signature.stack.num_layers
+
+    @property
+    def bias(self) -> bool:
+        """Whether there are biases."""
+        return self._bias
+
+    @property
+    def batch_first(self) -> bool:
+        """Whether the batch comes before the time."""
+        return self._signature.batch_first
+
+    @property
+    def dropout(self) -> float:
+        """Probability of a zero between two layers."""
+        return self._dropout
+
+    @property
+    def proj_size(self) -> int:
+        """P, or 0 without a projection."""
+        return self._signature.stack.proj_size
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype of parameters and results."""
+        return self._signature.dtype
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        name: str = self._backend.name
+        return name
 
     @property
     def parameters(self) -> Mapping[str, Array]:
@@ -193,7 +253,7 @@ class Recurrent:
 
     def __call__(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, out: Array | None = None
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, StateT]:
         """Inference: no dropout, and nothing kept for `backward`.
 
         Parameters
@@ -235,7 +295,7 @@ class Recurrent:
         resets: Any = None,
         save: str = "gates",
         seed: int | None = None,
-    ) -> tuple[Array, Any, Tape]:
+    ) -> tuple[Array, StateT, Tape]:
         """Training: with dropout, and with a tape for `backward`.
 
         Parameters
@@ -281,7 +341,14 @@ class Recurrent:
         return run_forward(signature, self._backend, packed, self._names, masks, arguments, self)
 
     def backward(
-        self, tape: Tape, dy: Any = None, dstate: Any = None, *, need_x: bool = True, into: Grads | None = None
+        self,
+        tape: Tape,
+        dy: Any = None,
+        dstate: Any = None,
+        *,
+        need_x: bool = True,
+        parameters: bool | Iterable[str] = True,
+        into: Grads | None = None,
     ) -> Grads:
         """Gradients of one `forward`; Werbos 1990, "Backpropagation through time".
 
@@ -297,14 +364,17 @@ class Recurrent:
             see it.
         need_x
             Whether the gradient of x is wanted.
+        parameters
+            Which parameters get a gradient: True for all, False for none, or their names. What is not asked for costs
+            no time and changes no bit of the rest.
         into
-            Gradients of an earlier backward of the same shapes; these are added to them, in place.
+            Gradients of an earlier backward of the same shapes; what is asked for is added to them, in place.
 
         Returns
         -------
         Grads
-            `x`, shaped like x; `state`, of the initial state; `parameters`, with the keys of `layer.parameters`. With
-            `into`, that object.
+            `x`, shaped like x, None without `need_x`; `state`, of the initial state; `parameters`, with those keys of
+            `layer.parameters` that are asked for. With `into`, that object.
 
         Raises
         ------
@@ -312,7 +382,7 @@ class Recurrent:
             An argument is not as above; the message names it.
         """
         check_tape(tape, self)
-        return run_backward(tape, dy, dstate, flag("need_x", need_x), into)
+        return run_backward(tape, dy, dstate, need_x, parameters, into)
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters by name."""
@@ -334,25 +404,42 @@ class Recurrent:
         for name, array in self._parameters.items():
             array[...] = checked[name]
 
-    def freeze(self, weights: None = None) -> Frozen:
+    def freeze(self, weights: str | None = None) -> Frozen[StateT]:
         """A packed snapshot of the parameters for inference; later changes of the parameters do not reach it.
 
         Parameters
         ----------
         weights
-            What the weights are stored in: None, the layer's dtype.
+            What the matrices of the weights are stored in: None, the layer's dtype, or `"bfloat16"`, for a layer of
+            float32: rounded to nearest even, half the memory to read at each step. Biases, states and sums stay
+            float32, so that the results are those of a layer whose matrices have the rounded values.
+
+        Raises
+        ------
+        ValueError
+            `weights` is not as above.
+
+        Examples
+        --------
+        >>> import numpy as np, rnnkern as rk
+        >>> layer, x = rk.LSTM(3, 4, seed=0), np.ones((5, 1, 3), np.float32)
+        >>> bool(np.abs(layer.freeze("bfloat16")(x)[0] - layer.freeze()(x)[0]).max() < 0.01)
+        True
         """
-        if weights is not None:
-            raise ValueError(f"weights: expected None (the dtype of the layer), got {describe(weights)}")
-        copies = [{key: array.copy() for key, array in one.items()} for one in self._weights]
-        return Frozen(self._signature, self._chosen_backend, copies, repr(self))
+        stored = check_format(weights, self.dtype)
+        signature = Signature(replace(self._signature.stack, stored=stored), self.batch_first)
+        copy = rounded if stored else copied
+        return Frozen(signature, self._chosen_backend, [copy(one) for one in self._weights], repr(self))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_backend"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_backend", "_weights")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._backend = backends.pick(self._chosen_backend)
+        self._connect()
+
+    def __copy__(self) -> Recurrent[StateT]:
+        return copy.deepcopy(self)  # a copy has arrays of its own
 
     def __repr__(self) -> str:
         """The call that makes such a layer, without the options left at their defaults."""
@@ -370,7 +457,32 @@ class Recurrent:
         return f"{type(self).__name__}({', '.join(arguments)})"
 
 
-class RNN(Recurrent):
+def _with_parameters(**own: str) -> Callable[[type[LayerT]], type[LayerT]]:
+    """Give a class the section on parameters and errors of `Recurrent`, for those it has, and for its own.
+
+    For `help`; a reader of the source, or an editor that only reads it, finds them at `Recurrent`.
+    """
+
+    def document(layer: type[LayerT]) -> type[LayerT]:
+        if layer.__doc__ is None or Recurrent.__doc__ is None:  # python -OO
+            return layer
+        section = inspect.cleandoc(Recurrent.__doc__).partition("Parameters\n")[2].partition("\n\nRaises\n")
+        entries = re.findall(r"^(\w.*)\n((?:    .*\n?)+)", section[0], re.MULTILINE)
+        text = {name: (names, words.rstrip()) for names, words in entries for name in names.split(", ")}
+        text |= {name: (name, "    " + words) for name, words in own.items()}
+        chosen = dict.fromkeys(text[name] for name in inspect.signature(layer).parameters)
+        parameters = "\n".join(f"{names}\n{words}" for names, words in chosen)
+        raises = section[2].partition("\n\nExamples\n")[0]
+        intro, _, examples = inspect.cleandoc(layer.__doc__).partition("\n\nExamples\n")
+        intro = intro.replace("See `Recurrent` for the parameters.", "").rstrip()
+        layer.__doc__ = f"{intro}\n\nParameters\n----------\n{parameters}\n\nRaises\n{raises}\n\nExamples\n{examples}\n"
+        return layer
+
+    return document
+
+
+@_with_parameters(nonlinearity='f: `"tanh"`, `"relu"` or `"sigmoid"`.')
+class RNN(Recurrent[Array]):
     """Elman 1990: h' = f(W_ih x + b_ih + W_hh h + b_hh), f one of tanh, relu and sigmoid; as `torch.nn.RNN`.
 
     See `Recurrent` for the parameters.
@@ -398,20 +510,16 @@ class RNN(Recurrent):
         backend: str = "auto",
         seed: int | None = None,
     ) -> None:
-        prefix = "rnn_"
-        if not isinstance(nonlinearity, str):
-            raise TypeError(f"nonlinearity: expected a name (str), got {describe(nonlinearity)}")
-        if prefix + nonlinearity not in CELLS:
-            known = ", ".join(name.removeprefix(prefix) for name in CELLS if name.startswith(prefix))
-            raise ValueError(f"nonlinearity: expected one of {known}, got {nonlinearity!r}")
         super().__init__(
-            prefix + nonlinearity, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            cell_of_nonlinearity(nonlinearity),
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             dtype=dtype, backend=backend, seed=seed,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
 
-class LSTM(Recurrent):
+@_with_parameters()
+class LSTM(Recurrent[tuple[Array, Array]]):
     """Hochreiter and Schmidhuber 1997 with forget gates (Gers et al. 2000); as `torch.nn.LSTM`.
 
     i, f, o = sigmoid(W_i* x + b_i* + W_h* h + b_h*), g = tanh(the same); c' = f c + i g, h' = o tanh(c'); with
@@ -446,7 +554,8 @@ class LSTM(Recurrent):
         )  # fmt: skip
 
 
-class GRU(Recurrent):
+@_with_parameters(reset_after="Whether the reset gate acts on the product W_hn h + b_hn, or on h before it.")
+class GRU(Recurrent[Array]):
     """Cho et al. 2014; as `torch.nn.GRU`.
 
     r, z = sigmoid(W_i* x + b_i* + W_h* h + b_h*), h' = (1-z) n + z h. With `reset_after` (cuDNN, PyTorch)
@@ -484,7 +593,7 @@ class GRU(Recurrent):
         )  # fmt: skip
 
 
-class Frozen:
+class Frozen(Generic[StateT]):
     """A packed, immutable snapshot of a layer for inference; made by `Recurrent.freeze`.
 
     Examples
@@ -505,8 +614,16 @@ class Frozen:
         self._layer = layer
         self._pack()
 
-    backend = property(attrgetter("_backend.name"), doc="Name of the backend in use.")
-    dtype = property(attrgetter("_signature.dtype"), doc="The NumPy dtype of the results.")
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        name: str = self._backend.name
+        return name
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype of the results."""
+        return self._signature.dtype
 
     def _pack(self) -> None:
         self._backend = backends.pick(self._chosen_backend)
@@ -517,11 +634,11 @@ class Frozen:
 
     def __call__(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, out: Array | None = None
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, StateT]:
         """y and the final state; the arguments, results and errors are those of the layer's call."""
         return self._call(x, state, lengths, resets, out)
 
-    def stream(self, batch: int = 1) -> Stream:
+    def stream(self, batch: int = 1) -> Stream[StateT]:
         """B sequences fed step by step, from a state of zeros.
 
         Raises
@@ -536,19 +653,21 @@ class Frozen:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._weights = [{key: owned(array) for key, array in one.items()} for one in self._weights]
         self._pack()
 
     def __repr__(self) -> str:
-        return f"{self._layer}.freeze()"
+        stored = self._signature.stack.stored
+        return f"{self._layer}.freeze({stored!r})" if stored else f"{self._layer}.freeze()"
 
 
-class Stream:
+class Stream(Generic[StateT]):
     """B sequences fed step by step through a frozen layer; made by `Frozen.stream`. One thread at a time may use it.
 
     `step` after `step` gives the bits of the frozen layer's call on the whole sequence with the native backend.
     """
 
-    def __init__(self, frozen: Frozen, batch: int = 1) -> None:
+    def __init__(self, frozen: Frozen[StateT], batch: int = 1) -> None:
         stack = frozen._signature.stack
         if len(stack.directions) > 1:
             raise ValueError(f"stream: expected a layer of one direction, got {frozen._layer}")
@@ -583,9 +702,10 @@ class Stream:
         return self._step(x_t, out)
 
     @property
-    def state(self) -> Any:
+    def state(self) -> StateT:
         """The state after the last step, h (L, B, P) or (h, c), copied both ways; set to None for zeros."""
-        return self._frozen._signature.state_to_caller(self._steps.state, False)
+        state: StateT = self._frozen._signature.state_to_caller(self._steps.state, False)
+        return state
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -595,10 +715,10 @@ class Stream:
         """Start again from a state of zeros."""
         self.state = None
 
-    def __getstate__(self) -> tuple[Frozen, int, State]:
+    def __getstate__(self) -> tuple[Frozen[StateT], int, State]:
         return self._frozen, self._batch, self._steps.state
 
-    def __setstate__(self, state: tuple[Frozen, int, State]) -> None:
+    def __setstate__(self, state: tuple[Frozen[StateT], int, State]) -> None:
         frozen, batch, states = state
         self.__init__(frozen, batch)  # type: ignore[misc]
         self._steps.state = states

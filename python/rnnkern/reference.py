@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .stack import LayerSizes, Stack, State, Weights, backward_by_layer, forward_by_layer
+from .stack import LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
 
 __all__ = ["EXACT", "Arithmetic", "backward_layer", "forward_layer"]
 
@@ -128,9 +128,10 @@ def backward_layer(
     cut: Array | None,
     dy: Array | None,
     dstate: State,
+    wanted: Wanted | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[Array, State, dict[str, Array]]:
-    """Gradients of one layer-direction: of x (T, B, I), of the initial state, and of the weights."""
+    """Gradients of one layer-direction: of x (T, B, I), of the initial state, and of the wanted weights (None: all)."""
     cell, H = sizes.cell, sizes.hidden_size
     math = cell.math(arithmetic)
     G, early = len(cell.gates), (len(cell.gates) - cell.late_gates) * H
@@ -184,6 +185,8 @@ def backward_layer(
         gradients["w_hr"] = sum_of_outer(dh_rows, hidden)
     for name, rows in zip(cell.extras, dextra_rows, strict=True):
         gradients[name] = sum_of_outer(rows, ones)[:, 0]
+    if wanted is not None:
+        gradients = {key: value for key, value in gradients.items() if key in wanted}
     return product(dx_gates, weights["w_ih"].T), tuple(carried), gradients
 
 
@@ -233,13 +236,14 @@ def backward(
     dy: Array | None,
     dstate: State,
     need_x: bool,
+    wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`."""
     with np.errstate(all="ignore"):
         exact_dy = None if dy is None else dy.astype(np.float64)
         exact_dstate = tuple(d.astype(np.float64) for d in dstate)
         dx, initial, gradients = backward_by_layer(
-            backward_layer, stack, packed, saved, lengths, resets, masks, exact_dy, exact_dstate
+            backward_layer, stack, packed, saved, lengths, resets, masks, exact_dy, exact_dstate, wanted
         )
         return (
             dx.astype(stack.dtype) if need_x and dx is not None else None,
@@ -254,11 +258,14 @@ def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> Non
     y[...] = exact if bias is None else exact + bias
 
 
-def linear_backward(x: Array, weight: Array, dy: Array, need_x: bool) -> tuple[Array | None, Array, Array]:
-    """Gradients of x, weight and bias."""
+def linear_backward(
+    x: Array, weight: Array, dy: Array, need_x: bool, wanted: Wanted = ("weight", "bias")
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Gradients of x, weight and bias, None where not wanted."""
     exact = dy.astype(np.float64)
     dx = (exact @ weight.astype(np.float64)).astype(x.dtype) if need_x else None
-    return dx, (exact.T @ x.astype(np.float64)).astype(x.dtype), exact.sum(0).astype(x.dtype)
+    dweight = (exact.T @ x.astype(np.float64)).astype(x.dtype) if "weight" in wanted else None
+    return dx, dweight, exact.sum(0).astype(x.dtype) if "bias" in wanted else None
 
 
 def _to_float64(x: Array, state: State) -> tuple[Array, State]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABCMeta, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,7 @@ try:
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        'rnnkern.sklearn needs scikit-learn 1.6 or newer: python -m pip install "rnnkern[sklearn]"'
+        'rnnkern.sklearn needs scikit-learn 1.6 or newer: python -m pip install "scikit-learn>=1.6"'
     ) from error
 
 from .arguments import as_array, integer
@@ -39,6 +39,8 @@ FLOATS = [np.float64, np.float32]  # what X and y may be without a conversion
 BATCHES_SORTED_TOGETHER = 16  # by length: enough that batches have little padding, few enough that they still vary
 STEPS_PREDICTED_AT_ONCE = 1 << 15  # padding included; bounds the memory that a prediction takes
 POOLINGS = ("last", "mean")
+CHANNELS_AT_MOST, STEPS_PER_CHANNEL = 12, 10  # of arrays that look like (channels, T), see _warn_of_channels_first
+EACH_STEP = "; for one at each step train rnnkern.Recurrent and rnnkern.Linear, as docs/sklearn.md says"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +124,8 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Train for at most `max_iter` epochs, from new weights or, with `warm_start`, from those there are.
 
-        Ctrl-C ends the training with a warning and keeps what has been learned.
+        Ctrl-C ends the training with a warning and keeps what has been learned. A ConvergenceWarning says that
+        `max_iter` ended it before `n_iter_no_change` epochs in a row had brought no improvement.
 
         Parameters
         ----------
@@ -144,28 +147,36 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
             An argument, or a parameter of the estimator, is not as described; the message names it.
         """
         fresh = not (self.warm_start and hasattr(self, "layer_"))
-        return self._fit(X, y, sample_weight, fresh, self.max_iter, self.early_stopping)
+        if not self._fit(X, y, sample_weight, fresh, self.max_iter, self.early_stopping):
+            warnings.warn(
+                f"training ended after max_iter={self.max_iter} epochs while it still improved; raise max_iter, or "
+                "go on with warm_start=True",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return self
 
     def _fit(
         self, X: Any, y: Any, sample_weight: Any, fresh: bool, epochs: int, early_stopping: bool, classes: Any = None
-    ) -> Self:
+    ) -> bool:
+        """Check everything and train; the result is that of `_train`."""
         self._check_parameters()
         if y is None:
             raise ValueError(f"y: {type(self).__name__} requires y to be passed, but the target y is None")
         steps, lengths = self._sequences(X, fresh)
-        check_consistent_length(lengths, y)
+        _assert_one_each(y, lengths)
         weights = _weights(sample_weight, len(lengths))
-        rows = np.flatnonzero(weights)
-        weights /= weights[rows].mean()
         if fresh and hasattr(self, "layer_"):
             del self.layer_  # an error from here on leaves no model rather than halves of two
         targets, outputs = self._targets(y, weights, fresh, classes)
+        weights *= self._factors(targets, weights)
+        rows = np.flatnonzero(weights)
+        weights /= weights[rows].mean()
         if fresh:
             self._initialize(steps, np.repeat(weights, lengths), outputs)
         data = self._standardized(steps, lengths)
         dtype = data.steps.dtype
-        self._train(data, targets, weights.astype(dtype), rows, epochs, early_stopping)
-        return self
+        return self._train(data, targets, weights.astype(dtype), rows, epochs, early_stopping)
 
     def _check_parameters(self) -> None:
         """Those that the layers do not check."""
@@ -183,17 +194,19 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
         several = _several(X)
         if several is not None:
             steps, lengths = several
-            steps = check_array(steps, dtype=FLOATS, input_name="X", estimator=self)
+            steps = check_array(steps, dtype=FLOATS, ensure_all_finite=False, input_name="X", estimator=self)
             if fresh:
+                _warn_of_channels_first(lengths, steps.shape[1])
                 self.n_features_in_ = steps.shape[1]
                 if hasattr(self, "feature_names_in_"):
                     del self.feature_names_in_
         else:
             if fresh or self._of_tables:
-                X = validate_data(self, X, reset=fresh, dtype=FLOATS)
+                X = validate_data(self, X, reset=fresh, dtype=FLOATS, ensure_all_finite=False)
             else:
-                X = check_array(X, dtype=FLOATS, input_name="X", estimator=self)
+                X = check_array(X, dtype=FLOATS, ensure_all_finite=False, input_name="X", estimator=self)
             steps, lengths = X.reshape(-1, 1), np.full(len(X), X.shape[1])
+        _assert_finite(steps, lengths)
         if fresh:
             self._of_tables: bool = several is None
         elif steps.shape[1] != self.layer_.input_size:
@@ -205,8 +218,11 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
     def _initialize(self, steps: Array, weights: Array, outputs: int) -> None:
         """Layers of new weights, and the scales of the features; there is a weight for each step."""
         features = steps.shape[1]
-        random = check_random_state(self.random_state)
-        layer_seed, output_seed, seed = (int(seed) for seed in random.randint(2**31 - 1, size=3))
+        if isinstance(self.random_state, np.random.Generator):
+            seeds = self.random_state.integers(2**31 - 1, size=3)
+        else:
+            seeds = check_random_state(self.random_state).randint(2**31 - 1, size=3)
+        layer_seed, output_seed, seed = (int(seed) for seed in seeds)
         layer = Recurrent(
             self.cell, features, self.hidden_size, self.num_layers, dropout=self.dropout,
             bidirectional=self.bidirectional, dtype=self.dtype, backend=self.backend, seed=layer_seed,
@@ -228,14 +244,17 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
 
     def _train(
         self, data: Sequences, targets: Array, weights: Array, rows: Array, epochs: int, early_stopping: bool
-    ) -> None:
-        """Epochs over `rows`, until neither the loss nor, with `early_stopping`, the validation score improves."""
+    ) -> bool:
+        """Epochs over `rows`, until the loss or, with `early_stopping`, the validation score no longer improves.
+
+        Returns False where the epochs were over before.
+        """
         rows, validation = self._split(targets, rows) if early_stopping else (rows, rows[:0])
         layers: tuple[Recurrent | Linear, ...] = (self.layer_, self.output_)
         optimizer = Adam(layers, self.learning_rate)
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
-        best, stale, kept = -math.inf, 0, None
+        best, stale, kept, converged = -math.inf, 0, None, True
         try:
             with Terminal() if self.verbose else nullcontext() as terminal, np.errstate(all="ignore"):
                 for _ in range(epochs):
@@ -258,6 +277,8 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
                         kept = [layer.state_dict() for layer in layers] if early_stopping else None
                     if stale == self.n_iter_no_change:
                         break
+                else:
+                    converged = False
                 if terminal is not None:
                     terminal.say(line)
         except KeyboardInterrupt:
@@ -266,6 +287,7 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
         if kept is not None:
             for layer, parameters in zip(layers, kept, strict=True):
                 layer.load_state_dict(parameters)
+        return converged
 
     def _split(self, targets: Array, rows: Array) -> tuple[Array, Array]:
         """Rows to train on, and rows to validate on: at least two, in which each class has its share."""
@@ -337,6 +359,10 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
         data = self._standardized(*self._sequences(X, False))
         return self._outputs(data, np.arange(len(data.lengths))).astype(np.float64)
 
+    def _factors(self, targets: Array, weights: Array) -> Any:
+        """What the weights are multiplied by, (N,) or a number."""
+        return 1.0
+
     @abstractmethod
     def _targets(self, y: Any, weights: Array, fresh: bool, classes: Any) -> tuple[Array, int]:
         """What the outputs are to be, (N, ...), and how many outputs that takes."""
@@ -395,13 +421,17 @@ class RNNClassifier(ClassifierMixin, _RNNEstimator):  # type: ignore[misc]
     warm_start
         Whether `fit` goes on from the weights, scales and classes of the last one.
     random_state
-        None, an integer or a `numpy.random.RandomState`. An integer gives the same bits each time, on one machine.
+        None, an integer, a `numpy.random.RandomState` or a `numpy.random.Generator`. An integer gives the same bits
+        each time, on one machine.
     verbose
         Whether to print the progress; in one line that changes on a terminal, by rich where it is installed.
     dtype
         float32 or float64, of the network.
     backend
         As for `rnnkern.Recurrent`.
+    class_weight
+        By which the weights of the sequences of a class are multiplied: a dict from labels, 1 for those it lacks;
+        "balanced", inversely as often as the class occurs; None, 1 for all.
 
     Attributes
     ----------
@@ -430,9 +460,58 @@ class RNNClassifier(ClassifierMixin, _RNNEstimator):  # type: ignore[misc]
     >>> generator = np.random.default_rng(0)
     >>> X = [generator.normal(size=(length, 2)) for length in generator.integers(5, 20, 200)]
     >>> y = ["up" if x[:, 0].sum() > 0 else "down" for x in X]
-    >>> RNNClassifier(16, max_iter=30, random_state=0).fit(X[:150], y[:150]).score(X[150:], y[150:]) > 0.8
+    >>> RNNClassifier(16, early_stopping=True, random_state=0).fit(X[:150], y[:150]).score(X[150:], y[150:]) > 0.8
     True
     """
+
+    def __init__(
+        self,
+        hidden_size: int = 64,
+        *,
+        cell: str = "gru",
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        pooling: str = "last",
+        standardize: bool = True,
+        learning_rate: float = 0.005,
+        batch_size: int = 32,
+        max_iter: int = 100,
+        max_norm: float = 1.0,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 20,
+        tol: float = 1e-4,
+        warm_start: bool = False,
+        random_state: Any = None,
+        verbose: bool = False,
+        dtype: Any = "float32",
+        backend: str = "auto",
+        class_weight: Any = None,
+    ) -> None:
+        super().__init__(
+            hidden_size,
+            cell=cell,
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            dropout=dropout,
+            pooling=pooling,
+            standardize=standardize,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            max_iter=max_iter,
+            max_norm=max_norm,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            n_iter_no_change=n_iter_no_change,
+            tol=tol,
+            warm_start=warm_start,
+            random_state=random_state,
+            verbose=verbose,
+            dtype=dtype,
+            backend=backend,
+        )
+        self.class_weight = class_weight
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
         """Train one epoch more, without `early_stopping`; the first call makes the weights and measures the scales.
@@ -451,8 +530,14 @@ class RNNClassifier(ClassifierMixin, _RNNEstimator):  # type: ignore[misc]
         Raises
         ------
         ValueError, TypeError
-            As for `fit`; classes are missing in the first call, or differ in a later one.
+            As for `fit`; classes are missing in the first call, or differ in a later one; class_weight is "balanced",
+            for which a part does not tell how often a class occurs.
         """
+        if isinstance(self.class_weight, str):
+            raise ValueError(
+                f"class_weight: expected a dict or None for partial_fit, got {self.class_weight!r}: pass the weights "
+                'of sklearn.utils.class_weight.compute_class_weight("balanced", classes=..., y=...) as a dict'
+            )
         fresh = not hasattr(self, "layer_")
         if fresh and classes is None:
             raise ValueError("classes: expected all labels in the first call of partial_fit, got None")
@@ -462,7 +547,8 @@ class RNNClassifier(ClassifierMixin, _RNNEstimator):  # type: ignore[misc]
                 raise ValueError(
                     f"classes: expected {self.classes_.tolist()} as in the first call, got {classes.tolist()}"
                 )
-        return self._fit(X, y, sample_weight, fresh, 1, False, classes)
+        self._fit(X, y, sample_weight, fresh, 1, False, classes)
+        return self
 
     def predict(self, X: Any) -> Array:
         """The most probable class of each sequence, (N,)."""
@@ -478,7 +564,34 @@ class RNNClassifier(ClassifierMixin, _RNNEstimator):  # type: ignore[misc]
         """The logarithm of `predict_proba`; finite where that underflows."""
         return _log_softmax(self._predict(X))
 
+    def decision_function(self, X: Any) -> Array:
+        """The logit of each class, float64 (N, C); of two classes the second's less the first's, (N,)."""
+        logits = self._predict(X)
+        return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
+
+    def _factors(self, targets: Array, weights: Array) -> Any:
+        if self.class_weight is None:
+            return 1.0
+        if isinstance(self.class_weight, Mapping):
+            factors = np.ones(len(self.classes_))
+            labels = self.classes_.tolist()
+            for label, factor in self.class_weight.items():
+                if label not in labels:
+                    raise ValueError(f"class_weight: expected labels among {labels}, got {label!r}")
+                factors[labels.index(label)] = _positive(f"class_weight[{label!r}]", factor, zero=True)
+            if not (weights * factors[targets]).any():
+                raise ValueError("class_weight: expected a class of y with a weight > 0, got 0 for all")
+        elif self.class_weight == "balanced":
+            totals = np.bincount(targets, weights, len(self.classes_))
+            factors = weights.sum() / (np.count_nonzero(totals) * np.where(totals > 0, totals, 1))
+        else:
+            raise ValueError(f"class_weight: expected a dict, 'balanced' or None, got {self.class_weight!r}")
+        return factors[targets]
+
     def _targets(self, y: Any, weights: Array, fresh: bool, classes: Any) -> tuple[Array, int]:
+        shape = np.asarray(y).shape
+        if len(shape) > 1 and shape[1:] != (1,):
+            raise ValueError(f"y: expected one label for each sequence, (N,), got shape {shape}{EACH_STEP}")
         labels = column_or_1d(y, warn=True)
         assert_all_finite(labels, input_name="y", estimator_name=type(self).__name__)
         check_classification_targets(labels)
@@ -503,8 +616,9 @@ class RNNClassifier(ClassifierMixin, _RNNEstimator):  # type: ignore[misc]
 class RNNRegressor(RegressorMixin, _RNNEstimator):  # type: ignore[misc]
     """A recurrent network that gives each sequence a number, or several.
 
-    As `RNNClassifier`, whose parameters and attributes it has, but for `classes_`. It is trained with the squared error
-    on targets of mean 0 and deviation 1: each output of y is shifted and scaled, and predictions are scaled back.
+    As `RNNClassifier`, whose parameters and attributes it has, but for `class_weight` and `classes_`. It is trained
+    with the squared error on targets of mean 0 and deviation 1: each output of y is shifted and scaled, and predictions
+    are scaled back.
 
     Attributes
     ----------
@@ -518,7 +632,7 @@ class RNNRegressor(RegressorMixin, _RNNEstimator):  # type: ignore[misc]
     >>> generator = np.random.default_rng(0)
     >>> X = [generator.normal(size=(length, 2)) for length in generator.integers(5, 20, 200)]
     >>> y = [1000 + x[:, 0].sum() for x in X]
-    >>> RNNRegressor(16, max_iter=50, random_state=0).fit(X[:150], y[:150]).score(X[150:], y[150:]) > 0.5
+    >>> RNNRegressor(16, tol=0.01, random_state=0).fit(X[:150], y[:150]).score(X[150:], y[150:]) > 0.5
     True
     """
 
@@ -532,7 +646,8 @@ class RNNRegressor(RegressorMixin, _RNNEstimator):  # type: ignore[misc]
 
         Parameters, result and errors are those of `fit`.
         """
-        return self._fit(X, y, sample_weight, not hasattr(self, "layer_"), 1, False)
+        self._fit(X, y, sample_weight, not hasattr(self, "layer_"), 1, False)
+        return self
 
     def predict(self, X: Any) -> Array:
         """The number, or numbers, of each sequence: float64 (N,), or (N, K) where y was."""
@@ -568,8 +683,10 @@ def _several(X: Any) -> tuple[Array, Array] | None:
         except ValueError:  # lists of different lengths
             X = list(X)
     shape = getattr(X, "shape", None)
+    if shape is not None and len(shape) == 2 and getattr(X, "dtype", np.dtype(object)) == np.dtype(object):
+        _assert_not_nested(X)
     if shape is not None and len(shape) == 3:
-        array = check_array(X, dtype=FLOATS, allow_nd=True, input_name="X")
+        array = check_array(X, dtype=FLOATS, allow_nd=True, ensure_all_finite=False, input_name="X")
         if array.shape[1] == 0:
             raise ValueError(f"X: expected sequences of at least one step, got an array of shape {array.shape}")
         return array.reshape(-1, array.shape[2]), np.full(len(array), array.shape[1])
@@ -583,11 +700,71 @@ def _several(X: Any) -> tuple[Array, Array] | None:
         array = array[:, None] if array.ndim == 1 else array
         features = arrays[0].shape[1] if arrays else "I"
         if array.ndim != 2 or (arrays and array.shape[1] != features):
-            raise ValueError(f"X[{index}]: expected shape (T, {features}), got {array.shape}")
+            transposed = arrays and array.ndim == 2 and len(array) == len(arrays[0])
+            raise ValueError(
+                f"X[{index}]: expected shape (T, {features}), got {array.shape}"
+                + ("; steps come first: of arrays (channels, T) pass [x.T for x in X]" if transposed else "")
+            )
         if len(array) == 0:
             raise ValueError(f"X[{index}]: expected at least one step, got an empty sequence")
         arrays.append(array)
     return np.concatenate(arrays), np.array([len(array) for array in arrays])
+
+
+def _assert_not_nested(table: Any) -> None:
+    """The cells of a table are numbers: not series or arrays, as nested data frames have."""
+    cells = table.iloc[:1] if hasattr(table, "iloc") else table[:1]
+    if any(np.ndim(cell) for cell in np.asarray(cells, dtype=object).flat):
+        raise ValueError(
+            "X: expected numbers in a table, got sequences in its cells; pass a list of arrays (T, I), such as "
+            "[np.column_stack(list(row)) for row in X.to_numpy()]"
+        )
+
+
+def _assert_finite(steps: Array, lengths: Array) -> None:
+    """NaN and infinity are refused, with the sequence and the step."""
+    finite = np.isfinite(steps).all(axis=1)
+    if finite.all():
+        return
+    first = int(finite.argmin())
+    index = int(np.searchsorted(np.cumsum(lengths), first, side="right"))
+    where = f"X[{index}]: expected finite numbers, got"
+    step = first - int(lengths[:index].sum())
+    if not np.isnan(steps[first]).any():
+        raise ValueError(f"{where} infinity at step {step}")
+    raise ValueError(
+        f"{where} NaN at step {step}; where it pads a shorter sequence, pass a list of sequences (T_i, I) without "
+        "their padding; fill other gaps"
+    )
+
+
+def _warn_of_channels_first(lengths: Array, features: int) -> None:
+    """Few steps with very many features each are more often a series of few channels, with its axes the other way."""
+    T = int(lengths[0])
+    if (lengths == T).all() and T <= CHANNELS_AT_MOST and features >= STEPS_PER_CHANNEL * T:
+        warnings.warn(
+            f"X is read as (N, T, I): {T} steps of {features} features. If it is (N, channels, T), pass "
+            "np.transpose(X, (0, 2, 1))",
+            stacklevel=5,
+        )
+
+
+def _assert_one_each(y: Any, lengths: Array) -> None:
+    """There is a target, or an equal number of them, for each sequence; not one for each step of unequal sequences."""
+    try:
+        targets = np.asarray(y)
+    except ValueError:  # what NumPy says of lists of different lengths
+        targets = np.array([[]], dtype=object)
+    if targets.ndim > 0 and targets.dtype == object and any(np.ndim(target) for target in targets[:1]):
+        raise ValueError(f"y: expected one target for each sequence, got several of different number{EACH_STEP}")
+    try:
+        check_consistent_length(lengths, y)
+    except ValueError as error:
+        hint = EACH_STEP if targets.shape[:1] == (lengths.sum(),) else ""
+        raise ValueError(
+            f"{error}: X is read as {len(lengths)} sequences, along its first axis, and y is to have one target for "
+            f"each sequence{hint}"
+        ) from error
 
 
 def _weights(sample_weight: Any, count: int) -> Array:

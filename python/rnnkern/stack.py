@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from .cells import Cell
 __all__ = ["LayerSizes", "Stack", "backward_by_layer", "cuts", "forward_by_layer"]
 
 Array = NDArray[Any]
+Wanted = Collection[str]  # the names of the weights of a layer-direction that get a gradient
 Weights = Mapping[str, Array]  # of one layer-direction: w_ih, w_hh and, where it has them, b_ih, b_hh, w_hr, extras
 State = tuple[Array, ...]  # one array a state, h first
 
@@ -54,6 +55,12 @@ class Stack:
     num_layers: int = 1
     directions: tuple[bool, ...] = (False,)  # of each direction: does it run in reverse?
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))
+    stored: str = ""  # what packed weights are stored in where that is not dtype: "bfloat16", whose values they are
+
+    @cached_property
+    def format(self) -> str:
+        """The name of the format of packed weights."""
+        return self.stored or self.dtype.name
 
     @property
     def state_size(self) -> int:
@@ -171,13 +178,14 @@ def backward_by_layer(
     masks: Sequence[Array] | None,
     dy: Array | None,
     dstate: State,
+    wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """Mirror of `forward_by_layer`, with
 
-    `backward_layer(sizes, weights, x, saved, lengths, cut, dy, dstate) -> (dx, dstate, gradients of the weights)`.
+    `backward_layer(sizes, weights, x, saved, lengths, cut, dy, dstate, wanted) -> (dx, dstate, gradients)`.
 
     dy (T, B, D*P) or None for zeros. Returns dx (T, B, I), the gradients of the initial state, and those of the
-    weights of each layer-direction.
+    wanted weights (None: all) of each layer-direction.
     """
     initial = tuple(np.empty_like(s) for s in dstate)
     directions = len(stack.directions)
@@ -198,6 +206,7 @@ def backward_by_layer(
                 cuts(resets, lengths, reverse),
                 None if dy is None else dy[:, :, direction * stack.state_size : (direction + 1) * stack.state_size],
                 tuple(s[index] for s in dstate),
+                None if wanted is None else wanted[index],
             )
             dx = part if dx is None or part is None else dx + part
             for all_layers, one in zip(initial, new, strict=True):

@@ -14,13 +14,17 @@ PLAIN_INTERVAL = 5.0  # seconds between progress lines where they cannot replace
 
 
 class Terminal:
-    """Lines on stdout and one that follows the work: by rich or a carriage return on a terminal, else now and then."""
+    """Lines on stdout and one that follows the work: by rich or a carriage return on a terminal, else now and then.
+
+    Where stdout fails, as `| head -1` lets it, the work goes on unseen.
+    """
 
     def __init__(self) -> None:
         self._interactive = sys.stdout.isatty()
         self._live = _rich_live() if self._interactive else None
         self._shown = -math.inf  # when a progress line was last written
         self._width = 0  # of the progress line on the screen
+        self._lost = False  # whether stdout has failed
 
     def __enter__(self) -> Terminal:
         return self
@@ -31,7 +35,7 @@ class Terminal:
     def say(self, text: str = "") -> None:
         """Write lines that stay."""
         self._clear()
-        print(text, flush=True)
+        self._write(f"{text}\n")
 
     def progress(self, text: str) -> None:
         """Show one line in place of the last one."""
@@ -44,17 +48,25 @@ class Terminal:
             self._live.update(self._live.console.render_str(text, markup=False), refresh=True)
         elif self._interactive:
             text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be replaced
-            print(f"\r{text:<{self._width}}", end="", flush=True)
+            self._write(f"\r{text:<{self._width}}")
             self._width = len(text)
         else:
-            print(text, flush=True)
+            self._write(f"{text}\n")
 
     def _clear(self) -> None:
         if self._live is not None:
             self._live.stop()
         elif self._width:
-            print(f"\r{'':<{self._width}}\r", end="")
+            self._write(f"\r{'':<{self._width}}\r")
             self._width = 0
+
+    def _write(self, text: str) -> None:
+        if self._lost:
+            return
+        try:
+            print(text, end="", flush=True)
+        except OSError:
+            self._lost = True
 
 
 def _rich_live() -> Any:

@@ -275,14 +275,17 @@ def exact_results(problem: Problem, positive: bytes | None = None) -> Results:
 @lru_cache(maxsize=512)
 def naive_results(problem: Problem, positive: bytes | None = None) -> list[Results]:
     """y_0 to y_3: plain; activations moved at random by up to 2 ulp; the same, sums in reverse; another seed."""
-    seed = problem.seed
-    arithmetics = [
+    return [_evaluate(problem, problem.dtype, one, positive) for one in naive_arithmetics(problem.seed)]
+
+
+def naive_arithmetics(seed: int) -> list[Arithmetic]:
+    """Those of y_0 to y_3."""
+    return [
         Arithmetic(product=_sequential),
         _moved(seed, _sequential),
         _moved(seed, _sequential_reverse),
         _moved(seed + 1, _sequential),
     ]
-    return [_evaluate(problem, problem.dtype, arithmetic, positive) for arithmetic in arithmetics]
 
 
 def _sequential(a: Array, w: Array, reverse: bool = False) -> Array:
@@ -323,7 +326,7 @@ def _evaluate(problem: Problem, dtype: Any, arithmetic: Arithmetic, positive: by
             stack, weights, x, state, drawn.lengths, drawn.resets, masks, y,
         )  # fmt: skip
         if positive is not None:
-            _take_signs(stack, saved, y, positive)
+            take_signs(stack, saved, y, positive)
         dx, initial, gradients = backward_by_layer(
             partial(reference.backward_layer, arithmetic=arithmetic),
             stack, weights, saved, drawn.lengths, drawn.resets, masks, dy, dstate,
@@ -355,7 +358,7 @@ def _cast(drawn: Inputs, dtype: Any) -> tuple[Array, list[Array] | None, State, 
     )  # fmt: skip
 
 
-def _take_signs(stack: Stack, saved: Sequence[Any], y: Array, positive: bytes) -> None:
+def take_signs(stack: Stack, saved: Sequence[Any], y: Array, positive: bytes) -> None:
     """Where the tested y of the last layer has another sign than the saved output, give that the tested sign."""
     pattern = np.unpackbits(np.frombuffer(positive, np.uint8), count=y.size).reshape(y.shape).astype(bool)
     directions, P = len(stack.directions), stack.state_size

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -18,13 +19,15 @@ from .arguments import (
     as_parameter,
     check_names,
     check_out,
+    chosen_names,
     describe,
     flag,
     float_dtype,
     integer,
     seed_or_none,
 )
-from .functional import Grads, Parameters
+from .copies import shared
+from .functional import Grads, Parameters, refuse_to_copy, uniform
 
 __all__ = ["SGD", "Adam", "Linear", "clip_grad_norm", "clip_grad_value", "cross_entropy", "mse"]
 
@@ -41,6 +44,9 @@ class _LinearTape:
     x: Array  # (rows, in_features)
     weight: Array
     shape: tuple[int, ...]  # leading dimensions of the caller's x
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        refuse_to_copy()
 
 
 class Linear:
@@ -96,7 +102,7 @@ class Linear:
         bound = 1 / math.sqrt(self.in_features)
         generator = np.random.default_rng(seed_or_none(seed))
         self._parameters = Parameters(
-            {name: generator.uniform(-bound, bound, shape).astype(self.dtype) for name, shape in shapes.items()}
+            {name: uniform(generator, bound, shape, self.dtype) for name, shape in shapes.items()}
         )
 
     @property
@@ -123,6 +129,9 @@ class Linear:
         self.__dict__.update(state)
         self._backend = backends.pick(self._chosen_backend)
 
+    def __copy__(self) -> Linear:
+        return copy.deepcopy(self)  # a copy has arrays of its own
+
     def __call__(self, x: Any, *, out: Array | None = None) -> Array:
         """y (..., out_features) of x (..., in_features), to `out` where given; keeps nothing."""
         rows, shape = self._rows(x)
@@ -139,7 +148,15 @@ class Linear:
         y.flags.writeable = False
         return y, _LinearTape(self, rows, self.parameters["weight"].copy(), shape)
 
-    def backward(self, tape: _LinearTape, dy: Any, *, need_x: bool = True, into: Grads | None = None) -> Grads:
+    def backward(
+        self,
+        tape: _LinearTape,
+        dy: Any,
+        *,
+        need_x: bool = True,
+        parameters: bool | Iterable[str] = True,
+        into: Grads | None = None,
+    ) -> Grads:
         """Gradients of one `forward`.
 
         Parameters
@@ -150,13 +167,17 @@ class Linear:
             Gradient of y, in its shape.
         need_x
             Whether the gradient of x is wanted.
+        parameters
+            Which parameters get a gradient: True for all, False for none, or their names. What is not asked for costs
+            no time and changes no bit of the rest.
         into
-            What an earlier `backward` of the same shapes returned: the gradients are added to it.
+            What an earlier `backward` of the same shapes returned: what is asked for is added to it.
 
         Returns
         -------
         Grads
-            `x` (None without `need_x`), an empty `state`, and `parameters` with the keys and shapes of the layer's.
+            `x` (None without `need_x`), an empty `state`, and `parameters`, with those keys and shapes of the layer's
+            that are asked for.
 
         Raises
         ------
@@ -168,18 +189,19 @@ class Linear:
         if tape.owner is not self:
             raise ValueError(f"tape: expected a tape of {self!r}, got one of another layer, {tape.owner!r}")
         flag("need_x", need_x)
+        wanted = chosen_names("parameters", parameters, self.parameters)
         dy = as_parameter("dy", dy, (*tape.shape, self.out_features), self.dtype).reshape(-1, self.out_features)
         x_shape = (*tape.shape, self.in_features)
         if into is not None:
-            self._check_into(into, x_shape if need_x else None)
+            self._check_into(into, wanted, x_shape if need_x else None)
         if tape.x.size:
-            dx, dweight, dbias = self._backend.linear_backward(tape.x, tape.weight, dy, need_x)
+            dx, dweight, dbias = self._backend.linear_backward(tape.x, tape.weight, dy, need_x, wanted)
         else:
             dx, dweight, dbias = tape.x, np.zeros_like(tape.weight), np.zeros(self.out_features, self.dtype)
         grads = Grads(
             dx.reshape(x_shape) if need_x else None,
             (),
-            Parameters({name: {"weight": dweight, "bias": dbias}[name] for name in self.parameters}),
+            Parameters({name: {"weight": dweight, "bias": dbias}[name] for name in wanted}),
         )
         if into is None:
             return grads
@@ -224,11 +246,11 @@ class Linear:
             self._backend.linear_forward(rows, self.parameters["weight"], self.parameters.get("bias"), y)
         return y
 
-    def _check_into(self, into: object, x_shape: tuple[int, ...] | None) -> None:
+    def _check_into(self, into: object, wanted: Iterable[str], x_shape: tuple[int, ...] | None) -> None:
         """`into` holds writable arrays of the right shapes, so that adding cannot fail half way."""
         if not isinstance(into, Grads):
             raise TypeError(f"into: expected the Grads of an earlier backward, got {describe(into)}")
-        held = [(f"parameters[{name!r}]", into.parameters.get(name), a.shape) for name, a in self.parameters.items()]
+        held = [(f"parameters[{name!r}]", into.parameters.get(name), self.parameters[name].shape) for name in wanted]
         if x_shape is not None:
             held.append(("x", into.x, x_shape))
         for name, array, shape in held:
@@ -439,16 +461,38 @@ class _Optimizer(ABC):
         self.steps = 0
         self._parameters = _mappings("parameters", parameters)
         self._names = [f"{index}.{name}" for index, one in enumerate(self._parameters) for name in one]
-        self._values = [self._flat(f"parameters[{i}][{n!r}]", a) for i, n, a in _items(self._parameters)]
+        self._values = self._flat_parameters()
         self._state = {moment: [np.zeros_like(value) for value in self._values] for moment in self._moments}
 
-    @staticmethod
-    def _flat(name: str, array: Array) -> Array:
-        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-            raise TypeError(f"{name}: expected an array of floats, got {getattr(array, 'dtype', type(array).__name__)}")
-        if not (array.flags.c_contiguous and array.flags.writeable):
-            raise ValueError(f"{name}: expected a writable C-contiguous array, to be updated in place")
-        return array.reshape(-1)
+    def _flat_parameters(self) -> list[Array]:
+        """Views of the parameters, which `step` writes through."""
+        views = []
+        for index, key, array in _items(self._parameters):
+            name = f"parameters[{index}][{key!r}]"
+            if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+                got = getattr(array, "dtype", type(array).__name__)
+                raise TypeError(f"{name}: expected an array of floats, got {got}")
+            if not (array.flags.c_contiguous and array.flags.writeable):
+                raise ValueError(f"{name}: expected a writable C-contiguous array, to be updated in place")
+            views.append(array.reshape(-1))
+        return views
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Mappings of layers copy their arrays themselves; those of the caller's own making get theirs back by name.
+        own = [{} if isinstance(one, Parameters) else shared(dict(one)) for one in self._parameters]
+        return self.__dict__ | {"_values": own, "_state": shared(self._state)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for index, (mapping, arrays) in enumerate(zip(self._parameters, state["_values"], strict=True)):
+            if isinstance(mapping, MutableMapping):
+                mapping.update(arrays)
+            elif arrays:
+                self._parameters[index] = arrays
+        self._values = self._flat_parameters()
+
+    def __copy__(self) -> _Optimizer:
+        return copy.deepcopy(self)  # a copy has arrays of its own
 
     @property
     def lr(self) -> float:
@@ -470,7 +514,9 @@ class _Optimizer(ABC):
         Raises
         ------
         TypeError, ValueError
-            The gradients do not fit the parameters; nothing has changed then.
+            The gradients do not fit the parameters.
+        FloatingPointError
+            A gradient is NaN or infinite; the message names it. Whatever the error, nothing has changed.
         """
         gradients = self._checked(grads)
         self.steps += 1
@@ -502,6 +548,10 @@ class _Optimizer(ABC):
                         f"got {gradient.dtype} of shape {gradient.shape}"
                     )
                 flat.append(gradient.reshape(-1))
+                if not _all_finite(flat[-1]):
+                    raise FloatingPointError(
+                        f"grads[{index}][{name!r}]: expected finite values, got NaN or infinity; nothing has changed"
+                    )
         return flat
 
     def state_dict(self) -> dict[str, Any]:
@@ -723,6 +773,13 @@ def _norm(arrays: Sequence[Array]) -> float:
         if largest == 0 or math.isinf(largest):
             return largest
         return largest * math.sqrt(sum(float(np.square(a / largest, dtype=np.float64).sum()) for a in flat))
+
+
+def _all_finite(array: Array) -> bool:
+    """Whether no element is NaN or infinite."""
+    with np.errstate(all="ignore"):
+        # Such an element makes the sum one too, and einsum adds faster than `sum`. An overflow is looked into.
+        return bool(np.isfinite(np.einsum("i->", array)) or np.isfinite(array).all())
 
 
 def _number(name: str, value: float) -> float:

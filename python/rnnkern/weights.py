@@ -8,13 +8,19 @@ checksum, and a weight is called `layer.weight_ih_l0` in it. Nothing in either i
 
 from __future__ import annotations
 
+import atexit
+import errno
+import hashlib
 import io
 import json
 import os
+import re
 import secrets
+import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,8 +31,14 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where the temporary files of killed saves stay
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["load", "save"]
 
+AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Arrays = dict[str, NDArray[Any]]
 Add = Callable[[Arrays, tuple[str, ...], NDArray[Any]], str]  # (arrays, keys, array) -> the name it has in the file
 
@@ -35,11 +47,14 @@ _FORMAT = "rnnkern 1"
 _LARGEST_JSON_INTEGER = 2**63  # what other readers of JSON may be trusted with
 
 
-def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+def save(path: AnyPath, state: Mapping[str, Any]) -> None:
     """Write a nested mapping of arrays and scalars to `path`, whole or not at all.
 
     The bytes go to a temporary file in the same directory, are flushed to the disk, and then take the name `path` in
-    one step. Whatever fails before that, Ctrl-C included, leaves the previous file as it was.
+    one step. Whatever fails before that, Ctrl-C included, leaves the previous file as it was. The new file has its
+    permissions and, where that is allowed, its owner; a symbolic link stays one; a hard link keeps the previous
+    contents. What saves of this file that were killed have left in the directory is removed. Arrays that another thread
+    changes meanwhile are written as they are met.
 
     Parameters
     ----------
@@ -56,7 +71,7 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         A key is no str, or a value none of the above (object arrays and other array classes included), or of a dtype
         that the format does not have.
     OSError
-        The file cannot be written.
+        The file cannot be written, is write-protected, or is a directory, a device, a FIFO or a socket.
     ImportError
         The package `safetensors` is needed and not installed.
 
@@ -71,23 +86,15 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
+    path = _path(path)
     form = _form(path)
     arrays: Arrays = {}
     structure = _encode(state, (), arrays, form.add)
-    target = Path(os.path.realpath(path))  # a symbolic link stays one
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as file:
-            form.write(file, structure, arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _replacing(path) as file:
+        form.write(file, structure, arrays)
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load(path: AnyPath) -> dict[str, Any]:
     """Read what `save` wrote: the same keys, values, shapes and dtypes.
 
     Parameters
@@ -99,9 +106,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises
     ------
     OSError
-        The file cannot be read.
+        The file cannot be read, or is a directory, a device, a FIFO or a socket.
     ValueError
-        It is damaged, truncated, was not written by `save` or has a dtype that NumPy has not.
+        It is damaged, truncated, compressed, was not written by `save` or has a dtype that NumPy has not. Of files of
+        PyTorch and of NumPy the message says how to read them.
     ImportError
         The package `safetensors` is needed and not installed.
 
@@ -109,16 +117,161 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     --------
     See `save`.
     """
+    path = _path(path)
     form = _form(path)
-    data = Path(path).read_bytes()
+    _status(path)
+    data = path.read_bytes()
     try:
         state = form.read(data)
         if not isinstance(state, dict):
             raise ValueError("no mapping at the top")
     except Exception as error:  # zipfile, json, safetensors and numpy raise a dozen types over bytes not theirs
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{os.fspath(path)}: expected {form.description}: {reason}") from error
+        reason = _foreign(data) or " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: expected {form.description}: {reason}") from error
     return state
+
+
+def _path(path: AnyPath) -> Path:
+    try:
+        name = os.fsdecode(path)
+    except TypeError:
+        raise TypeError(f"path: expected a str, bytes or os.PathLike, got {type(path).__name__}") from None
+    if not name or name.endswith(os.sep):
+        raise IsADirectoryError(errno.EISDIR, "expected the name of a file", name)
+    return Path(name)
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """The status of a file, None where there is none; OSError where there is something else."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        number = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL  # the former makes it an IsADirectoryError
+        raise OSError(number, f"expected a file, got {_KINDS.get(kind, 'something else')}", str(path))
+    return status
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of another once it is whole; errors name that other."""
+    before = _status(path)
+    # Ask the bits too: the superuser may write to everything, and has protected this file all the same.
+    if before and not (before.st_mode & 0o222 and os.access(path, os.W_OK)):
+        raise PermissionError(errno.EACCES, "the file is write-protected", str(path))
+    target = Path(os.path.realpath(path))  # a symbolic link stays one
+    # Name the target by a hash, since its own name may be as long as names can be.
+    prefix = f".rnnkern-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
+    temporary = target.with_name(f"{prefix}{secrets.token_hex(8)}.tmp")
+    try:
+        _remove_abandoned(target.parent, prefix)
+        _unfinished.add((os.getpid(), temporary))
+        with _create(temporary, before) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if fcntl is None:  # Windows renames no open file
+                file.close()
+            temporary.replace(target)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        _unfinished.discard((os.getpid(), temporary))
+
+
+_unfinished: set[tuple[int, Path]] = set()  # by process, since a fork has the set and not the thread that saves
+
+
+@atexit.register
+def _remove_unfinished() -> None:
+    """Remove what a daemon thread will not finish."""
+    for process, path in list(_unfinished):
+        if process == os.getpid():
+            with suppress(OSError):
+                path.unlink()
+
+
+def _create(path: Path, like: os.stat_result | None) -> BinaryIO:
+    """A new file, locked for as long as it is open, with the owner and the permissions of another."""
+    permissions = stat.S_IMODE(like.st_mode) if like else 0o666  # less the umask
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, permissions)
+    file = os.fdopen(descriptor, "wb")
+    try:
+        with suppress(OSError):  # a file system without locks
+            _lock(file)
+        if not path.exists():  # taken for abandoned before it was locked
+            file.close()
+            return _create(path, like)
+        if like:
+            with suppress(OSError):  # the owner is for the superuser to change
+                os.chown(path, like.st_uid, like.st_gid)
+            with suppress(OSError):  # a file system without permissions
+                path.chmod(permissions)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _lock(file: BinaryIO) -> None:
+    """Lock a file until it is closed or its process ends; OSError where another has locked it."""
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, "no locks on this system")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    """Remove the temporary files that no process holds any more: those of saves that were killed."""
+    if fcntl is None:
+        return
+    pattern = re.compile(re.escape(prefix) + "[0-9a-f]{16}[.]tmp")
+    with suppress(PermissionError):  # a directory that may be written to and not read
+        for path in folder.iterdir():
+            if pattern.fullmatch(path.name):
+                with suppress(OSError), open(path, "rb", opener=_without_waiting) as file:
+                    _lock(file)
+                    path.unlink()
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    """Open no link, and a FIFO without waiting for its writer."""
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+_THEN = ", and rnnkern.convert.from_torch takes them"
+_TORCH_LEGACY = re.compile(rb"\x80.\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", re.DOTALL)
+
+
+def _foreign(data: bytes) -> str | None:
+    """Which other program writes such a file, and how to read it; None where that is not known."""
+    names: list[str] = []
+    with suppress(Exception), zipfile.ZipFile(io.BytesIO(data)) as archive:  # zipfile raises half a dozen types
+        names = archive.namelist()
+    of_torch = [name for name in names if name.endswith("/data.pkl")]
+    if any(name.endswith("/constants.pkl") for name in names) and of_torch:
+        return "it is a program of PyTorch: torch.jit.load(path).state_dict() has its weights" + _THEN
+    if of_torch or _TORCH_LEGACY.match(data):
+        return "it is a file of PyTorch: torch.load(path, weights_only=True) reads its tensors" + _THEN
+    if names and _STRUCTURE not in names and all(name.endswith(".npy") for name in names):
+        return "it is an archive of numpy.savez: dict(numpy.load(path)) reads it"
+    if data.startswith(b"\x93NUMPY"):
+        return "it is an array of numpy.save: numpy.load(path) reads it"
+    return None
 
 
 def _encode(value: Any, keys: tuple[str, ...], arrays: Arrays, add: Add) -> Any:
@@ -161,7 +314,10 @@ def _decode(value: Any, take: Callable[[str], NDArray[Any]]) -> Any:
     if kind == "integer":
         return int(content, 16)
     if kind in ("array", "scalar"):
-        array = take(content)
+        try:
+            array = take(content)
+        except KeyError:
+            raise ValueError(f"the array {content!r} is missing, or asked for twice") from None
         return array if kind == "array" else array[()]
     raise ValueError(f"unknown kind of value {kind!r}")
 
@@ -184,9 +340,9 @@ class _Form:
     read: Callable[[bytes], Any]  # raises anything where the bytes are not whole
 
 
-def _form(path: str | os.PathLike[str]) -> _Form:
+def _form(path: Path) -> _Form:
     """The format that the suffix of a path asks for."""
-    if Path(path).suffix != ".safetensors":
+    if path.suffix != ".safetensors":
         return _NPZ
     _safetensors()
     return _SAFETENSORS
@@ -212,10 +368,20 @@ def _write_npz(file: BinaryIO, structure: Any, arrays: Arrays) -> None:
 
 def _read_npz(data: bytes) -> Any:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        # Each member whole first, so that its checksum is verified before its header is believed.
+        members = {member.filename: member for member in archive.infolist()}
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
+            raise ValueError("its members are compressed, and those of `save` never are; pack them again without")
+        # A small file may claim that its members are large, or that they lie on each other.
+        if len(members) < len(archive.infolist()) or sum(one.file_size for one in members.values()) > len(data):
+            raise ValueError("its members overlap")
+
+        def read(name: str) -> bytes:
+            # Take each member once, and whole, so that its checksum is verified before its header is believed.
+            return archive.read(members.pop(name))
+
         return _decode(
-            _parse(archive.read(_STRUCTURE))["state"],
-            lambda name: npy.read_array(io.BytesIO(archive.read(name + ".npy")), allow_pickle=False),
+            _parse(read(_STRUCTURE))["state"],
+            lambda name: npy.read_array(io.BytesIO(read(name + ".npy")), allow_pickle=False),
         )
 
 
@@ -236,7 +402,7 @@ def _safetensors() -> ModuleType:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError(f'a path that ends in .safetensors: {error}; pip install "rnnkern[safetensors]"') from error
+        raise ImportError(f"a path that ends in .safetensors: {error}; python -m pip install safetensors") from error
     module: ModuleType = safetensors
     return module
 
@@ -247,7 +413,7 @@ def _add_safetensors(arrays: Arrays, keys: tuple[str, ...], array: NDArray[Any])
     name = ".".join(keys).encode(errors="replace").decode()
     while name in arrays or name == "__metadata__":
         name += "'"
-    arrays[name] = np.asarray(array, order="C")
+    arrays[name] = np.array(array, order="C")  # a copy, so that what is written is what the checksum is of
     return name
 
 
@@ -281,7 +447,7 @@ def _read_safetensors(data: bytes) -> Any:
     content = _parse(metadata[_SAFETENSORS_KEY])
     if content["crc32"] != _checksum(content["state"], arrays):
         raise ValueError("its contents do not match their checksum")
-    return _decode(content["state"], arrays.__getitem__)
+    return _decode(content["state"], arrays.pop)  # each once
 
 
 _SAFETENSORS = _Form("a whole safetensors file", _add_safetensors, _write_safetensors, _read_safetensors)

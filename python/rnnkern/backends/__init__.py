@@ -10,10 +10,12 @@ A backend is a module with these names; arrays are time-major, C-contiguous and 
         x (T, B, I); state a tuple of `stack.state_shapes(B)`; lengths int64 (B,) or None; resets bool (T, B) or None;
         masks one scaled (T, B, D*P) for each layer but the last, or None; fills y (T, B, D*P);
         saved is what backward needs, None unless training
-    backward(stack, packed, saved, lengths, resets, masks, dy, dstate, need_x) -> (dx or None, dstate, gradients)
-        dy (T, B, D*P) or None; gradients: a dict like weights for each layer-direction
+    backward(stack, packed, saved, lengths, resets, masks, dy, dstate, need_x, wanted=None)
+            -> (dx or None, dstate, gradients)
+        dy (T, B, D*P) or None; gradients: a dict like weights for each layer-direction, of the names that `wanted` has
+        for it, None standing for all; the others cost no time
     linear_forward(x, weight, bias, y)                 x (rows, inputs), weight (outputs, inputs), y (rows, outputs)
-    linear_backward(x, weight, dy, need_x) -> (dx or None, dweight, dbias)
+    linear_backward(x, weight, dy, need_x, wanted=("weight", "bias")) -> (dx, dweight, dbias), None where not wanted
 
 A backend that runs exact arrays sooner than Python has looked at them also has:
 
@@ -34,6 +36,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from types import ModuleType
 
@@ -76,7 +79,7 @@ def get(name: str) -> ModuleType:
 def pick(name: str = "auto") -> ModuleType:
     """The backend to use.
 
-    `auto` is the environment variable RNNKERN_BACKEND where set, else the best present of native, numba and
+    `auto` is the environment variable RNNKERN_BACKEND where it is not empty, else the best present of native, numba and
     reference, with one warning when it is not the first.
 
     Raises
@@ -89,7 +92,7 @@ def pick(name: str = "auto") -> ModuleType:
     if not isinstance(name, str):
         raise TypeError(f"backend: expected a name (str), got {type(name).__name__}")
     if name == "auto":
-        name = os.environ.get("RNNKERN_BACKEND", "auto")
+        name = os.environ.get("RNNKERN_BACKEND") or "auto"
     if name != "auto":
         module = get(name)
         reason = module.unavailable()
@@ -111,4 +114,13 @@ def _warn_once(chosen: str, reasons: list[str]) -> None:
     global _stepped_down
     if reasons and not _stepped_down:
         _stepped_down = True
-        warnings.warn(f"rnnkern runs on the backend {chosen!r}, because {'; '.join(reasons)}", stacklevel=4)
+        message = f"rnnkern runs on the backend {chosen!r}, because {'; '.join(reasons)}"
+        warnings.warn(message, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """The stacklevel, for the caller, of the first line that is not of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "rnnkern":
+        frame, level = frame.f_back, level + 1
+    return level

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cells import Cell
-from ..stack import Stack
+from ..stack import Stack, Wanted
 
 _native: Any
 try:
@@ -23,7 +28,7 @@ else:
     if _native.unknown_max_isa():
         _built = ", ".join(isa for isa, _ in _native.isas())
         raise ValueError(f"RNNKERN_MAX_ISA: expected one of {_built}, got {_native.unknown_max_isa()!r}")
-    _asked = os.environ.get("RNNKERN_NUM_THREADS", "1")
+    _asked = os.environ.get("RNNKERN_NUM_THREADS") or "1"  # empty: not set
     if not _asked.isdecimal() or int(_asked) < 1:
         raise ValueError(f"RNNKERN_NUM_THREADS: expected a positive integer, got {_asked!r}")
 
@@ -60,12 +65,27 @@ def build_failure() -> str | None:
 
 
 def unavailable() -> str | None:
-    """Why the compiled kernels are not there, with what the compiler said; None if they are."""
+    """Why the compiled kernels are not there, with the command that mends it; None if they are."""
     if _native is not None:
         return None
-    said = build_failure()
-    reason = f"the install found no working C++ compiler, which said:\n{said}\n" if said else f"{_import_error}; "
-    return reason + "install g++ and the Python headers, then: python -m pip install --force-reinstall rnnkern"
+    reason = "the kernels did not compile, see `rnnkern doctor`" if build_failure() else _import_error
+    # Without --no-cache-dir pip would take the wheel that it has just built without kernels.
+    command = f"python -m pip install --force-reinstall --no-deps --no-cache-dir {_source()}"
+    return f"{reason}; install g++ and the Python headers, then: {command}"
+
+
+def _source() -> str:
+    """What this package was installed from, as an argument of pip."""
+    try:
+        record = metadata.distribution("rnnkern").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:  # run from the checkout
+        return shlex.quote(str(Path(__file__).parents[3]))
+    if record is None:  # by its name
+        return "rnnkern"
+    origin = json.loads(record)
+    url: str = origin["url"]
+    path = shlex.quote(url2pathname(urlsplit(url).path) if url.startswith("file:") else url)
+    return f"--editable {path}" if origin.get("dir_info", {}).get("editable") else path
 
 
 def _with_extras(cell: Cell, arrays: Mapping[str, Array]) -> Mapping[str, Any]:
@@ -77,17 +97,17 @@ def _with_extras(cell: Cell, arrays: Mapping[str, Array]) -> Mapping[str, Any]:
 
 
 def _without_extras(cell: Cell, arrays: dict[str, Any]) -> dict[str, Array]:
-    """The way back."""
+    """The way back, from None in place of an extra to none."""
     if cell.extras:
         arrays |= zip(cell.extras, arrays.pop("extras"), strict=True)
-    return arrays
+    return {key: value for key, value in arrays.items() if value is not None}
 
 
 def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -> Any:
     """See `backends`."""
     return _native.pack(
         stack.cell.name,
-        stack.dtype,
+        stack.format,
         stack.input_size,
         stack.hidden_size,
         stack.proj_size,
@@ -124,9 +144,14 @@ def backward(
     dy: Array | None,
     dstate: State,
     need_x: bool,
+    wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`; lengths, resets and masks are those that `saved` already holds."""
-    dx, dinitial, gradients = packed.backward(saved, dy, dstate, need_x)
+    flags = None
+    if wanted is not None:
+        names = stack.layers[0].weight_shapes(packed.biased, stack.proj_size > 0)
+        flags = [[name in one for name in names] for one in wanted]
+    dx, dinitial, gradients = packed.backward(saved, dy, dstate, need_x, flags)
     return dx, dinitial, [_without_extras(stack.cell, one) for one in gradients]
 
 
@@ -154,9 +179,12 @@ def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> Non
     _native.linear_forward(x, weight, bias, y)
 
 
-def linear_backward(x: Array, weight: Array, dy: Array, need_x: bool) -> tuple[Array | None, Array, Array]:
+def linear_backward(
+    x: Array, weight: Array, dy: Array, need_x: bool, wanted: Wanted = ("weight", "bias")
+) -> tuple[Array | None, Array | None, Array | None]:
     """See `backends`."""
     dx = np.empty_like(x) if need_x else None
-    dweight, dbias = np.empty_like(weight), np.empty(len(weight), weight.dtype)
+    dweight = np.empty_like(weight) if "weight" in wanted else None
+    dbias = np.empty(len(weight), weight.dtype) if "bias" in wanted else None
     _native.linear_backward(x, weight, dy, dx, dweight, dbias)
     return dx, dweight, dbias

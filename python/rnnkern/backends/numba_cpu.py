@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..stack import LayerSizes, Stack, State, Weights, backward_by_layer, forward_by_layer
+from ..stack import LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
 
 __all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "unavailable"]
 
@@ -28,7 +28,7 @@ def unavailable() -> str | None:
     try:
         import numba  # noqa: F401
     except ImportError as error:  # not installed, or not made for this NumPy
-        return f'{error}; pip install "rnnkern[numba]"'
+        return f"{error}; python -m pip install numba"
     return None
 
 
@@ -207,6 +207,7 @@ def _backward_layer(
     cut: Array | None,
     dy: Array | None,
     dstate: State,
+    wanted: Wanted | None,
     skipped: Array | None,
 ) -> tuple[Array | None, State, dict[str, Array]]:
     from .numba_cpu_kernels import backward_kernel, backward_slots
@@ -248,20 +249,26 @@ def _backward_layer(
     def sum_of_outer(left: Array, right: Array) -> Array:
         return left.reshape(T * B, left.shape[2]).T @ right.reshape(T * B, right.shape[2])
 
-    # x past a row's end may be NaN, and a gradient of zero would not stop that
-    inputs = x if lengths is None else np.where((np.arange(T)[:, None] < lengths)[:, :, None], x, 0)
-    gradients = {"w_ih": sum_of_outer(dx, inputs), "w_hh": sum_of_outer(dr, saved.before)}
-    if cell.late_gates:
-        gradients["w_hh"][early:] = sum_of_outer(dr[:, :, early:], saved.scaled)
-    if "b_ih" in packed.names:
-        ones = np.ones(T * B, dtype)
-        gradients["b_ih"] = ones @ dx.reshape(T * B, G * H)
-        gradients["b_hh"] = ones @ dr.reshape(T * B, G * H)
-    if projects:
+    wanted = packed.names if wanted is None else wanted
+    gradients: dict[str, Array] = {}
+    if "w_ih" in wanted:
+        # x past a row's end may be NaN, and a gradient of zero would not stop that
+        inputs = x if lengths is None else np.where((np.arange(T)[:, None] < lengths)[:, :, None], x, 0)
+        gradients["w_ih"] = sum_of_outer(dx, inputs)
+    if "w_hh" in wanted:
+        gradients["w_hh"] = sum_of_outer(dr, saved.before)
+        if cell.late_gates:
+            gradients["w_hh"][early:] = sum_of_outer(dr[:, :, early:], saved.scaled)
+    for name, gates in (("b_ih", dx), ("b_hh", dr)):
+        if name in wanted:
+            gradients[name] = np.ones(T * B, dtype) @ gates.reshape(T * B, G * H)
+    if "w_hr" in wanted:
         gradients["w_hr"] = sum_of_outer(dprojected, saved.hidden)
-    gradients |= zip(cell.extras, dextra.sum(0), strict=True)
+    for e, name in enumerate(cell.extras):
+        if name in wanted:
+            gradients[name] = dextra[:, e].sum(0)
     dinput = None if x is skipped else (dx.reshape(T * B, G * H) @ packed.w_ih).reshape(T, B, I)
-    return dinput, _final_state(sizes, dstates, dh), {key: gradients[key] for key in packed.names}
+    return dinput, _final_state(sizes, dstates, dh), gradients
 
 
 def forward(
@@ -292,11 +299,12 @@ def backward(
     dy: Array | None,
     dstate: State,
     need_x: bool,
+    wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`."""
     with np.errstate(all="ignore"):
         run = partial(_backward_layer, skipped=None if need_x else saved[0][0])
-        return backward_by_layer(run, stack, packed, saved, lengths, resets, masks, dy, dstate)
+        return backward_by_layer(run, stack, packed, saved, lengths, resets, masks, dy, dstate, wanted)
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> None:
@@ -307,7 +315,13 @@ def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> Non
             y += bias
 
 
-def linear_backward(x: Array, weight: Array, dy: Array, need_x: bool) -> tuple[Array | None, Array, Array]:
-    """Gradients of x, weight and bias."""
+def linear_backward(
+    x: Array, weight: Array, dy: Array, need_x: bool, wanted: Wanted = ("weight", "bias")
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Gradients of x, weight and bias, None where not wanted."""
     with np.errstate(all="ignore"):
-        return dy @ weight if need_x else None, dy.T @ x, np.ones(len(dy), dy.dtype) @ dy
+        return (
+            dy @ weight if need_x else None,
+            dy.T @ x if "weight" in wanted else None,
+            np.ones(len(dy), dy.dtype) @ dy if "bias" in wanted else None,
+        )

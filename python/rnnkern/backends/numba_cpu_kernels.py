@@ -25,6 +25,7 @@ import numba
 import numpy as np
 from numba.core import types
 from numba.extending import intrinsic, models, overload, register_jitable, register_model
+from numba.misc.appdirs import AppDirs
 
 from ..cells import Cell, CellMath
 from .numba_math import Function, compile_cell
@@ -38,10 +39,15 @@ _inlined: Callable[[Function], Function] = register_jitable(forceinline=True, **
 
 
 def _compiled(function: Function) -> Function:
+    chosen = numba.config.CACHE_DIR
+    # Keep what is compiled where Numba keeps it for a user, not in the package, which pip could then not remove whole.
+    numba.config.CACHE_DIR = chosen or AppDirs(appname="numba", appauthor=False).user_cache_dir
     try:
         compiled: Function = numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # no directory that may be written to: neither the package's nor the user's
+    except RuntimeError:  # no directory that may be written to: neither the user's nor the package's
         compiled = numba.njit(**_OPTIONS)(function)
+    finally:
+        numba.config.CACHE_DIR = chosen
     return compiled
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..stack import LayerSizes, Stack, State, Weights, backward_by_layer, forward_by_layer
+from ..stack import LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
 
 __all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "unavailable"]
 
@@ -32,8 +32,8 @@ def unavailable() -> str | None:
 
         found = cuda.is_available()
     except ImportError as error:
-        return f'{error}; pip install "rnnkern[numba-cuda]"'
-    return None if found else 'Numba finds no CUDA GPU; where there is one: pip install "rnnkern[numba-cuda]"'
+        return f"{error}; python -m pip install numba-cuda"
+    return None if found else "Numba finds no CUDA GPU; where there is one: python -m pip install numba-cuda"
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ def _backward_layer(
     cut: Array | None,
     dy: Array | None,
     dstate: State,
+    wanted: Wanted | None,
     skipped: Array | None,
 ) -> tuple[Array | None, State, dict[str, Array]]:
     from . import numba_cuda_kernels as device
@@ -213,9 +214,10 @@ def _backward_layer(
     cell, H, P, dtype = sizes.cell, sizes.hidden_size, sizes.state_size, x.dtype
     (T, B, I), G, L, E = x.shape, len(cell.gates), cell.late_gates, len(cell.extras)
     shapes = sizes.weight_shapes("b_ih" in packed.names, packed.forward_projection is not None)
+    wanted = packed.names if wanted is None else wanted
     if saved is None:  # no step, no row
         nothing = None if x is skipped else np.zeros_like(x)
-        zeros = {key: np.zeros(shape, dtype) for key, shape in shapes.items()}
+        zeros = {key: np.zeros(shape, dtype) for key, shape in shapes.items() if key in wanted}
         return nothing, tuple(part.copy() for part in dstate), zeros
     rows, early = T * B, (G - L) * H
     row_lengths, row_cuts = _rows_of(lengths, cut, T, B)
@@ -254,20 +256,27 @@ def _backward_layer(
         return out.copy_to_host()  # type: ignore[no-any-return]
 
     ones = _to_device(np.ones((rows, 1), dtype))
-    gradients = {"w_ih": sum_of_outer(dx, saved.x), "w_hh": sum_of_outer(dr, saved.before)}
-    if L:
-        gradients["w_hh"][early:] = sum_of_outer(dr, saved.scaled, early)[early:]
-    if "b_ih" in packed.names:
-        gradients |= {"b_ih": sum_of_outer(dx, ones)[:, 0], "b_hh": sum_of_outer(dr, ones)[:, 0]}
-    if projects:
+    gradients: dict[str, Array] = {}
+    if "w_ih" in wanted:
+        gradients["w_ih"] = sum_of_outer(dx, saved.x)
+    if "w_hh" in wanted:
+        gradients["w_hh"] = sum_of_outer(dr, saved.before)
+        if L:
+            gradients["w_hh"][early:] = sum_of_outer(dr, saved.scaled, early)[early:]
+    for name, gates in (("b_ih", dx), ("b_hh", dr)):
+        if name in wanted:
+            gradients[name] = sum_of_outer(gates, ones)[:, 0]
+    if "w_hr" in wanted:
         gradients["w_hr"] = sum_of_outer(dh_rows, saved.hidden)
-    gradients |= zip(cell.extras, sum_of_outer(dextra, ones).reshape(E, H), strict=True)
+    if any(name in wanted for name in cell.extras):
+        extras = zip(cell.extras, sum_of_outer(dextra, ones).reshape(E, H), strict=True)
+        gradients |= {name: one for name, one in extras if name in wanted}
     dinput = None
     if x is not skipped:
         on_device = _zeros((rows, I), dtype)
         launch(product, rows * I, dx, 0, 0, packed.backward_x, on_device, 0, 0)
         dinput = on_device.copy_to_host().reshape(T, B, I)
-    return dinput, _state(sizes, dh, dothers), {key: gradients[key] for key in packed.names}
+    return dinput, _state(sizes, dh, dothers), gradients
 
 
 def forward(
@@ -298,11 +307,12 @@ def backward(
     dy: Array | None,
     dstate: State,
     need_x: bool,
+    wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`."""
     with _small_launches():
         run = partial(_backward_layer, skipped=None if need_x else saved[0][0])
-        return backward_by_layer(run, stack, packed, saved, lengths, resets, masks, dy, dstate)
+        return backward_by_layer(run, stack, packed, saved, lengths, resets, masks, dy, dstate, wanted)
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> None:
@@ -317,15 +327,24 @@ def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> Non
             y += bias
 
 
-def linear_backward(x: Array, weight: Array, dy: Array, need_x: bool) -> tuple[Array | None, Array, Array]:
-    """Gradients of x, weight and bias."""
+def linear_backward(
+    x: Array, weight: Array, dy: Array, need_x: bool, wanted: Wanted = ("weight", "bias")
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Gradients of x, weight and bias, None where not wanted."""
     from . import numba_cuda_kernels as device
 
     with _small_launches():
-        x_rows, dy_rows, ones = _to_device(x), _to_device(dy), _to_device(np.ones((len(dy), 1), dy.dtype))
-        dx, dweight, dbias = (_zeros(shape, dy.dtype) for shape in (x.shape, weight.shape, (dy.shape[1], 1)))
+        dy_rows, dx, dweight, dbias = _to_device(dy), None, None, None
         if need_x:
-            device.launch(device.product, x.size, dy_rows, 0, 0, _to_device(weight), dx, 0, 0)
-        device.launch(device.sum_of_outer, weight.size, dy_rows, x_rows, 0, dweight)
-        device.launch(device.sum_of_outer, dy.shape[1], dy_rows, ones, 0, dbias)
-        return dx.copy_to_host() if need_x else None, dweight.copy_to_host(), dbias.copy_to_host()[:, 0]
+            on_device = _zeros(x.shape, dy.dtype)
+            device.launch(device.product, x.size, dy_rows, 0, 0, _to_device(weight), on_device, 0, 0)
+            dx = on_device.copy_to_host()
+        if "weight" in wanted:
+            on_device = _zeros(weight.shape, dy.dtype)
+            device.launch(device.sum_of_outer, weight.size, dy_rows, _to_device(x), 0, on_device)
+            dweight = on_device.copy_to_host()
+        if "bias" in wanted:
+            on_device, ones = _zeros((dy.shape[1], 1), dy.dtype), _to_device(np.ones((len(dy), 1), dy.dtype))
+            device.launch(device.sum_of_outer, dy.shape[1], dy_rows, ones, 0, on_device)
+            dbias = on_device.copy_to_host()[:, 0]
+        return dx, dweight, dbias

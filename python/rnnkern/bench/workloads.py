@@ -146,7 +146,8 @@ def named(name: str) -> Workload:
         return WORKLOADS[name]
     match = _NAME.fullmatch(name)
     if match is None or match["cell"] not in CELLS:
-        raise ValueError(f"workload: expected a name such as {next(iter(WORKLOADS))}, got {name!r}")
+        example, cells = next(iter(WORKLOADS)), ", ".join(CELLS)
+        raise ValueError(f"workload: expected a name such as {example}, with a cell of {cells}, got {name!r}")
     sizes = [int(match[size] or 1) for size in "IHBTLD"]
     if min(sizes) < 1:
         raise ValueError(f"workload: expected sizes of at least 1, got {name!r}")

@@ -57,7 +57,7 @@ struct Backward {
   Arrays dlast;
   void* dx;  // null: not wanted
   Arrays dinitial;
-  Arrays gradients;  // of the weights; zeroed by the caller
+  Arrays gradients;  // of the weights; null in place of one: not wanted; else zeroed by the caller
 };
 
 // Why a call did nothing.

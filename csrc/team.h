@@ -16,6 +16,13 @@ enum class Joining { at_start, at_places };
 // caller runs on its own thread alone. Results must therefore not depend on worker.count.
 void run_team(Task task, void* context, int max_threads, std::int64_t expected_ns, Joining joining) noexcept;
 
+// Is the work of helpers missing in the call that this thread is in, since the process was forked meanwhile? Says so
+// once. Such a call ends as if all had taken part; whoever made it has to give it up.
+bool lost_helpers() noexcept;
+
+// How many forks led from the process that loaded this module to this one.
+unsigned forks() noexcept;
+
 // The upper bound on the threads of a call, at least 1. At first min(physical cores, scheduling affinity, cgroup CPU
 // quota, RNNKERN_NUM_THREADS, OMP_NUM_THREADS).
 int num_threads() noexcept;

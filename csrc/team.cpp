@@ -1,5 +1,5 @@
 // The team: helpers that spin briefly between calls and then sleep, and the barrier of those that take part in a call.
-#include "threads.h"
+#include "team.h"
 
 #include <pthread.h>
 #include <signal.h>
@@ -8,17 +8,18 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <climits>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <forward_list>
 #include <initializer_list>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <utility>
 
 #include "cores.h"
+#include "policy.h"
 
 namespace rnnkern {
 namespace {
@@ -28,19 +29,11 @@ using std::chrono::microseconds;
 using std::chrono::nanoseconds;
 
 constexpr int kMaxThreads = 1024;
-constexpr int kSpins = 50;                    // 1 to 2 us, longer than threads with equal shares wait for each other
-constexpr microseconds kIdle{50};             // a helper without work sleeps after this
-constexpr nanoseconds kWorthWaking{100'000};  // waking a sleeping helper costs the caller up to 10 us
-constexpr microseconds kAwakeCheckIn{2};      // a helper that spins is there within a fraction of that
-constexpr nanoseconds kWorthAsking{50'000};   // to ask whether cores are free takes a microsecond,
-constexpr microseconds kLook{200};            // and is asked again this often while none are
-constexpr microseconds kOthersCheckIn{30};    // between the first of several woken helpers and the last
+constexpr int kSpins = 50;                  // 1 to 2 us, longer than threads with equal shares wait for each other
+constexpr microseconds kAwakeCheckIn{2};    // a helper that spins is there within a fraction of that
+constexpr microseconds kLook{200};          // free CPUs are asked for again this often while there are none
+constexpr microseconds kOthersCheckIn{30};  // between the first of several woken helpers and the last
 constexpr nanoseconds kLongestCheckIn{2'000'000};  // a woken one takes 10 to 50 us, on a virtual core up to 300
-constexpr microseconds kSlice{1000};               // barriers closer than a turn of the scheduler wait for whole turns
-constexpr int kCrowded = 5;               // a thread that was off its core for a fifth of a call was crowded out
-constexpr nanoseconds kOffCore{20'000};   // and for longer than the two clocks may differ
-constexpr unsigned kLongestRetreat = 63;  // calls, and
-constexpr microseconds kRetreat{250'000};
 constexpr std::size_t kCacheLine = 64;
 
 // Waiting that costs nothing while it is short, and leaves the core to whoever else needs it when it is long.
@@ -79,9 +72,28 @@ struct Seats {
   bool closed() const noexcept { return wanted() == taken(); }
 };
 
-struct Helper {
-  ThreadCpus cpus;  // written by the helper before it first sleeps
-  std::atomic<bool> asleep = false;
+// A helper; whoever wakes it may keep it off its own CPU until it is awake.
+class Helper {
+ public:
+  void start() noexcept { cpus_ = ThreadCpus(); }  // by itself, before it first sleeps, and so are the next two
+  void falls_asleep() noexcept {
+    const std::lock_guard lock(mutex_);
+    asleep_ = true;
+  }
+  void wakes_up() noexcept {
+    const std::lock_guard lock(mutex_);
+    asleep_ = false;
+    cpus_.restore();
+  }
+  void exclude_callers() noexcept {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (lock && asleep_) cpus_.exclude_callers();
+  }
+
+ private:
+  std::mutex mutex_;
+  bool asleep_ = false;
+  ThreadCpus cpus_;
 };
 
 // Never destroyed: helpers may sleep in it when the process exits.
@@ -91,8 +103,8 @@ class Team {
   void release() noexcept { busy_.store(false, std::memory_order_release); }
 
   // The caller has acquired the team.
-  void run(Task task, void* context, int helpers, nanoseconds expected, Joining joining) noexcept {
-    hire(helpers);
+  void run(Task task, void* context, const Demand& demand) noexcept {
+    demand_ = demand;
     task_ = task;
     context_ = context;
     arrivals_.store(0, std::memory_order_relaxed);
@@ -100,10 +112,12 @@ class Team {
     off_core_.store(0, std::memory_order_relaxed);
     joins_at_.store(kUndecided, std::memory_order_relaxed);
     first_came_ = {};
+    const int helpers = ask();
     const Clock::time_point start = Clock::now();
-    offer(helpers, expected, joining);
+    open_seats(helpers);
+    if (helpers > 0) await_helpers(start);
     Worker worker{0, 1, this, barrier, kStart, nullptr};
-    if (joining == Joining::at_start || (seats().closed() && !withheld_))
+    if (!demand.at_places || (seats().closed() && !looks_again_))
       worker.count = let_in(kStart);
     else
       worker.admit = admit;
@@ -112,20 +126,27 @@ class Team {
     const std::uint32_t taken = seats().taken();
     for (Patience patience; finished_.load(std::memory_order_acquire) != taken;) patience.wait();
     last_end_ = Clock::now();
-    const nanoseconds took = last_end_ - start;
-    const auto barriers = static_cast<std::int64_t>(arrivals_.load(std::memory_order_relaxed) / (taken + 1));
-    const nanoseconds off_core{off_core_.load(std::memory_order_relaxed)};
-    const bool crowded = took < barriers * kSlice && off_core > std::max(took / kCrowded, kOffCore) &&
-                         idle_cpus() == INT_MAX;  // else the next call asks
-    retreat_ = crowded ? std::min(2 * retreat_ + 1, kLongestRetreat) : 0;
-    alone_ = retreat_;
+    const Outcome outcome{nanoseconds(last_end_ - start).count(),
+                          static_cast<std::int64_t>(arrivals_.load(std::memory_order_relaxed) / (taken + 1)),
+                          off_core_.load(std::memory_order_relaxed)};
+    const bool retreat = crowded(outcome) && runnable_threads() == 0;  // else the next call asks
+    alone_ = retreat_ = retreat ? next_retreat(retreat_) : 0;
   }
 
-  // Whether to leave the cores to others for this call: where some process wants them too, waiting at every step for a
-  // helper that is not running costs more than its help is worth. A call with helpers tries again after 1, 3, 7, ... 63
-  // calls without, or once kRetreat has passed.
-  bool retreats() noexcept {
-    if (alone_ == 0 || Clock::now() - last_end_ > kRetreat) return false;
+  // In a forked child, by the thread that was at work: nobody waits any more for helpers, which are not there. Returns
+  // whether the work of some is missing.
+  bool abandon() noexcept {
+    const bool missing = seats().taken() > 0 && joins_at_.load() >= kStart;
+    seats_.store(Seats::of(0, 0).packed);
+    finished_.store(0);
+    return missing;
+  }
+
+  std::int64_t since_last() const noexcept { return nanoseconds(Clock::now() - last_end_).count(); }
+
+  // Takes a call away from those that are to do without helpers.
+  bool retreats(std::int64_t since_last) noexcept {
+    if (!rnnkern::retreats(alone_, since_last)) return false;
     --alone_;
     return true;
   }
@@ -150,40 +171,35 @@ class Team {
 
   Seats seats() const noexcept { return {seats_.load(std::memory_order_acquire)}; }
 
-  // Offers the seats and waits a little for helpers to take them. Those asleep are woken if the call is long, or if
-  // calls come so close together that a helper once awake stays so.
-  void offer(int helpers, nanoseconds expected, Joining joining) noexcept {
-    const Clock::time_point start = Clock::now();
-    const bool wake = expected >= kWorthWaking || start - last_end_ < kIdle;
-    wanted_ = std::min(helpers, wake ? hired_ : hired_ - sleeping_.load());
-    withheld_ = joining == Joining::at_places && expected >= kWorthAsking && crowded();
-    if (withheld_) {
-      next_look_ = start + kLook;
-      seats_.store(Seats::of(0, 0).packed);
-      return;
-    }
-    open_seats();
+  int awake() const noexcept { return hired_ - sleeping_.load(); }
+
+  // Asks the policy how many helpers to call at this moment, and sees to it that there are as many.
+  int ask() noexcept {
+    const int runnable = worth_asking(demand_) ? runnable_threads() : 0;
+    const Decision decision = decide(demand_, {online_cpus(), runnable, awake()});
+    looks_again_ = decision.look_again;
+    if (looks_again_) next_look_ = Clock::now() + kLook;
+    hire(decision.helpers);
+    return std::min(decision.helpers, hired_);
+  }
+
+  void open_seats(int helpers) noexcept {
+    int spinning = awake();
+    seats_.store(Seats::of(static_cast<std::uint32_t>(helpers), 0).packed);
+    if (spinning >= helpers) return;
+    for (Helper& helper : helpers_) helper.exclude_callers();
+    for (; spinning < helpers; ++spinning) seats_.notify_one();
+  }
+
+  // Waits a little for helpers to take the seats. Those asleep are woken if the call is long, or if calls come so close
+  // together that a helper once awake stays so.
+  void await_helpers(Clock::time_point start) noexcept {
     // A quarter of the call is well spent on a helper that comes, a twentieth is not much lost on one that does not.
-    const nanoseconds for_sleepers = std::min(kLongestCheckIn, expected / (missed_ % 8 == 0 ? 4 : 20));
-    const Clock::time_point deadline = start + (joining == Joining::at_start ? for_sleepers : kAwakeCheckIn);
+    const nanoseconds for_sleepers =
+        std::min(kLongestCheckIn, nanoseconds(demand_.expected_ns) / (missed_ % 8 == 0 ? 4 : 20));
+    const Clock::time_point deadline = start + (demand_.at_places ? kAwakeCheckIn : for_sleepers);
     for (Patience patience; !seats().closed() && Clock::now() < deadline;) patience.wait();
-    if (joining == Joining::at_start) missed_ = seats().closed() ? 0 : missed_ + 1;
-  }
-
-  // Whether helpers would have to share a core with whoever else is running: then each barrier would wait for turns of
-  // the scheduler. Helpers that spin already are not others.
-  bool crowded() const noexcept {
-    const int awake = hired_ - sleeping_.load();
-    return wanted_ > 0 && static_cast<std::int64_t>(idle_cpus()) + awake < wanted_;
-  }
-
-  void open_seats() noexcept {
-    int awake = hired_ - sleeping_.load();
-    seats_.store(Seats::of(static_cast<std::uint32_t>(wanted_), 0).packed);
-    if (awake >= wanted_) return;
-    for (const Helper& helper : helpers_)
-      if (helper.asleep.load()) helper.cpus.exclude_callers();
-    for (; awake < wanted_; ++awake) seats_.notify_one();
+    if (!demand_.at_places) missed_ = seats().closed() ? 0 : missed_ + 1;
   }
 
   // Closes the seats and lets those who have taken one begin at `place`. Returns the number of threads at work.
@@ -199,12 +215,8 @@ class Team {
   // cores are wanted by others nobody is asked to come.
   static int admit(void* team, std::int64_t place) noexcept {
     Team& self = *static_cast<Team*>(team);
-    if (self.withheld_) {
-      const Clock::time_point time = Clock::now();
-      if (time < self.next_look_) return 1;
-      self.next_look_ = time + kLook;
-      self.withheld_ = self.crowded();
-      if (!self.withheld_) self.open_seats();
+    if (self.looks_again_) {
+      if (Clock::now() >= self.next_look_) self.open_seats(self.ask());
       return 1;
     }
     const Seats now = self.seats();
@@ -229,7 +241,7 @@ class Team {
   }
 
   [[noreturn]] void help(Helper& self) noexcept {
-    self.cpus = ThreadCpus();
+    self.start();
     for (;;) {
       Seats seats = await_call(self);
       if (seats.closed() || !seats_.compare_exchange_strong(seats.packed, seats.packed + 1)) continue;
@@ -247,18 +259,17 @@ class Team {
   // Returns with the seats of a new call, which may be closed again by the time it is acted on.
   Seats await_call(Helper& self) noexcept {
     Seats seats{seats_.load(std::memory_order_acquire)};
-    const Clock::time_point deadline = Clock::now() + kIdle;
+    const Clock::time_point deadline = Clock::now() + nanoseconds(kIdle);
     for (Patience patience; seats.closed() && Clock::now() < deadline;) {
       patience.wait();
       seats.packed = seats_.load(std::memory_order_acquire);
     }
     if (!seats.closed()) return seats;
     sleeping_.fetch_add(1);
-    self.asleep.store(true);
+    self.falls_asleep();
     seats_.wait(seats.packed);
-    self.asleep.store(false);
     sleeping_.fetch_sub(1);
-    self.cpus.restore();
+    self.wakes_up();
     return Seats{seats_.load(std::memory_order_acquire)};
   }
 
@@ -285,8 +296,8 @@ class Team {
   unsigned retreat_ = 0, alone_ = 0;  // calls to run without helpers: at the last count, and still to come
   Clock::time_point last_end_{};
   Clock::time_point first_came_{};  // of a call, seen by worker 0
-  int wanted_ = 0;                  // helpers of a call
-  bool withheld_ = false;           // the seats are not offered while the cores are wanted by others
+  Demand demand_{};                 // of a call
+  bool looks_again_ = false;        // nobody is asked to come while the CPUs are wanted by others
   Clock::time_point next_look_{};   // whether they still are
   alignas(kCacheLine) std::atomic<std::uint32_t> seats_ = 0;
   std::atomic<int> sleeping_ = 0;
@@ -298,8 +309,16 @@ class Team {
 
 std::atomic<Team*> the_team = nullptr;
 
+std::atomic<unsigned> fork_count = 0;
+thread_local Team* working = nullptr;  // on a call of this thread
+thread_local bool lost = false;
+
 // A forked child has none of the parent's helpers: it leaves the parent's team as it is and makes its own.
-[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { the_team.store(nullptr); });
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+  the_team.store(nullptr);
+  fork_count.fetch_add(1);
+  if (working != nullptr) lost = working->abandon();
+});
 
 // Null only when there is no memory.
 Team* get_team() noexcept {
@@ -342,12 +361,20 @@ void run_team(Task task, void* context, int max_threads, std::int64_t expected_n
   }
   Worker alone{0, 1, nullptr, [](void*) noexcept {}, -1, nullptr};
   if (team == nullptr || !team->acquire()) return task(context, alone);
-  if (team->retreats())
+  const std::int64_t since_last = team->since_last();
+  if (team->retreats(since_last)) {
     task(context, alone);
-  else
-    team->run(task, context, max_threads - 1, nanoseconds(expected_ns), joining);
+  } else {
+    Team* const before = std::exchange(working, team);
+    team->run(task, context, {max_threads, expected_ns, joining == Joining::at_places, since_last});
+    working = before;
+  }
   team->release();
 }
+
+bool lost_helpers() noexcept { return std::exchange(lost, false); }
+
+unsigned forks() noexcept { return fork_count.load(std::memory_order_relaxed); }
 
 }  // namespace rnnkern
 
