@@ -19,9 +19,10 @@ PLACES = {"-c", "-o", "-isystem", "-MF", "-MT"}  # options whose value, the next
 
 
 def main(folder: Path, command: list[str]) -> int:
-    if "-c" not in command or "-o" not in command:  # a test or a link of CMake's
+    target = Path(command[command.index("-o") + 1]) if "-o" in command else None
+    # CMake's own tests, whose targets begin with cmTC_, read what the compiler says.
+    if "-c" not in command or target is None or name(target).startswith("cmTC_"):
         return subprocess.call(command)
-    target = Path(command[command.index("-o") + 1])
     with suppress(OSError), (folder / "lock").open("a") as lock:
         key = content(command)
         if key is not None:
@@ -42,18 +43,21 @@ def main(folder: Path, command: list[str]) -> int:
 
 def content(command: list[str]) -> str | None:
     """Hash of what an object is made of, None where the preprocessor fails; lists the headers for Ninja on the way."""
-    rest, options, preprocess = iter(command), [], []
+    rest, options, preprocess, headers = iter(command), [], [], []
     for one in rest:
         if one in PLACES:
             value = next(rest)
             preprocess += {"-c": [value], "-o": []}.get(one, [one, value])
+            headers += [value] if one == "-isystem" else []
         else:
             preprocess.append(one)
-            if not one.startswith("-I"):
-                options.append(one)
+            (headers if one.startswith("-I") else options).append(one.removeprefix("-I"))
     # -dD shows the macros of the compiler too: its version, and what -march=native stands for.
     run = subprocess.run([*preprocess, "-E", "-P", "-dD"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    return hashlib.sha256("\0".join(options).encode() + run.stdout).hexdigest() if run.returncode == 0 else None
+    text = run.stdout
+    for folder in sorted(filter(None, headers), key=len, reverse=True):  # pybind11 has __FILE__ in its messages
+        text = text.replace(os.fsencode(folder), b"")
+    return hashlib.sha256("\0".join(options).encode() + text).hexdigest() if run.returncode == 0 else None
 
 
 def name(target: Path) -> str:
@@ -68,7 +72,8 @@ def store(target: Path, stored: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(stored)
-    for old in sorted(stored.parent.glob("*.o"), key=lambda path: path.stat().st_mtime)[:-MOST]:
+    # Count what killed builds have left too: all names but that of the lock have a dot.
+    for old in sorted(stored.parent.glob("*.*"), key=lambda path: path.stat().st_mtime)[:-MOST]:
         old.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,9 +195,44 @@ def test_an_option_of_keras_that_is_not_ours_is_refused_by_name(keras, cell, opt
     name, arguments = KERAS[cell]
     layer = getattr(keras.layers, name)(5, **(arguments | {option: value}))
     layer.build((None, None, 3))
-    with pytest.raises(ValueError, match=rf"layers\[0\]: .*{option}=.*for the cell '{cell}', got {value!r}"):
+    with pytest.raises(ValueError, match=rf"layers\[0\]: .*{option}=.*for the cell '{cell}', got {value!r}") as error:
         convert.from_keras(cell, [layer])
+    assert ("get_weights" in str(error.value)) == ("dropout" in option)
     assert convert.from_keras(cell, [layer.get_weights()])["weight_hh_l0"].shape[1] == 5
+
+
+@pytest.mark.parametrize(("cell", "order"), [("lstm", "ifgo"), ("gru", "zrn")])
+def test_weights_of_the_cudnn_layers_of_keras_2_convert(cell, order):
+    """Their kernels are the memory of cuDNN's matrices under another shape, their biases both halves."""
+    layer = rk.Recurrent(cell, 3, 4, bidirectional=True)
+    weights, parts = layer.state_dict(), []
+    for end in ("", "_reverse"):
+        gates = [CELLS[cell].gates.index(gate) for gate in order]
+        w_ih, w_hh, b_ih, b_hh = (
+            weights[f"{name}_l0{end}"].reshape(len(gates), 4, -1)[gates]
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        parts += [np.hstack([one.reshape(3, 4) for one in w_ih]), np.hstack(list(w_hh))]
+        parts.append(np.concatenate([b_ih.ravel(), b_hh.ravel()]))
+        if cell == "lstm":
+            weights[f"bias_ih_l0{end}"] += weights[f"bias_hh_l0{end}"]
+            weights[f"bias_hh_l0{end}"][...] = 0
+    assert_same(convert.from_keras(cell, [parts]), weights)
+    other = {"lstm": "rnn_tanh", "gru": "gru_reset_before"}[cell]
+    count = len(CELLS[other].gates)
+    cudnn = [np.ones((3, count * 4)), np.ones((4, count * 4)), np.ones(2 * count * 4)]
+    with pytest.raises(ValueError, match=r"layers\[0\]\[2\]: .*CuDNNLSTM and CuDNNGRU, got the cell"):
+        convert.from_keras(other, [cudnn])
+
+
+def test_a_cell_with_the_gates_of_another_is_refused(monkeypatch):
+    """What a framework has is told by the names of cells, and not by those of their gates."""
+    for name, like in (("other_gru", "gru"), ("rnn_other", "rnn_tanh")):
+        monkeypatch.setitem(CELLS._cells, name, replace(CELLS[like], name=name))
+        weights = rk.Recurrent(like, 3, 4).parameters
+        for to in (convert.to_onnx, convert.to_keras, convert.to_flax, convert.to_torch):
+            with pytest.raises(ValueError, match=rf"cell: expected one that .* has \(.*lstm.*\), got '{name}'"):
+                to(name, weights)
 
 
 def test_a_layer_of_another_class_or_merge_mode_is_refused(keras):

@@ -356,9 +356,9 @@ def test_second_and_forward_derivatives_are_refused():
     """Rather than wrong."""
     params, x, *_ = arguments_of(Problem("gru", dtype="float64"))
     function = partial(rj.gru, params)
-    with pytest.raises(TypeError, match="forward-mode"):
+    with pytest.raises(TypeError, match=r"rnnkern\.jax has no forward-mode derivatives"):
         jax.jvp(function, (x,), (x,))
-    with pytest.raises(ValueError, match=r"rnnkern_forward.*cannot be differentiated"):
+    with pytest.raises(TypeError, match=r"rnnkern\.jax has no second derivatives"):
         jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(function(x)[0] ** 2))(x) ** 2))(x)
 
 
@@ -432,6 +432,17 @@ def test_a_length_out_of_range_is_an_error_of_the_program(lengths, got):
     params, x, *_ = arguments_of(Problem("gru"))
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"lengths: expected 0 <= length <= 5, got {got}"):
         jax.block_until_ready(jax.jit(partial(rj.gru, params))(x, lengths=np.array(lengths)))
+
+
+@pytest.mark.parametrize("length", [2**32 + 3, 3 - 2**32, 6, -1])
+def test_a_length_that_numpy_knows_is_an_error_at_once(length):
+    """Before JAX cuts it to 32 bits, also inside of jit."""
+    params, x, *_ = arguments_of(Problem("gru"))
+    for wide in (False, True):
+        jax.config.update("jax_enable_x64", wide)
+        for called in (lambda call: call(), lambda call: jax.jit(call)()):
+            with pytest.raises(ValueError, match=f"^lengths: expected values from 0 to 5, got {min(length, 1)} to "):
+                called(lambda: rj.gru(params, x, lengths=[length, 1, 1]))
 
 
 GOOD = arguments_of(Problem("lstm", num_layers=2))
@@ -564,13 +575,42 @@ def test_a_cache_folder_that_cannot_be_made_is_done_without(compiler, fresh):
     """The library then lives as long as the process."""
     fresh.write_text("a file where the folder should be")
     for _ in range(2):
-        assert handlers._library().rnnkern_connect
+        with pytest.warns(UserWarning, match="compiles its handlers in each process.*File exists"):
+            assert handlers._library().rnnkern_connect
     assert compiler() == 2
+
+
+def test_what_others_could_have_written_is_not_loaded(compiler, fresh, tmp_path):
+    """A folder or a parent that is open to all is done without; a file or a link in a private one is replaced."""
+    handlers._library()
+    (kept,) = fresh.iterdir()
+    for folder in (fresh, tmp_path):
+        before = folder.stat().st_mode
+        folder.chmod(0o777)
+        with pytest.warns(UserWarning, match="others (own or )?may write to"):
+            handlers._library()
+        folder.chmod(before)
+    assert compiler() == 3
+    kept.chmod(0o766)
+    handlers._library()
+    assert compiler() == 4
+    assert kept.stat().st_mode & 0o022 == 0
+    kept.rename(tmp_path / "elsewhere")
+    kept.symlink_to(tmp_path / "elsewhere")
+    handlers._library()
+    assert compiler() == 5
+    assert not kept.is_symlink()
 
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [(None, "there is no C.. compiler"), ("/nowhere/g++", "did not start"), ("false", "false .* failed")],
+    [
+        (None, "there is no C.. compiler"),
+        ("/nowhere/g++", "did not start"),
+        ("false", "false .* failed"),
+        ("true", "true .* made no file"),
+        ('g++ -DNAME="half', "CXX holds no command: No closing quotation"),
+    ],
 )
 @pytest.mark.usefixtures("fresh")
 def test_without_a_compiler_python_gives_the_same_results_after_one_warning(monkeypatch, compiler, reason):
@@ -589,4 +629,4 @@ def test_without_a_compiler_python_gives_the_same_results_after_one_warning(monk
     each = jax.vmap(jax.grad(lambda x: jnp.sum(rj.lstm(params, x)[0])), in_axes=1, out_axes=1)(x)
     assert_equal(each, jax.grad(lambda x: jnp.sum(rj.lstm(params, x)[0]))(x))
     with pytest.raises(jax.errors.JaxRuntimeError, match="lengths: expected values from 0 to 5, got 1 to 6"):
-        jax.block_until_ready(rj.lstm(params, x, lengths=[6, 1, 1]))
+        jax.block_until_ready(rj.lstm(params, x, lengths=jnp.array([6, 1, 1])))

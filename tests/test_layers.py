@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import pickle
+import signal
 import tempfile
 import threading
 import time
@@ -224,6 +225,16 @@ def test_state_dict_copies_and_load_state_dict_copies_back(cell, backend):
     same(other(x), layer(x))
 
 
+def test_a_layer_may_load_its_own_parameters_in_other_places():
+    """All are read before the first is written."""
+    layer = rk.GRU(3, 4, bidirectional=True, seed=0)
+    before = layer.state_dict()
+    exchanged = {name: name.removesuffix("_reverse") + "_reverse" * (not name.endswith("_reverse")) for name in before}
+    layer.load_state_dict({name: layer.parameters[other] for name, other in exchanged.items()})
+    for name, other in exchanged.items():
+        same(layer.parameters[name], before[other])
+
+
 def test_y_and_state_of_forward_are_read_only(cell, backend):
     """`y *= mask` is an error and not a wrong gradient."""
     for batch_first, x in ((False, np.zeros((5, 3, 3))), (True, np.zeros((5, 3, 3))), (False, np.zeros((5, 3)))):
@@ -247,6 +258,17 @@ def test_backward_belongs_to_the_parameters_of_its_forward(cell, backend):
     lengths[:] = 0
     resets[:] = ~resets
     same(layer.backward(tape, y, final), expected)
+
+
+def test_a_tape_keeps_lengths_and_resets_as_they_were(backend):
+    """Both are copied: the caller may write into them before backward."""
+    layer = rk.GRU(3, 4, backend=backend, seed=0)
+    x, _ = given(layer)
+    lengths, resets = np.array([5, 2, 4]), np.eye(5, 3, -1, bool)
+    y, _, tape = layer.forward(x, lengths=lengths, resets=resets)
+    expected = layer.backward(tape, np.ones_like(y))
+    lengths[...], resets[...] = 5, False
+    same(layer.backward(tape, np.ones_like(y)), expected)
 
 
 def test_backward_may_run_from_several_threads(cell, backend):
@@ -672,6 +694,22 @@ def test_a_stream_refuses_a_second_thread(backend):
     assert np.isfinite(stream.step(x_t)).all()
 
 
+@pytest.mark.skipif(backends.get("native").unavailable() is not None, reason="the compiled module is missing")
+def test_a_signal_ends_a_long_call():
+    """Ctrl-C, or what a handler raises, comes before the last step: a call of seconds cannot be waited for."""
+    layer, steps = rk.LSTM(1, 512, backend="native", seed=0), 25_000
+    out = np.full((steps, 1, 512), np.nan, np.float32)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.15)
+        with pytest.raises(KeyboardInterrupt):
+            layer(np.zeros((steps, 1, 1), np.float32), out=out)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert np.isnan(out[-1]).all()
+
+
 def test_a_bidirectional_layer_has_no_stream():
     """Its reverse direction starts at the end."""
     with pytest.raises(ValueError, match="one direction"):
@@ -755,8 +793,9 @@ def test_auto_takes_the_best_and_warns_once_when_it_steps_down(monkeypatch):
 
     monkeypatch.setattr(backends, "get", get)
     monkeypatch.setattr(backends, "AUTOMATIC", ("native", "reference"))
-    with pytest.warns(UserWarning, match="'reference', because native: no compiler"):
+    with pytest.warns(UserWarning, match="'reference', because native: no compiler") as warned:
         assert rk.GRU(3, 4).backend == "reference"
+    assert [one.filename for one in warned] == [__file__]
     assert rk.GRU(3, 4).backend == "reference"
     monkeypatch.setenv("RNNKERN_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
@@ -882,6 +921,8 @@ def test_layers_frozen_layers_and_streams_can_be_copied(cell, backend, duplicate
     assert not np.array_equal(twin(x, state)[0], expected[0])
     same(twin(x, state), twin.freeze()(x, state))
     same(layer(x, state), expected)
+    layer.load_state_dict({name: np.zeros_like(array) for name, array in layer.parameters.items()})
+    same(duplicate(frozen)(x, state), expected)
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,64 @@ def test_constant_weights_are_packed_once(monkeypatch, where):
     assert np.array_equal(first, run_node_model(values, "GRU")["Y"])
 
 
+@pytest.mark.parametrize("opset", [10, 13, 19, 21, onnx.defs.onnx_opset_version()])
+def test_weights_that_the_graph_computes_are_packed_once(monkeypatch, opset):
+    """Out of quantized parts, under an If, which all are constants."""
+    made = counting(monkeypatch)
+    values = drawn("GRU")
+    W, zero = np.random.default_rng(1).integers(-127, 127, values["W"].shape).astype(np.int8), np.int8(3)
+    scales = np.linspace(0.001, 0.01, 3 * H, dtype=np.float32)
+    scale = scales[:, None] if opset >= 13 else scales[0]
+    constants = {"q": W, "scale": scales if opset >= 13 else scales[0], "yes": np.array(True), "R": values["R"]}
+    constants |= {"zero": np.full(3 * H, zero) if opset >= 13 else zero}
+    axis = {"axis": 1} if opset >= 13 else {}
+    inner = helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dequantized"], **axis)
+    branch = helper.make_graph([inner], "branch", [], [info("dequantized", np.float32, 3)])
+    choice = helper.make_node("If", ["yes"], ["W"], then_branch=branch, else_branch=branch)
+    constants = {name: np.asarray(value) for name, value in constants.items()}
+    model = model_of([choice, node_of("GRU", values)], {"X": values["X"]}, ["Y"], constants, opset=opset)
+    prepared = bridge.prepare(model)
+    first, second = (prepared.run([values["X"]])[0] for _ in range(2))
+    assert len(made) == 1
+    assert np.array_equal(first, second)
+    expected = run_node_model(values | {"W": (W.astype(np.float32) - 3) * scale}, "GRU")["Y"]
+    assert np.array_equal(first, expected)
+
+
+@pytest.mark.parametrize("cell", writer.CELL_OPERATORS)
+def test_the_recurrent_nodes_of_a_model_come_as_layers(cell):
+    """With the weights of the layers that were exported; what a layer is not is refused by the name of the node."""
+    layer = rk.Recurrent(cell, 3, 4, bidirectional=True, seed=0)
+    ((name, again),) = bridge.layers(bridge.to_model(layer)).items()
+    assert (name, again.cell) == (f"{cell}_l0", cell)
+    x = np.ones((5, 2, 3), np.float32)
+    assert np.array_equal(again(x)[0], layer(x)[0])
+    values = drawn("GRU")
+    constants = {"W": values["W"], "R": values["R"]}
+    reverse = model_of([node_of("GRU", values, direction="reverse")], {"X": values["X"]}, ["Y"], constants)
+    with pytest.raises(ValueError, match=r"^GRU node 'rec': expected direction='forward' or"):
+        bridge.layers(reverse)
+    with pytest.raises(ValueError, match=r"^GRU node 'rec': expected constants for W, got 'W'"):
+        bridge.layers(model_of([node_of("GRU", values)], values, ["Y"]))
+
+
+def test_blocks_of_quantized_values_are_spread():
+    """The last of three values has a block of its own; int4 too."""
+    dtype = helper.tensor_dtype_to_np_dtype(TensorProto.INT4)
+    node = helper.make_node("DequantizeLinear", ["x", "scale"], ["y"], axis=1, block_size=2)
+    (y,) = bridge.run_node(node, [np.array([[-8, 7, 3]]).astype(dtype), np.array([[0.5, 2.0]], np.float32)])
+    assert np.array_equal(y, np.array([[-4, 3.5, 6]], np.float32))
+
+
+def test_an_operator_outside_the_standard_is_refused_by_name_and_domain():
+    """Models that ONNX Runtime has optimized have such."""
+    node = helper.make_node("DynamicQuantizeLSTM", ["X"], ["Y"], "rec", domain="com.microsoft", hidden_size=H)
+    model = model_of([node], {"X": drawn("LSTM")["X"]}, ["Y"])
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    with pytest.raises(NotImplementedError, match=r"^DynamicQuantizeLSTM node 'rec': .*'com\.microsoft'; export"):
+        bridge.prepare(model)
+
+
 def test_weights_that_are_inputs_are_read_at_each_run():
     """Written to in place, also through a view that is read-only itself."""
     values = drawn("GRU", ("B",))
@@ -703,7 +761,7 @@ WRONG_INPUTS = [
     ("R", lambda R: R[0], "shape (1, 4*H, H), got float32 of shape (20, 5)"),
     ("R", lambda R: R[:, 1:], "shape (1, 20, 5), got float32 of shape (1, 19, 5)"),
     ("R", lambda R: np.concatenate([R, R]), "shape (1, 20, 5), got float32 of shape (2, 20, 5)"),
-    ("W", lambda W: W[..., :2], "shape (1, 20, 3), got float32 of shape (1, 20, 2)"),
+    ("X", lambda X: X[..., :2], "3 features, as W has, got float32 of shape (6, 4, 2)"),
     ("B", lambda b: b[:, :20], "shape (1, 40), got float32 of shape (1, 20)"),
     ("P", lambda P: P[:, :5], "shape (1, 15), got float32 of shape (1, 5)"),
     ("initial_h", lambda h: h[:, :1], "shape (1, 4, 5), got float32 of shape (1, 1, 5)"),

@@ -280,14 +280,13 @@ class _Format:
     """What a framework has and how it orders it. `read` and `write` leave the rows in its own order of gates."""
 
     name: str
-    cells: Iterable[str]
-    gates: Mapping[str, str]  # from the gates of a cell, in our order, to the framework's order
+    cells: Mapping[str, Sequence[str]]  # the cells it has, and their gates in its order
     read: Callable[[Cell, _Sizes, str, Any], Directions]  # (cell, sizes, name for messages, one layer)
     write: Callable[[Cell, Directions], Any]
 
     def order(self, cell: Cell) -> Array:
         """For each gate of the framework, its place in our order."""
-        return np.array([cell.gates.index(gate) for gate in self.gates["".join(cell.gates)]])
+        return np.array([cell.gates.index(gate) for gate in self.cells[cell.name]])
 
 
 class _Sizes(dict[str, int]):
@@ -395,6 +394,13 @@ def _joined(cell: Cell, layers: list[Directions]) -> dict[str, Array]:
     }
 
 
+# The cells that other frameworks have too, by name, with their gates in the order of each. A cell that is not here is
+# refused, whatever its gates are called.
+_IN_OUR_ORDER = {cell: CELLS[cell].gates for cell in ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru")}
+_KERAS_GATES = _IN_OUR_ORDER | dict.fromkeys(("gru", "gru_reset_before"), tuple("zrn"))
+_ONNX_GATES = _KERAS_GATES | dict.fromkeys(("lstm", "lstm_peephole"), tuple("iofg"))
+
+
 def _by_gate(key: str, array: Array, order: Array) -> Array:
     """A copy of a weight, its rows in another order of gates where they are those of gates."""
     if key not in ("w_ih", "w_hh", "b_ih", "b_hh"):
@@ -416,6 +422,12 @@ _KERAS_LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
+# What may be done about an option that does not change what the trained layer computes. There is nothing for others.
+_KERAS_ADVICE = dict.fromkeys(
+    ("dropout", "recurrent_dropout"), ", which only training sees: what its get_weights() gives converts without it"
+)
+
+
 def _check_keras(cell: Cell, name: str, came: Mapping[str, Any], go_backwards: bool = False) -> None:
     """A Keras layer, as its class and its config, computes what the cell does."""
     expected = _KERAS_LAYERS[cell.name] | {"dropout": 0, "recurrent_dropout": 0, "go_backwards": go_backwards}
@@ -428,9 +440,39 @@ def _check_keras(cell: Cell, name: str, came: Mapping[str, Any], go_backwards: b
         if given != value:
             raise ValueError(
                 f"{name}: expected a Keras layer with {option}={value!r} for the cell {cell.name!r}, got "
-                f"{'a custom one' if isinstance(given, dict) else repr(given)}; what its get_weights() gives converts "
-                f"without this check"
+                f"{'a custom one' if isinstance(given, dict) else repr(given)}{_KERAS_ADVICE.get(option, '')}"
             )
+
+
+def _last(recurrent_kernel: Any, gates: int) -> int:
+    """H of a recurrent kernel (H, G*H); -1 of what is none, which `_Sizes` then refuses by name."""
+    shape = np.shape(recurrent_kernel)
+    return shape[0] if len(shape) == 2 and shape[1] == gates * shape[0] else -1
+
+
+def _of_cudnn(cell: Cell, name: str, layer: Sequence[Any], each: int) -> list[Any]:
+    """Weights of a `CuDNNLSTM` or `CuDNNGRU` of Keras 2, as Keras's own files of it are read into an LSTM or GRU.
+
+    Their biases have both halves of cuDNN, (2*G*H,). Kernels hold for each gate the transpose of cuDNN's matrix, the
+    recurrent one as it is; of the other the block has the memory of cuDNN's (H, I) under the shape (I, H).
+    """
+    if cell.name not in _CUDNN_CELLS:
+        raise ValueError(
+            f"{name}[2]: expected the cell {' or '.join(map(repr, _CUDNN_CELLS))} for a bias of shape (2*G*H,), the "
+            f"format of CuDNNLSTM and CuDNNGRU, got the cell {cell.name!r}"
+        )
+    gates = len(cell.gates)
+    converted: list[Any] = []
+    for at in range(0, len(layer), each):
+        kernel, recurrent, bias = (np.asarray(one) for one in layer[at : at + each])
+        blocks = [block.reshape(block.shape[::-1]).T for block in np.split(kernel, gates, axis=1)]
+        converted += [np.hstack(blocks), np.hstack([block.T for block in np.split(recurrent, gates, axis=1)])]
+        halves = bias.reshape(2, -1)
+        converted.append(halves if cell.separate_gates else halves.sum(axis=0))
+    return converted
+
+
+_CUDNN_CELLS = ("lstm", "gru")
 
 
 def _read_keras(cell: Cell, sizes: _Sizes, name: str, layer: Any) -> Directions:
@@ -448,6 +490,8 @@ def _read_keras(cell: Cell, sizes: _Sizes, name: str, layer: Any) -> Directions:
     shapes = [f"I, {rows}", f"H, {rows}", f"2, {rows}" if cell.separate_gates else rows]
     count = 2 if len(layer) > 3 else 1
     each = len(layer) // count
+    if each == 3 and np.shape(layer[2]) == (2 * len(cell.gates) * _last(layer[1], len(cell.gates)),):
+        layer = _of_cudnn(cell, name, layer, each)
     arrays = [sizes.array(f"{name}[{at}]", array, shapes[at % each]) for at, array in enumerate(layer)]
     directions = []
     for kernel, recurrent_kernel, *bias in (arrays[:each], arrays[each:])[:count]:
@@ -468,7 +512,7 @@ def _write_keras(cell: Cell, directions: Directions) -> list[Array]:
     return layer
 
 
-_KERAS = _Format("Keras", _KERAS_LAYERS, {"h": "h", "ifgo": "ifgo", "rzn": "zrn"}, _read_keras, _write_keras)
+_KERAS = _Format("Keras", _KERAS_GATES, _read_keras, _write_keras)
 
 _ONNX_PEEPHOLES = ("p_i", "p_o", "p_f")
 
@@ -500,7 +544,7 @@ def _write_onnx(cell: Cell, directions: Directions) -> dict[str, Array]:
     return layer
 
 
-_ONNX = _Format("ONNX", CELLS, {"h": "h", "ifgo": "iofg", "rzn": "zrn"}, _read_onnx, _write_onnx)
+_ONNX = _Format("ONNX", _ONNX_GATES, _read_onnx, _write_onnx)
 
 
 @dataclass(frozen=True)
@@ -514,19 +558,20 @@ class _Dense:
 
 _FUSED = ("dense_i",), ("dense_h",)
 _LSTM_RECURRENTS = ("hi", "hf", "hg", "ho")
-# By the gates of the cell; Flax has them in our order.
+_RNN_CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid")
+# By the name of the cell; Flax has the gates in our order.
 _FLAX_DENSE = {
     "linen": {
-        "h": _Dense(("i",), ("h",), ("i",)),
-        "ifgo": _Dense(("ii", "if", "ig", "io"), _LSTM_RECURRENTS, _LSTM_RECURRENTS),
-        "rzn": _Dense(("ir", "iz", "in"), ("hr", "hz", "hn"), ("ir", "iz", "in", "hn")),
+        **dict.fromkeys(_RNN_CELLS, _Dense(("i",), ("h",), ("i",))),
+        "lstm": _Dense(("ii", "if", "ig", "io"), _LSTM_RECURRENTS, _LSTM_RECURRENTS),
+        "gru": _Dense(("ir", "iz", "in"), ("hr", "hz", "hn"), ("ir", "iz", "in", "hn")),
     },
     "nnx": {
-        "h": _Dense(*_FUSED, ("dense_i",)),
-        "ifgo": _Dense(*_FUSED, ("dense_h",)),
-        "rzn": _Dense(*_FUSED, ("dense_i",)),
+        **dict.fromkeys(_RNN_CELLS, _Dense(*_FUSED, ("dense_i",))),
+        "lstm": _Dense(*_FUSED, ("dense_h",)),
+        "gru": _Dense(*_FUSED, ("dense_i",)),
     },
-    "nnx.LSTMCell": {"ifgo": _Dense(("ii", "if_", "ig", "io"), _LSTM_RECURRENTS, _LSTM_RECURRENTS)},
+    "nnx.LSTMCell": {"lstm": _Dense(("ii", "if_", "ig", "io"), _LSTM_RECURRENTS, _LSTM_RECURRENTS)},
 }
 
 
@@ -538,13 +583,12 @@ def _read_flax(cell: Cell, sizes: _Sizes, name: str, layer: Any) -> Directions:
 
 def _read_flax_cell(cell: Cell, sizes: _Sizes, name: str, params: Any) -> dict[str, Array]:
     check_names(name, params, params)  # that it is a mapping
-    gates = "".join(cell.gates)
-    layouts = [layout[gates] for layout in _FLAX_DENSE.values() if gates in layout]
+    layouts = [layout[cell.name] for layout in _FLAX_DENSE.values() if cell.name in layout]
     dense = next((one for one in layouts if {*one.inputs, *one.recurrents} == {*params}), layouts[0])
     check_names(name, params, dense.inputs + dense.recurrents)
     weights: dict[str, Array] = {}
     for side, names, columns in (("ih", dense.inputs, "I"), ("hh", dense.recurrents, "H")):
-        rows = "H" if len(names) == len(gates) else f"{len(gates)}*H"
+        rows = "H" if len(names) == len(cell.gates) else f"{len(cell.gates)}*H"
         kernels, biases = [], []
         for one in names:
             shapes = {"kernel": f"{columns}, {rows}"} | ({"bias": rows} if one in dense.biased else {})
@@ -563,7 +607,7 @@ def _write_flax(module: str, cell: Cell, directions: Directions) -> Any:
 
 def _write_flax_cell(module: str, cell: Cell, weights: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
     gates = len(cell.gates)
-    dense = _FLAX_DENSE[module]["".join(cell.gates)]
+    dense = _FLAX_DENSE[module][cell.name]
     zeros = np.zeros_like(weights["w_hh"][:, 0])
     b_ih, b_hh = (weights.get(key, zeros).reshape(gates, -1) for key in ("b_ih", "b_hh"))
     # For each gate, has the one side a bias, and the other?
@@ -588,12 +632,10 @@ def _write_flax_cell(module: str, cell: Cell, weights: Mapping[str, Array]) -> d
     return params
 
 
-_FLAX_CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru")
 _FLAX = {
     module: _Format(
         f"Flax {module}",
-        [cell for cell in _FLAX_CELLS if "".join(CELLS[cell].gates) in layout],
-        {gates: gates for gates in layout},
+        {cell: _IN_OUR_ORDER[cell] for cell in layout},
         _read_flax,
         partial(_write_flax, module),
     )

@@ -8,6 +8,7 @@ checksum, and a weight is called `layer.weight_ih_l0` in it. Nothing in either i
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import io
@@ -175,6 +176,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = target.with_name(f"{prefix}{secrets.token_hex(8)}.tmp")
     try:
         _remove_abandoned(target.parent, prefix)
+        _unfinished.add((os.getpid(), temporary))
         with _create(temporary, before) as file:
             yield file
             file.flush()
@@ -185,9 +187,23 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+    finally:
+        _unfinished.discard((os.getpid(), temporary))
+
+
+_unfinished: set[tuple[int, Path]] = set()  # by process, since a fork has the set and not the thread that saves
+
+
+@atexit.register
+def _remove_unfinished() -> None:
+    """Remove what a daemon thread will not finish."""
+    for process, path in list(_unfinished):
+        if process == os.getpid():
+            with suppress(OSError):
+                path.unlink()
 
 
 def _create(path: Path, like: os.stat_result | None) -> BinaryIO:
@@ -221,6 +237,8 @@ def _lock(file: BinaryIO) -> None:
 
 def _remove_abandoned(folder: Path, prefix: str) -> None:
     """Remove the temporary files that no process holds any more: those of saves that were killed."""
+    if fcntl is None:
+        return
     pattern = re.compile(re.escape(prefix) + "[0-9a-f]{16}[.]tmp")
     with suppress(PermissionError):  # a directory that may be written to and not read
         for path in folder.iterdir():

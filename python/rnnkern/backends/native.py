@@ -68,7 +68,7 @@ def unavailable() -> str | None:
     """Why the compiled kernels are not there, with the command that mends it; None if they are."""
     if _native is not None:
         return None
-    reason = "they did not compile, see `rnnkern doctor`" if build_failure() else _import_error
+    reason = "the kernels did not compile, see `rnnkern doctor`" if build_failure() else _import_error
     # Without --no-cache-dir pip would take the wheel that it has just built without kernels.
     command = f"python -m pip install --force-reinstall --no-deps --no-cache-dir {_source()}"
     return f"{reason}; install g++ and the Python headers, then: {command}"

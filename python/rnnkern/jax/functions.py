@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..arguments import check_names, describe, flag
+from ..arguments import as_array, check_names, describe, flag
 from ..backends.native import native_module
 from ..cells import CELLS, Cell, cell_of_nonlinearity
 from ..functional import Parameters
@@ -104,9 +104,11 @@ def recurrent(
     Raises
     ------
     ValueError, TypeError
-        An argument is not as above; the message names it.
+        An argument is not as above; the message names it. A length below 0 or above T is one where the lengths are
+        no array of JAX. A TypeError is also what a second derivative and forward mode end in.
     jax.errors.JaxRuntimeError
-        When the results are waited for: a length is below 0 or above T.
+        When the results are waited for: a length in an array of JAX is below 0 or above T. JAX itself wraps integers
+        of 64 bits around where they become its arrays without `jax_enable_x64`, as the arguments of `jit` do.
 
     Notes
     -----
@@ -239,9 +241,14 @@ def _states(stack: Stack, state: Any, batch: int, unbatched: bool) -> list[Array
 
 
 def _lengths(lengths: Any, steps: int, batch: int, unbatched: bool) -> Array:
-    """int32; what is out of range stays so, for the kernels to refuse."""
+    """int32; what is out of range in an array of JAX stays so, for the kernels to refuse."""
     if unbatched:
         raise ValueError(f"lengths: expected None with unbatched x, got {_describe(lengths)}")
+    if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(lengths)):
+        # Looks before JAX may cut the values to 32 bits.
+        lengths = as_array("lengths", lengths)
+        if lengths.dtype.kind in "iu" and lengths.size and (lengths.min() < 0 or lengths.max() > steps):
+            raise ValueError(f"lengths: expected values from 0 to {steps}, got {lengths.min()} to {lengths.max()}")
     array = _array("lengths", lengths)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"lengths: expected integers of shape ({batch},), got {_describe(array)}")

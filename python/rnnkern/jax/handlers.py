@@ -1,7 +1,8 @@
 """The compiled handlers of `rnnkern.jax`: built on this machine at first use, kept, and registered with XLA.
 
 XLA promises no ABI between versions of jaxlib, so no wheel could hold them for all: the 3 s of g++ are spent once for
-each jaxlib, and the library stays in `$RNNKERN_CACHE_DIR`, by default `~/.cache/rnnkern`.
+each jaxlib, and the library stays in `$RNNKERN_CACHE_DIR`, by default `~/.cache/rnnkern`. What anybody else could
+have written there is not loaded: the process then compiles for itself, and says so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -52,6 +54,8 @@ def _register() -> bool:
             raise _Unavailable(unavailable())
         library = _library()
         module = ctypes.CDLL(native_module().__file__)
+        if not all(hasattr(library, name) for name in ("rnnkern_connect", *HANDLERS)):
+            raise _Unavailable("what the C++ compiler made has no handlers")
         library.rnnkern_connect.restype = ctypes.c_bool
         if not library.rnnkern_connect(module.rnnkern_abi):
             raise _Unavailable("the compiled kernels are of another version")
@@ -80,39 +84,69 @@ def _library() -> ctypes.CDLL:
     try:
         directory = cache_directory()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory = directory.resolve()
+        _check_private(directory)
         kept = directory / name
         if not _intact(kept):
             with tempfile.TemporaryDirectory(dir=directory) as scratch:
                 _compile(Path(scratch)).replace(kept)
         return ctypes.CDLL(str(kept))
-    except (OSError, RuntimeError):  # no home, or nothing can be written or loaded there
+    except (OSError, RuntimeError) as error:  # no home, or nothing can be written or loaded there
+        warnings.warn(f"rnnkern.jax compiles its handlers in each process, some 3 s, because {error}", stacklevel=6)
+    try:
         with tempfile.TemporaryDirectory() as scratch:
             return ctypes.CDLL(str(_compile(Path(scratch))))
+    except OSError as error:
+        raise _Unavailable(f"what the C++ compiler made cannot be loaded: {error}") from error
+
+
+def _check_private(directory: Path) -> None:
+    """Only this user and root may put files into a folder, or another folder in its place."""
+    if not _written_by_us(directory.stat()):
+        raise PermissionError(f"others own or may write to {directory}; run `chmod go-w` on it, or choose another one")
+    for parent in directory.parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError(f"others may write to {parent}, and so replace {directory}")
+
+
+def _written_by_us(status: os.stat_result) -> bool:
+    return status.st_uid in (0, os.getuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _intact(library: Path) -> bool:
-    """Whether a file ends in the hash of the rest. To load half a library can kill the process."""
-    content = library.read_bytes() if library.exists() else b""
+    """Whether a file is ours and ends in the hash of the rest. To load half a library can kill the process."""
+    try:
+        status = library.lstat()
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(status.st_mode) or not _written_by_us(status):
+        return False
+    content = library.read_bytes()
     return hashlib.sha256(content[:-_HASH]).digest() == content[-_HASH:]
 
 
 def _compile(directory: Path) -> Path:
-    compiler = (
-        shlex.split(os.environ.get("CXX", ""))
-        or [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path][:1]
-    )
+    chosen = os.environ.get("CXX", "")
+    try:
+        compiler = shlex.split(chosen) or [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path][:1]
+    except ValueError as error:
+        raise _Unavailable(f"the environment variable CXX holds no command: {error} in {chosen!r}") from error
     if not compiler:
         raise _Unavailable("there is no C++ compiler; install g++, or name one in the environment variable CXX")
     library = directory / "handlers.so"
     include = (f"-I{path}" for path in (_INCLUDE, jax.ffi.include_dir()))
     command = [*compiler, *_OPTIONS, *include, str(_SOURCE), "-o", str(library)]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise _Unavailable(f"the C++ compiler did not start: {error}") from error
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()[-5:]
         raise _Unavailable("\n".join([f"{shlex.join(command)} failed:", *lines[:5]])) from error
+    if not library.is_file():
+        raise _Unavailable(f"{shlex.join(command)} made no file")
     content = library.read_bytes()
     library.write_bytes(content + hashlib.sha256(content).digest())
+    library.chmod(0o700)  # whatever the umask
     return library

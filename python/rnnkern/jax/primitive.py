@@ -1,15 +1,17 @@
 """What JAX sees of a call: one primitive, with its rules for `vmap` and for gradients.
 
 Only a primitive can have a rule for `vmap` that comes before the one for gradients: the gradient of a vmapped call is
-then that of one larger batch, whose weight gradients the kernels sum, and not a batch of gradients. The gradients
-themselves are those of a `custom_vjp`. Operands are x, the states, lengths and resets where given, and the weights.
+then that of one larger batch, whose weight gradients the kernels sum, and not a batch of gradients. Operands are x, the
+states, lengths and resets where given, and the weights.
+
+Two more make the gradients. `_linear` stands for the derivative of a forward and can only be transposed, into a
+backward; `_once` passes arrays on and refuses to be differentiated, so that a second derivative ends in our words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -41,30 +43,11 @@ def _way(call: Call) -> Any:
     return ThroughPython if call.isa is None else Compiled
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(call: Call, x: Any, state: Any, lengths: Any, resets: Any, weights: Any) -> Any:
-    return list(_way(call).infer(call, x, state, lengths, resets, weights))
-
-
-def _forward(call: Call, x: Any, state: Any, lengths: Any, resets: Any, weights: Any) -> Any:
-    results, residuals = _way(call).forward(call, x, state, lengths, resets, weights)
-    return list(results), residuals
-
-
-def _backward(call: Call, residuals: Any, gradients: Any) -> Any:
-    dy, *dstate = gradients
-    dx, dinitial, dweights = _way(call).backward(call, residuals, dy, tuple(dstate))
-    return dx, dinitial, None, None, dweights
-
-
-_differentiable.defvjp(_forward, _backward)
-
-
 def _expanded(*operands: Any, call: Call) -> list[Any]:
     x, state, lengths, resets, weights = _parts(call, operands)
     if not x.size:
         return [jnp.zeros((*x.shape[:2], call.stack.output_size), x.dtype), *state]
-    return list(_differentiable(call, x, state, lengths, resets, weights))
+    return list(_way(call).infer(call, x, state, lengths, resets, weights))
 
 
 def _abstract(*operands: Any, call: Call) -> list[Any]:
@@ -74,17 +57,47 @@ def _abstract(*operands: Any, call: Call) -> list[Any]:
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> Any:
     call = replace(call, need_x=not isinstance(tangents[0], ad.Zero))
-    moving = [i for i, primal in enumerate(primals) if jnp.issubdtype(primal.dtype, jnp.floating)]
-    if not call.need_x:
-        moving.remove(0)
+    x, state, lengths, resets, weights = _parts(call, primals)
+    dx, dstate, _, _, dweights = _parts(call, tangents)
+    if not x.size:
+        results = _expanded(*primals, call=call)
+        return results, [jnp.zeros_like(results[0]), *dstate]
+    results, residuals = _way(call).forward(call, *_first_order((x, state, lengths, resets, weights)))
+    leaves, tree = jax.tree.flatten(residuals)
+    moving = [*([dx] if call.need_x else []), *map(ad.instantiate_zeros, (*dstate, *dweights))]
+    return list(results), _linear.bind(*leaves, *moving, call=call, tree=tree)
 
-    def function(*values: Any) -> list[Any]:
-        operands = list(primals)
-        for i, value in zip(moving, values, strict=True):
-            operands[i] = value
-        return _expanded(*operands, call=call)
 
-    return jax.jvp(function, [primals[i] for i in moving], [ad.instantiate_zeros(tangents[i]) for i in moving])
+def _linear_abstract(*operands: Any, call: Call, tree: Any) -> list[Any]:
+    x, state, *_ = jax.tree.unflatten(tree, operands[: tree.num_leaves])
+    return [x.update(shape=(*x.shape[:2], call.stack.output_size)), *state]
+
+
+def _linear_transpose(gradients: Sequence[Any], *operands: Any, call: Call, tree: Any) -> list[Any]:
+    residuals = jax.tree.unflatten(tree, operands[: tree.num_leaves])
+    dy, *dstate = map(ad.instantiate_zeros, gradients)
+    residuals, dy, dstate = _first_order((residuals, dy, tuple(dstate)))
+    dx, dinitial, dweights = _way(call).backward(call, residuals, dy, dstate)
+    return [*[None] * tree.num_leaves, *([dx] if call.need_x else []), *dinitial, *dweights]
+
+
+def _first_order(arrays: Any) -> Any:
+    """The arrays of a tree as they are, where nothing differentiates through them again."""
+    leaves, tree = jax.tree.flatten(arrays)
+    return jax.tree.unflatten(tree, _once.bind(*leaves))
+
+
+def _forward_mode(*_: Any, **__: Any) -> Any:
+    raise TypeError(
+        "rnnkern.jax has no forward-mode derivatives (jvp, jacfwd, hessian); take jax.grad, jax.vjp or jax.jacrev"
+    )
+
+
+def _second_order(*_: Any, **__: Any) -> Any:
+    raise TypeError(
+        "rnnkern.jax has no second derivatives: expected one jax.grad, jax.vjp or jax.jacrev around a call, got "
+        "another derivative of its gradient; write the step of the cell in jax.lax.scan for those"
+    )
 
 
 def _batched(operands: Sequence[Any], axes: Sequence[int | None], *, call: Call) -> Any:
@@ -129,3 +142,20 @@ _recurrent.def_abstract_eval(_abstract)
 ad.primitive_jvps[_recurrent] = _jvp
 batching.primitive_batchers[_recurrent] = _batched
 mlir.register_lowering(_recurrent, mlir.lower_fun(_expanded, multiple_results=True), platform="cpu")
+
+_linear = Primitive("rnnkern_linear")
+_linear.multiple_results = True
+_linear.def_impl(_forward_mode)
+_linear.def_abstract_eval(_linear_abstract)
+ad.primitive_transposes[_linear] = _linear_transpose
+ad.primitive_jvps[_linear] = _forward_mode
+batching.primitive_batchers[_linear] = _forward_mode
+mlir.register_lowering(_linear, _forward_mode)
+
+_once = Primitive("rnnkern_once")
+_once.multiple_results = True
+_once.def_impl(lambda *arrays: arrays)
+_once.def_abstract_eval(lambda *arrays: arrays)
+ad.primitive_jvps[_once] = _second_order
+batching.primitive_batchers[_once] = lambda arrays, axes: (_once.bind(*arrays), axes)
+mlir.register_lowering(_once, lambda _, *arrays: arrays)

@@ -11,22 +11,91 @@ import onnx
 from onnx import helper
 from onnx.backend import base
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpFunction
 
 from ..arguments import as_array, describe
-from .operators import GRU, LSTM, RNN, as_constant
+from .operators import OPERATORS, as_constant
 
 __all__ = ["Backend", "PreparedModel", "prepare", "run_model", "run_node", "supports_device"]
 
 
+# What gives other values at each run, though its inputs are constants.
+_RANDOM = {
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Multinomial",
+    "Bernoulli",
+    "Dropout",
+}
+
+
 class _Evaluator(ReferenceEvaluator):
-    """The reference evaluator, which makes more of its own class for subgraphs and functions."""
+    """The reference evaluator, which makes more of its own class for subgraphs and functions.
+
+    What depends on constants alone is computed once, when it is made.
+    """
+
+    rt_nodes_: list[Any]
 
     def __init__(self, proto: Any, *, new_ops: Any = None, **options: Any) -> None:
-        super().__init__(proto, new_ops=[RNN, LSTM, GRU, *(new_ops or ())], **options)
+        super().__init__(proto, new_ops=[*OPERATORS, *(new_ops or ())], **options)
         # Nodes keep what they made of weights that cannot change.
         for name, value in self.rt_inits_.items():
             if isinstance(value, np.ndarray):
                 self.rt_inits_[name] = as_constant(value)
+        self.fold({})
+
+    def fold(self, around: Mapping[str, Any]) -> None:
+        """Compute what constants imply, those of the graphs around too, and leave the other nodes for the runs."""
+        given = set(self.input_names_)
+        known = {name: value for name, value in (around | self.rt_inits_).items() if name not in given}
+        known[""] = None
+        left = []
+        for node in self.rt_nodes_:
+            for one in node.onnx_node.attribute:
+                if one.type == onnx.AttributeProto.GRAPH:
+                    getattr(node, one.name).fold(known)
+            results = self._constant_results(node, known)
+            if results is None:
+                left.append(node)
+            else:
+                made = dict(zip(node.output, map(as_constant, results), strict=False))
+                self.rt_inits_ |= made
+                known |= made
+        self.rt_nodes_ = left
+
+    @staticmethod
+    def _constant_results(node: Any, known: Mapping[str, Any]) -> list[Any] | None:
+        """The outputs of a node that depends on constants alone; None of others, and where they are no plain arrays."""
+        if node.op_type in _RANDOM or isinstance(node, OpFunction) or node.has_linked_attribute:
+            return None
+        if any(name not in known for name in node.input):
+            return None
+        if node.op_type == "If":
+            branch = node.then_branch if known[node.input[0]].item() else node.else_branch
+            results = [branch.rt_inits_.get(name) for name in branch.output_names_]
+        elif node.has_subgraph:
+            return None
+        else:
+            try:
+                results = node.run(*(known[name] for name in node.input))
+            except Exception:  # The node fails at each run, where messages name what was given.
+                return None
+        return list(results) if all(isinstance(one, np.ndarray) for one in results) else None
+
+    def _load_impl(self, node: Any, input_types: Any = None) -> Any:
+        try:
+            return super()._load_impl(node, input_types)
+        except (NotImplementedError, RuntimeError) as error:
+            if node.domain in ("", "ai.onnx.ml"):
+                raise
+            raise NotImplementedError(
+                f"{node.op_type} node {node.name!r}: expected operators of the ONNX standard, got the domain "
+                f"{node.domain!r}; export the model anew without the optimizations of one runtime, or run it with "
+                f"ONNX Runtime"
+            ) from error
 
 
 class PreparedModel(base.BackendRep):

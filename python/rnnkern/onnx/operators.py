@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import helper
 from onnx.reference.op_run import OpRun
 
 from .. import convert
@@ -19,7 +20,7 @@ from ..stack import Stack
 from . import standard
 from .standard import Attributes
 
-__all__ = ["GRU", "LSTM", "RNN", "as_constant"]
+__all__ = ["OPERATORS", "Recurrence", "as_constant"]
 
 Array = NDArray[Any]
 
@@ -27,7 +28,7 @@ OLDEST_OPSET = 7
 REALS = ("float16", "bfloat16", "float32", "float64")
 
 
-class _Recurrent(OpRun):
+class Recurrence(OpRun):
     """What the three operators share; `onnx.reference` knows each by the name of its class."""
 
     def __init__(self, onnx_node: Any, run_params: Any) -> None:
@@ -40,7 +41,7 @@ class _Recurrent(OpRun):
         self._warned = False
         self._held: tuple[Attributes, list[Array | None], Frozen] | None = None
         # Attributes that refer to those of a function are known when it is called.
-        self._fixed = None if self.has_linked_attribute else self._parse(vars(self))
+        self.attributes = None if self.has_linked_attribute else self._parse(vars(self))
 
     def _parse(self, values: Mapping[str, Any]) -> Attributes:
         """The attributes that the node has; the defaults that the schema added to the values stay out."""
@@ -56,7 +57,7 @@ class _Recurrent(OpRun):
         return attributes
 
     def _run(self, *arrays: Array | None, **values: Any) -> tuple[Array | None, ...]:
-        attributes = self._fixed or self._parse(values)
+        attributes = self.attributes or self._parse(values)
         # By name: where another node leaves out an output, onnx.reference has a value for the input "" too.
         named = zip(attributes.operator.inputs, arrays, self.onnx_node.input, strict=False)
         given = {key: array for key, array, name in named if name and array is not None}
@@ -154,7 +155,10 @@ class _Recurrent(OpRun):
         if R.ndim != 3 or not R.size:
             raise self._wrong("R", f"shape ({D}, {G}*H, H)", R)
         T, B = X.shape[1::-1] if attributes.batch_first else X.shape[:2]
-        H, I = R.shape[2], X.shape[2]
+        W, H = given["W"], R.shape[2]
+        I = W.shape[2] if W.ndim == 3 and W.size else X.shape[2]
+        if X.shape[2] != I:
+            raise self._wrong("X", f"{I} features, as W has", X)
         if attributes.hidden_size not in (None, H):
             raise ValueError(f"{self._label}: hidden_size: expected {H}, as R has, got {attributes.hidden_size}")
         state = (B, D, H) if attributes.batch_first else (D, B, H)
@@ -185,16 +189,49 @@ class _Recurrent(OpRun):
         return res
 
 
-class RNN(_Recurrent):
+class RNN(Recurrence):
     """Elman's cell."""
 
 
-class LSTM(_Recurrent):
+class LSTM(Recurrence):
     """With or without peepholes."""
 
 
-class GRU(_Recurrent):
+class GRU(Recurrence):
     """With the reset gate before or after the product."""
+
+
+class DequantizeLinear(OpRun):
+    """Of every opset; `onnx.reference` has it only from 19 on."""
+
+    def _run(
+        self,
+        x: Array,
+        scale: Array,
+        zero_point: Array | None = None,
+        axis: int = 1,
+        block_size: int = 0,
+        output_dtype: int = 0,
+    ) -> tuple[Array]:
+        dtype = helper.tensor_dtype_to_np_dtype(output_dtype) if output_dtype else scale.dtype
+        y = x.astype(np.float32)
+        if zero_point is not None:
+            y -= _spread(zero_point, x.shape, axis, block_size).astype(np.float32)
+        return ((y * _spread(scale, x.shape, axis, block_size).astype(np.float32)).astype(dtype),)
+
+
+def _spread(value: Array, shape: tuple[int, ...], axis: int, block_size: int) -> Array:
+    """A scale or zero point of a tensor, an axis or blocks of one, to broadcast against a shape."""
+    if value.size == 1 and value.ndim < 2:
+        return value.reshape(())
+    if block_size:
+        return value.repeat(block_size, axis).take(range(shape[axis]), axis)
+    ends = [1] * len(shape)
+    ends[axis] = value.size
+    return value.reshape(ends)
+
+
+OPERATORS = (RNN, LSTM, GRU, DequantizeLinear)
 
 
 def as_constant(array: Array) -> Array:
