@@ -97,15 +97,15 @@ def pytest_configure(config: pytest.Config) -> None:
 # What comes round, alone or listed with more: each value is in some test of a grid. All else is a test's own.
 COMES_ROUND = {"cell", "backend", "native", "dtype", "layout"}
 
-# Numba takes seconds to compile a cell in a dtype: each comes in float32, these in both.
-COMPILED_IN_BOTH = ("lstm", "gru_reset_before")
+# Numba takes six seconds to compile a cell in a dtype: each comes in float32, this one in both.
+COMPILED_IN_BOTH = "lstm"
 
 
 def compiles_much(item: pytest.Item) -> bool:
     """Would the test alone have Numba compile its cell in its dtype, float64 where it does not say?"""
     params = item.callspec.params
     float32 = params.get("dtype") == "float32"
-    return params.get("backend") == ("numba", None) and not (float32 or params.get("cell", "lstm") in COMPILED_IN_BOTH)
+    return params.get("backend") == ("numba", None) and not (float32 or params.get("cell", "lstm") == COMPILED_IN_BOTH)
 
 
 def shown(item: pytest.Item) -> set[frozenset[Any]]:

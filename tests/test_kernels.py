@@ -109,6 +109,7 @@ PATHS = {
         lambda _: (9, 33, 17, 41),
         lambda call: call.forward.split == call.backward.split == "rows" and call.forward.block_steps < call.problem.T,
         threads=3,
+        large=True,
     ),
     "shared units": Path(
         lambda v: (2 + 16 // v.gates, 2, 97, 230 if v.gates == 1 else 135),
@@ -128,6 +129,7 @@ PATHS = {
         lambda v: (1500 // (6 * v.lanes - 1) + 1, 6 * v.lanes - 1, 3, min(3, v.lanes - 1)),
         lambda call: call.rows_in_lanes and call.forward.block_steps < call.problem.T,
         threads=3,
+        large=True,
     ),
     "rows in lanes, steps in blocks": Path(
         lambda v: (14, 301, 2, min(3, v.lanes - 1)),

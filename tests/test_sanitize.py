@@ -69,6 +69,7 @@ def test_every_cell_and_option_around_the_edges_of_a_vector(cell: str, dtype: st
     choose = random.Random(f"{cell} {dtype}").choice
     for seed in range(40):
         H = choose((1, 2, lanes - 1, lanes, lanes + 1, 2 * lanes + 1, 4 * lanes + 3))
+        num_layers = choose((1, 1, 2, 3))
         problem = Problem(
             cell,
             T=seed % 10,
@@ -76,11 +77,11 @@ def test_every_cell_and_option_around_the_edges_of_a_vector(cell: str, dtype: st
             I=choose((1, 2, lanes - 1, lanes, 2 * lanes + 1)),
             H=H,
             dtype=dtype,
-            num_layers=choose((1, 1, 2, 3)),
+            num_layers=num_layers,
             bidirectional=choose((False, True)),
             bias=choose((False, True)),
             proj_size=choose((0, 1, H // 2, H - 1)) if CELLS[cell].projects and H > 1 else 0,
-            dropout=choose((0.0, 0.4, 1.0)),
+            dropout=choose((0.0, 0.4, 1.0)) if num_layers > 1 else 0.0,
             lengths=choose((False, True)),
             resets=choose((False, True)),
             loss=choose(("steps", "final", "both")),

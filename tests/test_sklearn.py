@@ -71,9 +71,9 @@ def same_bits(a, b):
     return a.loss_curve_ == b.loss_curve_ and all(map(np.array_equal, parameters(a), parameters(b)))
 
 
-@parametrize_with_checks([RNNClassifier(), RNNRegressor()], expected_failed_checks=lambda _: EXPECTED_FAILURES)
+@parametrize_with_checks([RNNClassifier(16), RNNRegressor(16)], expected_failed_checks=lambda _: EXPECTED_FAILURES)
 def test_scikit_learn_finds_an_estimator(estimator, check):
-    """Every check that scikit-learn has, with the defaults."""
+    """Every check that scikit-learn has, with few units and the defaults."""
     check(estimator)
 
 
