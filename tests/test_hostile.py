@@ -757,6 +757,15 @@ def test_wrong_calls_raise_and_never_crash(target: str, seed: int, tmp_path: Pat
     assert 3 * counted["near"] >= counted["rejected"]
 
 
+def test_backward_refuses_what_other_weights_saved() -> None:
+    """Of the same sizes too: gradients of one forward with the weights of another belong to nothing."""
+    layer = rk.GRU(3, 4, backend="native", seed=0)
+    (y, _, tape), (_, _, other) = (layer.forward(np.ones((5, 2, 3))) for _ in range(2))
+    tape.packed = other.packed
+    with pytest.raises(ValueError, match="saved: expected what forward of these weights returned"):
+        layer.backward(tape, np.ones_like(y))
+
+
 def test_more_rows_than_memory_are_rejected() -> None:
     """An array without elements can have so many rows that the size of the scratch memory would wrap around."""
     rows = 2**64 // 24 + 1
