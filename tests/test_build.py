@@ -15,6 +15,7 @@ import pytest
 
 from rnnkern.backends import native as native_backend
 from rnnkern.cells import CELLS
+from rnnkern.config import use_isa
 
 native: Any = native_backend.native_module()
 pytestmark = pytest.mark.skipif(native is None, reason="the compiled module is missing")
@@ -103,6 +104,14 @@ def test_compiled_cells_are_those_of_python() -> None:
         }
         for cell in CELLS.values()
     ]
+
+
+def test_use_isa_ends_with_the_isa_before() -> None:
+    """Also when what runs in it raises."""
+    before = native.isa()
+    with pytest.raises(ValueError, match="isa: expected one of"), use_isa("baseline"):
+        use_isa("none").__enter__()
+    assert native.isa() == before
 
 
 def test_isas_end_with_the_baseline() -> None:

@@ -219,6 +219,14 @@ def test_a_packed_sequence_comes_back_as_torch_packs_it(cell, lengths, given_sta
     torch.testing.assert_close([y.data, *ours_rest], [expected.data, *theirs_rest])
 
 
+def test_a_negated_view_is_read_with_its_sign():
+    """The imaginary part of a conjugate shares its memory, in which the signs are the other ones."""
+    module = rt.GRU(3, 4)
+    values = torch.complex(*torch.randn(2, 5, 2, 3)).conj()
+    assert values.imag.is_neg()
+    assert torch.equal(module(values.imag)[0], module(values.imag.resolve_neg().clone())[0])
+
+
 @pytest.mark.parametrize("cell", COMMON)
 def test_the_constructor_is_that_of_torch(cell):
     """The same arguments give the same parameters in name, order and shape, and the same seed the values."""
