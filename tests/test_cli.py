@@ -288,6 +288,13 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"rnnkern {rk.__version__}\n"
 
 
+def test_every_cell_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """One row of the table each, below its two of the head."""
+    assert cli.main(["cells"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| `{cell}`" for cell in CELLS]
+
+
 # doctor
 
 

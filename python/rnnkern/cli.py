@@ -1,4 +1,4 @@
-"""The command line: `rnnkern demo | doctor | bench`. A command is a function that adds its parser, see `COMMANDS`."""
+"""The command line: `rnnkern demo | doctor | cells | bench`. A command is a function that adds its parser."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import __version__, backends, demo, doctor
 from .bench import report, runner
 from .bench.peers import PEERS
 from .bench.workloads import named
-from .cells import CELLS
+from .cells import CELLS, table
 from .config import num_threads
 from .terminal import Terminal
 
@@ -125,6 +125,20 @@ def add_doctor(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def add_cells(commands: Any) -> None:
+    """`rnnkern cells`."""
+    parser = commands.add_parser(
+        "cells", help="list the cells", description="Print every cell that `rnnkern.Recurrent` takes, as a table."
+    )
+
+    def run(_: argparse.Namespace) -> int:
+        with Terminal() as terminal:
+            terminal.say(table())
+        return 0
+
+    parser.set_defaults(run=run)
+
+
 def add_bench(commands: Any) -> None:
     """`rnnkern bench`."""
     defaults = runner.Options()
@@ -185,7 +199,7 @@ def add_bench(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_doctor, add_bench)
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_doctor, add_cells, add_bench)
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:
