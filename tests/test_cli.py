@@ -126,26 +126,26 @@ def test_an_update_without_a_finite_gradient_is_skipped(text: Path, tmp_path: Pa
         np.testing.assert_array_equal(value, before[name])
 
 
-def test_an_interrupt_keeps_what_was_learned(text: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends the training, not the report; the run exits with 0 and can be resumed."""
-    code = "import sys; from rnnkern.cli import main; sys.exit(main())"
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str)
+def test_an_interrupt_keeps_what_was_learned(number: int, code: int, text: Path, tmp_path: Path) -> None:
+    """The run can be resumed. Ctrl-C ends the training, not the report, and the run exits with 0; others end both."""
     arguments = quick(text, tmp_path, "--hidden", "8", "--seconds", "600")
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "rnnkern", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     try:
         for line in process.stdout:
             if line.startswith("steps"):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 break
         output, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0, errors
+    assert process.returncode == code, errors
     assert "Traceback" not in errors
     assert "interrupted" in output
-    assert "this model" in output
+    assert ("this model" in output) == (number == signal.SIGINT)
     first = steps(tmp_path)
     assert first >= 1
     assert cli.main(quick(text, tmp_path, "--resume")) == 0

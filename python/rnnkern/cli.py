@@ -76,7 +76,8 @@ def add_demo(commands: Any) -> None:
         "demo",
         help="train a character-level language model on real text",
         description="Train a character-level language model with truncated backpropagation through time, measure it "
-        "on held-out text against n-gram models, and let it write. Ctrl-C stops early and keeps what was learned.",
+        "on held-out text against n-gram models, and let it write. Ctrl-C stops early and keeps what was learned, "
+        "as SIGTERM and a closed terminal do.",
     )
     parser.add_argument("--cell", choices=tuple(CELLS), help=f"cell of the layer (default: {demo.DEFAULT_CELL})")
     parser.add_argument("--hidden", type=_positive_integer, help=f"hidden units (default: {demo.DEFAULT_HIDDEN})")
