@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -311,6 +312,7 @@ def test_doctor_finds_a_working_backend(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["doctor", "--backend", "reference"]) == 0
     printed = capsys.readouterr().out
     assert np.__version__ in printed
+    assert re.search(r"threads +\d+ wanted", printed)
     assert f"reference    works: forward and backward of {len(CELLS)} of {len(CELLS)} cells" in printed
 
 
