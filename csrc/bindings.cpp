@@ -284,6 +284,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def("unknown_max_isa", &unknown_max_isa, "RNNKERN_MAX_ISA where it names no compiled ISA, else empty.");
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", [](int count) { set_num_threads(count); }, py::arg("count"));
+  m.def("limit_caller", &limit_caller, py::arg("count"));
   m.def("most_threads", &most_threads, py::arg("cores"), py::arg("quota"),
         "The threads that a process may use on cores, under a quota of CPUs' worth of time.");
   m.def(

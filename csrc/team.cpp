@@ -341,10 +341,13 @@ int default_threads() noexcept {
 }
 
 std::atomic<int> thread_limit = default_threads();
+thread_local int caller_limit = kMaxThreads;
 
 }  // namespace
 
-int num_threads() noexcept { return thread_limit.load(std::memory_order_relaxed); }
+int num_threads() noexcept { return std::min(thread_limit.load(std::memory_order_relaxed), caller_limit); }
+
+int limit_caller(int count) noexcept { return std::exchange(caller_limit, std::clamp(count, 1, kMaxThreads)); }
 
 void set_num_threads(int count) noexcept {
   thread_limit.store(std::clamp(count, 1, kMaxThreads), std::memory_order_relaxed);

@@ -30,4 +30,7 @@ int num_threads() noexcept;
 // Values below 1 count as 1.
 void set_num_threads(int count) noexcept;
 
+// Bounds the calls of this thread alone, until the next such call. Returns the bound before.
+int limit_caller(int count) noexcept;
+
 }  // namespace rnnkern

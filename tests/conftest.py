@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported; products are small, waiting is not
+os.environ.setdefault("SCIPY_ARRAY_API", "1")  # read when SciPy is imported; scikit-learn skips a check without it
+
+import heapq
 import random
 from collections import defaultdict
 from collections.abc import Generator, Iterator
@@ -17,8 +21,6 @@ import pytest
 
 from rnnkern import backends, config
 from rnnkern.cells import CELLS
-
-os.environ.setdefault("SCIPY_ARRAY_API", "1")  # read when SciPy is imported; scikit-learn skips a check without it
 
 # The native backend once on each ISA of the machine. A device backend joins where there is a device; the simulator runs
 # in a process and with tests of its own.
@@ -95,6 +97,16 @@ def pytest_configure(config: pytest.Config) -> None:
 # What comes round, alone or listed with more: each value is in some test of a grid. All else is a test's own.
 COMES_ROUND = {"cell", "backend", "native", "dtype", "layout"}
 
+# Numba takes seconds to compile a cell in a dtype: each comes in float32, these in both.
+COMPILED_IN_BOTH = ("lstm", "gru_reset_before")
+
+
+def compiles_much(item: pytest.Item) -> bool:
+    """Would the test alone have Numba compile its cell in its dtype, float64 where it does not say?"""
+    params = item.callspec.params
+    float32 = params.get("dtype") == "float32"
+    return params.get("backend") == ("numba", None) and not (float32 or params.get("cell", "lstm") in COMPILED_IN_BOTH)
+
 
 def shown(item: pytest.Item) -> set[frozenset[Any]]:
     """What a test of a grid shows: each value of its parameters, and each pair of values of its own ones."""
@@ -136,7 +148,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if hasattr(item, "callspec"):
             grids[item.path, item.originalname].append(item)
     for grid in grids.values():
-        chosen = few(grid)
+        quick = [item for item in grid if not compiles_much(item)]
+        chosen = few(quick or grid)
         for item in grid:
             if item not in chosen:
                 item.add_marker(pytest.mark.exhaustive)

@@ -267,7 +267,7 @@ def test_right_gradients_of_a_text_learned_by_heart_are_called_right(text: Path,
             demo.gradient_error(session)
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "--help"])
+@pytest.mark.parametrize("command", ["demo", pytest.param("doctor", marks=pytest.mark.exhaustive), "--help"])
 def test_a_closed_pipe_ends_no_work(command: str, text: Path, tmp_path: Path) -> None:
     """As `| head -1` closes it: no traceback, and the demo's model is saved."""
     arguments = quick(text, tmp_path / "out", "--hidden", "4") if command == "demo" else [command]

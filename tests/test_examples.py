@@ -56,6 +56,7 @@ def expected():
     return losses
 
 
+@pytest.mark.exhaustive  # the test below shows it too
 def test_two_processes_have_the_losses_of_one(expected):
     """On half of the rows each, with averaged gradients."""
     done = subprocess.run([*TORCHRUN, PROGRAM, *SIZES], capture_output=True, text=True, check=True, timeout=SECONDS)

@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -19,7 +21,7 @@ from rnnkern.testing import Problem, assert_accurate, inputs, named_states
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import rnnkern.torch as rt  # noqa: E402
-from rnnkern.torch import kernels  # noqa: E402
+from rnnkern.torch import drop_in, kernels  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -583,13 +585,55 @@ def test_activation_checkpointing_drops_the_tape():
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_a_copied_tape_is_refused():
-    """By name, instead of a crash."""
-    module, x = rt.GRU(3, 4), torch.rand(5, 2, 3)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
-        y, _ = module(x)
-    with pytest.raises(RuntimeError, match="tape"):
-        y.sum().backward()
+@pytest.mark.parametrize("copied", ["all", "large", "tape"])
+def test_copies_of_what_autograd_saves_give_the_same_gradients(copied):
+    """As hooks make them that compress, or offload to disk: of all tensors, without the tape, of the tape alone."""
+    torch.manual_seed(0)
+    module, x = rt.GRU(3, 4, num_layers=2, dropout=0.5), torch.rand(5, 2, 3, requires_grad=True)
+    given = {"lengths": [5, 2], "resets": torch.rand(5, 2) < 0.3}
+    wanted = [x, *module.parameters()]
+
+    def is_copied(tensor):
+        return {"all": True, "large": tensor.numel() > 1, "tape": tensor.numel() == 1}[copied]
+
+    def loss():
+        torch.manual_seed(1)
+        return module(x, **given)[0].square().sum()
+
+    expected = torch.autograd.grad(loss(), wanted)
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda tensor: tensor.clone() if is_copied(tensor) else tensor, lambda tensor: tensor):
+        again = loss()
+    found = torch.autograd.grad(again, wanted)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_storages_are_resized_after_a_call_and_hold_other_values_then(training):
+    """Of input, states, output and weights, as sharding and offloading do."""
+    module, x, h = rt.GRU(3, 4), torch.rand(5, 2, 3), torch.rand(1, 2, 4)
+    with torch.set_grad_enabled(training):
+        expected = module(x, h)[0]
+        kept = {one: one.detach().clone() for one in (x, h, *module.parameters())}
+        y = module(x, h)[0]
+    for one in (y, *kept):
+        size = one.untyped_storage().nbytes()
+        one.untyped_storage().resize_(0)
+        one.untyped_storage().resize_(size)
+    with torch.no_grad():
+        for one, values in kept.items():
+            one.copy_(values)
+        assert torch.equal(module(x, h)[0], expected)
+
+
+@pytest.mark.parametrize("kind", [rt.GRU, rt.LSTM])
+def test_gradients_come_in_batches(kind):
+    """`is_grads_batched` and `jacobian(vectorize=True)`, as one by one."""
+    module, x = kind(3, 4), torch.rand(5, 2, 3, requires_grad=True)
+    y = module(x)[0]
+    directions = torch.rand(3, *y.shape)
+    expected = torch.stack([torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in directions])
+    torch.testing.assert_close(torch.autograd.grad(y, x, directions, is_grads_batched=True)[0], expected)
 
 
 # Compiled graphs.
@@ -715,18 +759,14 @@ def test_the_operators_pass_opcheck(cell, name):
 
 @pytest.mark.parametrize("need_x", [False, True])
 @pytest.mark.parametrize("cell", MODULES)
-def test_the_shapes_of_backward_are_known_without_running_it(cell, need_x):
-    """`opcheck` copies its arguments, and a tape cannot be copied: on meta tensors and in earnest."""
+def test_backward_passes_opcheck(cell, need_x):
+    """Also with copies, which `opcheck` makes of everything."""
     kind, own = MODULES[cell]
     module, x = kind(3, 4, num_layers=2, bidirectional=True, **own), torch.rand(5, 2, 3)
-    with torch.no_grad():
-        y, *final, tape = torch.ops.rnnkern.forward(x, [], module._weights(), *[None] * 3, 0.0, True, *module._stack())
-    given, rest = (tape, x, y), (need_x, *module._stack())
-    found = torch.ops.rnnkern.backward(*given, [], y, [None, *final[1:]], *rest)
-    meta = [one.to("meta") for one in given]
-    shapes = torch.ops.rnnkern.backward(*meta, [], meta[2], [None, *[one.to("meta") for one in final[1:]]], *rest)
-    assert [one.shape for one in shapes] == [one.shape for one in found]
-    assert [one.dtype for one in shapes] == [one.dtype for one in found]
+    call = (x, [], [one.detach() for one in module._weights()], *[None] * 3, 0.0)
+    y, *final, tape = torch.ops.rnnkern.forward(*call, True, *module._stack())
+    given = (*call, tape, y, y, [None, *final[1:]], need_x, *module._stack())
+    torch.library.opcheck(torch.ops.rnnkern.backward, given)
 
 
 # Errors.
@@ -738,7 +778,7 @@ BAD_CALLS = {
     "size": (rt.GRU, (X[..., :2],), {}, ValueError, r"input: expected shape"),
     "dtype": (rt.GRU, (X.double(),), {}, TypeError, r"input: expected torch.float32, .* got torch.float64"),
     "integers": (rt.GRU, (X.long(),), {}, NotImplementedError, r"input: expected one of torch.float32 and .*int64"),
-    "device": (rt.GRU, (X.to("meta"),), {}, NotImplementedError, r"input: .* on the CPU, got torch.float32 on meta"),
+    "device": (rt.GRU, (X.to("meta"),), {}, NotImplementedError, r"input: expected one on cpu, .* got meta"),
     "state": (rt.GRU, (X, STATE[:, :1]), {}, ValueError, r"hx: expected torch.float32 of shape \(1, 2, 4\), got .*1"),
     "state_dtype": (rt.GRU, (X, STATE.double()), {}, ValueError, r"hx: expected torch.float32 .* got torch.float64"),
     "state_rank": (rt.GRU, (X[:, 0], STATE), {}, ValueError, r"hx: expected torch.float32 of shape \(1, 4\)"),
@@ -784,14 +824,27 @@ def test_a_module_of_another_dtype_says_what_is_supported():
         rt.GRU(3, 4).bfloat16()(X.bfloat16())
 
 
-def test_autocast_leaves_the_kernels_in_the_dtype_of_the_weights():
-    """What it made bfloat16 on the way is converted."""
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), rt.GRU(3, 4))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, _ = model(X)
-    assert y.dtype == torch.float32
-    y.sum().backward()
-    assert model[0].weight.grad.abs().sum() > 0
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("data", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [rt.RNN, rt.LSTM, rt.GRU])
+def test_autocast_gives_the_dtypes_of_torch(kind, data, state, packed):
+    """Of outputs and states, from input and states of either dtype; gradients flow through."""
+    torch.manual_seed(0)
+    theirs = TORCH[kind](3, 4)
+    ours = copy.deepcopy(theirs)
+    rt.replace(ours)
+    x = X.to(data).requires_grad_()
+    hx = None if state is None else (STATE.to(state), STATE.to(state)) if kind is rt.LSTM else STATE.to(state)
+    found = []
+    for module in (theirs, ours):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, final = module(pack_padded(x, [5, 4]) if packed else x, hx)
+        y, final = y.data if packed else y, final if kind is rt.LSTM else (final,)
+        (slope,) = torch.autograd.grad(y.float().sum(), x)
+        found.append((y, *final, slope))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, atol=0.03, rtol=0.03)
 
 
 # replace.
@@ -835,7 +888,8 @@ def test_a_replaced_model_has_the_loss_curve_it_had(kind):
     report = rt.replace(after)
     assert list(report.swapped) == ["layers"]
     assert not report.left
-    assert type(after.layers) is getattr(rt, kind.__name__)
+    assert isinstance(after.layers, getattr(rt, kind.__name__))
+    assert isinstance(after.layers, kind)
     assert all(one() is other for one, other in zip(parameters, after.parameters(), strict=True))
     expected, found = losses_of(before, first), losses_of(after, second)
     torch.testing.assert_close(found, expected)
@@ -851,10 +905,12 @@ def test_replace_reaches_shared_nested_and_lone_modules():
     report = rt.replace(model)
     assert list(report.swapped) == ["a", "b.0", "b.1"]
     assert model["a"] is model["b"][0]
-    assert type(model["b"][1]) is rt.RNN
+    assert isinstance(model["b"][1], rt.RNN)
     assert str(rt.replace(model)) == "no RNN, LSTM or GRU found"
     lone = torch.nn.LSTM(3, 4)
     assert str(rt.replace(lone)) == "swapped  (the model): LSTM(3, 4)"
+    assert isinstance(lone, rt.LSTM)
+    rt.replace(lone, fullgraph=True)
     assert type(lone) is rt.LSTM
 
 
@@ -872,12 +928,15 @@ def lefts():
         "subclass": (Own(3, 4), "subclass, Own"),
         "parametrized": (parametrized, "parametrized: weight_hh_l0"),
         "half": (torch.nn.LSTM(3, 4, dtype=torch.bfloat16), "weight_ih_l0 is torch.bfloat16 on cpu"),
-        "meta": (torch.nn.LSTM(3, 4, device="meta"), "on meta"),
+        "cell": (torch.nn.LSTMCell(3, 4), "it is a cell"),
+        "quantized": (torch.ao.nn.quantized.dynamic.GRU(3, 4), "it is quantized"),
+        "scripted": (torch.jit.script(torch.nn.LSTM(3, 4)), "compiled by TorchScript"),
         "patched": (patched, "forward"),
     }
 
 
-@pytest.mark.parametrize("name", ["subclass", "parametrized", "half", "meta", "patched"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
+@pytest.mark.parametrize("name", ["subclass", "parametrized", "half", "cell", "quantized", "scripted", "patched"])
 def test_replace_leaves_what_it_cannot_take_and_says_why(name):
     """Untouched."""
     module, word = lefts()[name]
@@ -887,6 +946,137 @@ def test_replace_leaves_what_it_cannot_take_and_says_why(name):
     assert word in report.left["0"]
     assert "left     0: " in str(report)
     assert type(module) is kind
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("kind", [torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU])
+def test_restore_undoes_replace(kind, fullgraph):
+    """Also of frozen, copied and pickled models: same objects and mode, and nothing names rnnkern any more."""
+    model = Tagger(kind).eval()
+    parameters, symbols = list(model.parameters()), torch.randint(11, (4, 9))
+    expected = model(symbols)
+    rt.replace(model, fullgraph=fullgraph)
+    model.layers.freeze()
+    with torch.no_grad():
+        torch.testing.assert_close(model(symbols), expected.detach())
+    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert list(rt.restore(one).swapped) == ["layers"]
+        assert type(one.layers) is kind
+        assert not one.layers.training
+        assert b"rnnkern" not in pickle.dumps(one)
+        torch.testing.assert_close(one(symbols), expected)
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+
+
+def test_restore_leaves_what_torch_has_no_form_for():
+    """And says why."""
+    model = torch.nn.Sequential(rt.GRU(3, 4, reset_after=False), rt.LSTM(4, 4), Mine(4, 4))
+    report = rt.restore(model)
+    assert list(report.swapped) == ["1"]
+    assert "reset_after" in report.left["0"]
+    assert "subclass, Mine" in report.left["2"]
+    assert type(model[0]) is rt.GRU
+
+
+class Mine(rt.LSTM):
+    """A subclass of ours."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kind", [rt.RNN, rt.LSTM, rt.GRU])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_trace_holds_the_operations_of_torch(kind, frozen):
+    """Right for other lengths and batches; what torch.nn does not have is refused."""
+    module, others = kind(3, 4, num_layers=2, batch_first=True).eval(), torch.rand(4, 7, 3)
+    if frozen:
+        module.freeze()
+    with torch.no_grad():
+        traced = torch.jit.trace(module, torch.rand(2, 5, 3), check_trace=False)
+        torch.testing.assert_close(traced(others)[0], module(others)[0])
+        for refused in (
+            lambda x: module(x, lengths=[5, 5]),
+            rt.GRU(3, 4, reset_after=False),
+        ):
+            with pytest.raises(NotImplementedError, match=r"lengths|reset_after"):
+                torch.jit.trace(refused, torch.rand(2, 5, 3))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*quantiz.*:UserWarning:torch"
+)
+def test_what_cannot_take_our_modules_says_so():
+    """Scripting and quantization, instead of an obscure error and of silence."""
+    model = Tagger()
+    rt.replace(model)
+    with pytest.raises(NotImplementedError, match=r"torch.jit.script: .*restore"):
+        torch.jit.script(model)
+    with pytest.warns(UserWarning, match=r"LSTM is not quantized .*restore"):
+        torch.ao.quantization.quantize_dynamic(model, {torch.nn.LSTM})
+
+
+def test_torch_fx_sees_a_leaf():
+    """By the name of the module."""
+    model = Tagger()
+    rt.replace(model)
+    graph = torch.fx.symbolic_trace(model)
+    assert "layers" in [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    symbols = torch.randint(11, (4, 9))
+    assert torch.equal(graph(symbols), model(symbols))
+
+
+def test_a_graph_that_breaks_says_so_once(monkeypatch):
+    """With the way out, after which it is whole."""
+    monkeypatch.setattr(drop_in, "_said", False)
+    torch.compiler.reset()
+    module, x = torch.nn.GRU(3, 4), torch.rand(5, 2, 3)
+    rt.replace(module)
+    model = torch.nn.Sequential(torch.nn.Identity(), module)
+    compiled = torch.compile(lambda x: model(x)[0].square().sum(), backend="eager")
+    with pytest.warns(UserWarning, match=r"torch.compile breaks its graph at GRU.*fullgraph=True"):
+        loss = compiled(x)
+    expected = model(x)[0].square().sum()
+    assert torch.equal(loss, expected)
+    assert torch.equal(*[torch.autograd.grad(one, module.weight_hh_l0)[0] for one in (loss, expected)])
+    rt.replace(model, fullgraph=True)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x)[0], model(x)[0])
+
+
+def test_shapes_are_known_without_values():
+    """On meta, in FakeTensorMode, and as one operation of a graph that `make_fx` draws."""
+    expected, x = rt.LSTM(3, 4)(X)[0], X.to("meta")
+    assert rt.LSTM(3, 4, device="meta")(x)[0].shape == expected.shape
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        assert rt.LSTM(3, 4)(torch.rand(X.shape))[0].shape == expected.shape
+    with torch.no_grad():
+        graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: rt.LSTM(3, 4)(x)[0])(X)
+    assert any("rnnkern" in str(node.target) for node in graph.graph.nodes)
+
+
+class Named(torch.Tensor):
+    """A subclass without methods of its own."""
+
+
+def test_a_subclass_of_tensor_keeps_its_class():
+    """As through torch.nn."""
+    module = rt.GRU(3, 4)
+    y, h = module(X.as_subclass(Named))
+    assert type(y) is type(h) is Named
+    assert torch.equal(y.as_subclass(torch.Tensor), module(X)[0])
+
+
+def test_threads_are_bounded_by_those_of_torch():
+    """In the calls from torch alone."""
+    script = (
+        "import os, torch, rnnkern as rk, rnnkern.torch as rt\n"
+        "torch.set_num_threads(1)\n"
+        "module, x, before = rt.LSTM(128, 128), torch.rand(50, 32, 128), rk.num_threads()\n"
+        "threads = len(os.listdir('/proc/self/task'))\n"
+        "module(x)[0].sum().backward()\n"
+        "assert len(os.listdir('/proc/self/task')) <= threads + 1, 'autograd has one thread of its own'\n"
+        "assert rk.num_threads() == before\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -913,9 +1103,6 @@ def test_replace_wants_a_module():
 
 def test_numpy_alone_imports_the_package():
     """`import rnnkern` brings no torch with it."""
-    import subprocess
-    import sys
-
     program = "import sys, rnnkern; assert 'torch' not in sys.modules; assert not hasattr(rnnkern, 'torch')"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -289,11 +290,16 @@ def naive_arithmetics(seed: int) -> list[Arithmetic]:
 
 
 def _sequential(a: Array, w: Array, reverse: bool = False) -> Array:
-    """a (..., K) times w (N, K), each sum term by term in the order of k."""
-    total = np.zeros((*a.shape[:-1], len(w)), np.result_type(a, w))
-    for k in reversed(range(w.shape[1])) if reverse else range(w.shape[1]):
-        total += a[..., k, None] * w[:, k]
-    return total
+    """a (..., K) times w (N, K), each sum term by term in the order of k; of small results many terms at once."""
+    (N, K), M, order = w.shape, prod(a.shape[:-1]), slice(None, None, -1 if reverse else 1)
+    left, right = a.reshape(M, K).T[order], np.ascontiguousarray(w.T[order])
+    total = np.zeros((M, N), np.result_type(a, w))
+    count = 2**14 // total.size if 1 < total.size < 2**12 else 1  # NumPy adds the terms of one number in another order
+    for k in range(0, K, count):
+        terms = np.multiply(left[k : k + count, :, None], right[k : k + count, None], order="C")
+        terms[0] += total
+        total = terms[0] if count == 1 else np.add.reduce(terms, axis=0)
+    return total.reshape(*a.shape[:-1], N)
 
 
 _sequential_reverse = partial(_sequential, reverse=True)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import plain
-from .kernels import Kernels, Tape, kernels_of, tape_of, tensor_of
+from .kernels import Kernels, Rows, kernels_of, tape_of, tensor_of
+from .uncompiled import uncompiled
 
 __all__ = ["Eager", "run_plain"]
-
-Array = NDArray[Any]
 
 
 def run_plain(
@@ -24,12 +23,35 @@ def run_plain(
     weights: Sequence[Tensor],
     lengths: Tensor | None,
     resets: Tensor | None,
-    masks: Sequence[Array] | None,
+    masks: Sequence[Any] | None,
 ) -> list[Tensor]:
     """What `Kernels.infer` computes, in torch's own operations."""
     by_layer = kernels.by_layer(weights)
     tensors = None if masks is None else [torch.from_numpy(one) for one in masks]
     return plain.forward(kernels.signature.stack, by_layer, x, state, lengths, resets, tensors)
+
+
+def _backward(
+    kernels: Kernels,
+    saved: tuple[Tensor, Tensor, Tensor],  # the tape, y and x
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rows: Callable[[], Rows],
+    gradients: Sequence[Tensor | None],  # of y and of the final state
+    need_x: bool,
+    need_state: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """See `Kernels.backward`. Runs forward again where hooks of saved tensors made copies of the tape."""
+    tensor, y, x = saved
+    tape = tape_of(tensor, x, y)
+    if tape is None:
+        # Keep y, in whose memory the new tape is.
+        (y, *_), tape = kernels.forward(kernels.pack(kernels.arrays(weights), True), x, state, rows(), True)
+    dy, *dfinal = gradients
+    return kernels.backward(tape, x, dy, dfinal, need_x, need_state)
+
+
+_BATCHED = torch._C._parse_dispatch_key("Batched")
 
 
 class Eager(torch.autograd.Function):
@@ -43,62 +65,76 @@ class Eager(torch.autograd.Function):
         x: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        arrays, state, lengths, resets, masks = call
-        results, tape = kernels.forward(kernels.pack(arrays, True), x, state, lengths, resets, masks, True)
-        ctx.kernels, ctx.states = kernels, len(state)
+        arrays, state, lengths, resets, seed, dropout = call
+        rows = kernels.rows(x, lengths, resets, seed, dropout)
+        results, tape = kernels.forward(kernels.pack(arrays, True), x, state, rows, True)
+        # The masks are with the tape, to be dropped with it.
+        ctx.kernels, ctx.states, ctx.call = kernels, len(state), (rows.lengths, rows.resets, seed, dropout)
         ctx.set_materialize_grads(False)
-        # The tape refers to the memory of x, y and the state; autograd refuses a backward when they were written to. It
-        # is saved as a tensor, so that activation checkpointing drops it with the others.
+        # The tape refers to the memory of x and y; autograd refuses a backward when they, the state or the weights were
+        # written to. It is saved as a tensor, so that activation checkpointing drops it with the others.
         ctx.save_for_backward(tensor_of(tape), results[0], x, *tensors)
         return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        tape, _, x, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():  # with create_graph=True
-            gradients = _again(ctx, tape_of(tape), x, tensors, [dy, *dfinal])
+    @uncompiled()
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        tape, y, x, *tensors = ctx.saved_tensors
+        kernels, states = ctx.kernels, ctx.states
+        lengths, resets, seed, dropout = ctx.call
+        state, weights = tensors[:states], tensors[states:]
+
+        def rows() -> Rows:
+            return Rows(lengths, resets, kernels.masks(x, seed, dropout))
+
+        if torch.is_grad_enabled() or _are_batched(gradients):  # create_graph=True, is_grads_batched=True
+            found = _again(ctx, rows(), x, tensors, gradients)
         else:
-            need_x, need_state = ctx.needs_input_grad[2], ctx.states > 0
-            dx, dstate, dweights = ctx.kernels.backward(tape_of(tape), x, dy, dfinal, need_x, need_state)
-            gradients = [dx, *dstate, *dweights]
-        return (None, None, *gradients)
+            need_x = ctx.needs_input_grad[2]
+            saved = (tape, y, x)
+            dx, dstate, dweights = _backward(kernels, saved, state, weights, rows, gradients, need_x, states > 0)
+            found = [dx, *dstate, *dweights]
+        return (None, None, *found)
+
+
+def _are_batched(gradients: Sequence[Tensor | None]) -> bool:
+    """Many gradients at once, as `is_grads_batched=True` and `jacobian(vectorize=True)` pass them."""
+    return any(torch._C._dispatch_keys(one).has(_BATCHED) for one in gradients if one is not None)
 
 
 def _again(
-    ctx: Any, tape: Tape, x: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ctx: Any, rows: Rows, x: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated, of the same call in torch's own operations."""
-    ends, cuts = [None if one is None else torch.from_numpy(one) for one in (tape.lengths, tape.resets)]
-    results = run_plain(ctx.kernels, x, tensors[: ctx.states], tensors[ctx.states :], ends, cuts, tape.masks)
+    create_graph, states = torch.is_grad_enabled(), ctx.states
+    ends, cuts = [None if one is None else torch.from_numpy(one) for one in rows[:2]]
+    with torch.enable_grad():
+        results = run_plain(ctx.kernels, x, tensors[:states], tensors[states:], ends, cuts, rows.masks)
     seen = [(one, d) for one, d in zip(results, gradients, strict=True) if d is not None]
     outputs, directions = zip(*seen, strict=True)
-    wanted = [one for one in (x, *tensors) if one.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, directions, create_graph=True, allow_unused=True))
-    return [next(found) if one.requires_grad else None for one in (x, *tensors)]
+    wanted = [one for one, need in zip((x, *tensors), ctx.needs_input_grad[2:], strict=True) if need]
+    found = iter(torch.autograd.grad(outputs, wanted, directions, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in ctx.needs_input_grad[2:]]
 
 
-# The operators are one node each of a graph. Only tensors pass from the one to the other: the tape is one, and x, y and
-# the state go along so that their memory is not used for something else before.
+# The operators are one node each of a graph. Only tensors pass from the one to the other: the tape is one. The
+# arguments of forward go along, for hooks of saved tensors may hand over copies.
 
 _STACK = (
     "str cell, int input_size, int hidden_size, int proj_size, int num_layers, bool bidirectional, bool bias, "
     "str backend"
 )
-torch.library.define(
-    "rnnkern::forward",
-    "(Tensor x, Tensor[] state, Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? seed, float dropout, "
-    f"bool training, {_STACK}) -> Tensor[]",
-)
+_CALL = "Tensor x, Tensor[] state, Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? seed, float dropout"
+torch.library.define("rnnkern::forward", f"({_CALL}, bool training, {_STACK}) -> Tensor[]")
 torch.library.define(
     "rnnkern::backward",
-    f"(Tensor tape, Tensor x, Tensor y, Tensor[] state, Tensor? dy, Tensor?[] dfinal, bool need_x, {_STACK}) "
-    "-> Tensor[]",
+    f"({_CALL}, Tensor tape, Tensor y, Tensor? dy, Tensor?[] dfinal, bool need_x, {_STACK}) -> Tensor[]",
 )
 
 
 @torch.library.impl("rnnkern::forward", "CPU")
 @torch.no_grad()
-def _forward(
+def _forward_operator(
     x: Tensor,
     state: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -111,10 +147,10 @@ def _forward(
 ) -> list[Tensor]:
     """y, the final state and the tape, which is an empty tensor unless training."""
     kernels = kernels_of(*stack, x.dtype)
-    arrays, masks = kernels.arrays(weights), kernels.masks(x, dropout, seed)
+    arrays, rows = kernels.arrays(weights), kernels.rows(x, lengths, resets, seed, dropout)
     if not training:
-        return [*kernels.infer(arrays, x, state, lengths, resets, masks), x.new_empty(0, dtype=torch.uint8)]
-    results, tape = kernels.forward(kernels.pack(arrays, True), x, state, lengths, resets, masks, True)
+        return [*kernels.infer(arrays, x, state, rows), x.new_empty(0, dtype=torch.uint8)]
+    results, tape = kernels.forward(kernels.pack(arrays, True), x, state, rows, True)
     return [*results, tensor_of(tape)]
 
 
@@ -138,27 +174,39 @@ def _forward_shapes(
 
 @torch.library.impl("rnnkern::backward", "CPU")
 @torch.no_grad()
-def _backward(
-    tape: Tensor,
+def _backward_operator(
     x: Tensor,
-    y: Tensor,
     state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    tape: Tensor,
+    y: Tensor,
     dy: Tensor | None,
     dfinal: Sequence[Tensor | None],
     need_x: bool,
     *stack: Any,
 ) -> list[Tensor]:
     """Gradients of x (empty unless needed), of the initial state and of the weights."""
-    dx, dstate, dweights = kernels_of(*stack, x.dtype).backward(tape_of(tape), x, dy, dfinal, need_x, True)
+    kernels = kernels_of(*stack, x.dtype)
+    rows, gradients = partial(kernels.rows, x, lengths, resets, seed, dropout), (dy, *dfinal)
+    dx, dstate, dweights = _backward(kernels, (tape, y, x), state, weights, rows, gradients, need_x, True)
     return [x.new_empty(0) if dx is None else dx, *dstate, *dweights]
 
 
 @torch.library.register_fake("rnnkern::backward")
 def _backward_shapes(
-    tape: Tensor,
     x: Tensor,
-    y: Tensor,
     state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    tape: Tensor,
+    y: Tensor,
     dy: Tensor | None,
     dfinal: Sequence[Tensor | None],
     need_x: bool,
@@ -170,17 +218,19 @@ def _backward_shapes(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, state = inputs[:2]
-    ctx.stack = inputs[8:]
+    x, state, weights, lengths, resets, seed, ctx.dropout, _, *ctx.stack = inputs
+    ctx.states = len(state)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[-1], x, output[0], *state)
+    ctx.save_for_backward(x, lengths, resets, seed, output[-1], output[0], *state, *weights)
 
 
 def _differentiate(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    tape, x, y, *state = ctx.saved_tensors
+    x, lengths, resets, seed, tape, y, *tensors = ctx.saved_tensors
+    state, weights = tensors[: ctx.states], tensors[ctx.states :]
     dy, *dfinal, _ = gradients
     need_x = ctx.needs_input_grad[0]
-    dx, *rest = torch.ops.rnnkern.backward(tape, x, y, state, dy, dfinal, need_x, *ctx.stack)
+    call = (x, state, weights, lengths, resets, seed, ctx.dropout)
+    dx, *rest = torch.ops.rnnkern.backward(*call, tape, y, dy, dfinal, need_x, *ctx.stack)
     return (dx if need_x else None, rest[: len(state)], rest[len(dfinal) :], *[None] * (5 + len(ctx.stack)))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import backends
 from ..arguments import describe, flag
@@ -15,9 +17,16 @@ from ..cells import CELLS
 from .autograd import Eager, run_plain
 from .kernels import DTYPES, Kernels, kernels_of
 
-__all__ = ["GRU", "LSTM", "RNN", "SUPPORTED", "Layers", "is_supported"]
+__all__ = ["GRU", "LSTM", "OWN", "RNN", "SUPPORTED", "THEIRS", "Layers", "is_supported", "torchs"]
 
 SUPPORTED = "torch.float32 and torch.float64 on the CPU"
+
+THEIRS = {"RNN_TANH": torch.nn.RNN, "RNN_RELU": torch.nn.RNN, "LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}
+OWN = ("_frozen", "_seen", "backend", "reset_after")  # attributes that torch's modules do not have
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """A shape or a state is not as expected: a ValueError as everywhere in rnnkern, a RuntimeError as from torch.nn."""
 
 
 class Layers(torch.nn.RNNBase):
@@ -73,33 +82,46 @@ class Layers(torch.nn.RNNBase):
         Raises
         ------
         ValueError, TypeError
-            An argument is not as above; the message names it.
+            An argument is not as above; the message names it. Of shapes and states it is a RuntimeError too, as from
+            torch.nn.
         NotImplementedError
-            A device or dtype is not supported.
+            A device or dtype is not supported, or torch traces a call that torch.nn does not have.
         """
+        if isinstance(input, torch.fx.Proxy):  # torch.fx: one node, as of torch's own
+            options = {"lengths": lengths, "resets": resets} if lengths is not None or resets is not None else {}
+            tracer = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), options)
+        if torch.compiler.is_compiling():
+            exports = torch.onnx.is_in_onnx_export()
+        else:
+            exports = torch._C._get_tracing_state() is not None
+        if exports:
+            return self._run_torch(input, hx, lengths, resets)
+        if torch.is_autocast_enabled("cpu"):
+            return self._run_autocast(input, hx, lengths, resets)
         weights = self._weights()
         if isinstance(input, PackedSequence):
             return self._run_packed(weights, input, hx, lengths, resets)
         x = self._checked(input, weights[0])
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             leading = "B, T" if self.batch_first else "T, B"
-            raise ValueError(
+            raise ArgumentError(
                 f"input: expected shape ({leading}, {self.input_size}) or (T, {self.input_size}), got {tuple(x.shape)}"
             )
         if resets is not None:
             resets = torch.as_tensor(resets)
             if resets.shape != x.shape[:-1]:
-                raise ValueError(f"resets: expected bool of shape {tuple(x.shape[:-1])}, got {tuple(resets.shape)}")
+                raise ArgumentError(f"resets: expected bool of shape {tuple(x.shape[:-1])}, got {tuple(resets.shape)}")
         if x.dim() == 2:
             if lengths is not None:
-                raise ValueError("lengths: expected None with unbatched input")
-            unbatched_state = [one.unsqueeze(1) for one in self._state(hx, (), x.dtype)]
+                raise ArgumentError("lengths: expected None with unbatched input")
+            unbatched_state = [one.unsqueeze(1) for one in self._state(hx, (), x)]
             cuts = None if resets is None else resets.unsqueeze(1)
             y, *final = self._run(weights, x.unsqueeze(1), unbatched_state, None, cuts)
             return y.squeeze(1), self._as_hx([one.squeeze(1) for one in final])
         if self.batch_first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
-        state = self._state(hx, (x.shape[1],), x.dtype)
+        state = self._state(hx, (x.shape[1],), x)
         y, *final = self._run(weights, x, state, None if lengths is None else torch.as_tensor(lengths), resets)
         return y.transpose(0, 1) if self.batch_first else y, self._as_hx(final)
 
@@ -139,6 +161,29 @@ class Layers(torch.nn.RNNBase):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name not in ("_frozen", "_seen")}
 
+    @property
+    def qconfig(self) -> None:
+        """None. To set one, as `quantize_dynamic` does by the type of a module, warns that this one stays as it is."""
+        return None
+
+    @qconfig.setter
+    def qconfig(self, _: object) -> None:
+        warnings.warn(
+            f"rnnkern.torch.{type(self).__name__} is not quantized and stays in {self._weights()[0].dtype}; "
+            "rnnkern.torch.restore(model) before makes it torch.nn's again, which is",
+            stacklevel=2,
+        )
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        pass
+
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError(
+            f"torch.jit.script: expected torch.nn's modules, got rnnkern.torch.{type(self).__name__}; "
+            "call rnnkern.torch.restore(model) before, or use torch.jit.trace"
+        )
+
     def _apply(self, *arguments: Any, **options: Any) -> Self:
         self.unfreeze()
         return super()._apply(*arguments, **options)
@@ -153,7 +198,7 @@ class Layers(torch.nn.RNNBase):
         return [parameters[name] if name in parameters else getattr(self, name) for name in self._flat_weights_names]
 
     def _arrays(self, kernels: Kernels, weights: list[Tensor]) -> list[dict[str, Any]]:
-        """`kernels.arrays`, made again where a weight has moved; they keep the memory, so no other has its address."""
+        """`kernels.arrays`, made again where a weight has moved: only addresses of this call are used."""
         places = [(one.data_ptr(), one.shape) for one in weights if one.is_contiguous()]
         seen = self._seen
         if seen is None or seen[0] is not kernels or seen[1] != places:
@@ -177,18 +222,20 @@ class Layers(torch.nn.RNNBase):
         )
 
     def _checked(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The input where the kernels take it; under autocast in the dtype of the weights."""
+        """The input, where the kernels take it."""
         dtype = weight.dtype
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input: expected a Tensor or a PackedSequence, got {describe(x)}")
         if x.dtype is not dtype or dtype not in DTYPES or not (x.is_cpu and weight.is_cpu):
             _check_kind("parameters", weight.device, dtype)
-            if torch.is_autocast_enabled("cpu") and x.is_floating_point():
-                x = x.to(dtype)
             _check_kind("input", x.device, x.dtype)
             if x.dtype is not dtype:
                 raise TypeError(f"input: expected {dtype}, as the parameters are, got {x.dtype}")
+            if x.device != weight.device:
+                raise NotImplementedError(f"input: expected one on {weight.device}, as the parameters, got {x.device}")
         return x
 
-    def _state(self, hx: Any, batch: tuple[int, ...], dtype: torch.dtype) -> Sequence[Tensor]:
+    def _state(self, hx: Any, batch: tuple[int, ...], x: Tensor) -> Sequence[Tensor]:
         """The initial state as a sequence, empty for None."""
         if hx is None:
             return ()
@@ -197,11 +244,15 @@ class Layers(torch.nn.RNNBase):
             hx, names = (hx,), ("hx",)
         elif not isinstance(hx, tuple | list) or len(hx) != len(names):
             raise TypeError(f"hx: expected a tuple ({', '.join(names)}), got {describe(hx)}")
-        count = self.num_layers * (1 + self.bidirectional)
+        dtype, count = x.dtype, self.num_layers * (1 + self.bidirectional)
         for name, one, size in zip(names, hx, (self.proj_size or self.hidden_size, self.hidden_size), strict=False):
             shape = (count, *batch, size)
+            if not isinstance(one, Tensor):
+                raise TypeError(f"{name}: expected {dtype} of shape {shape}, got {describe(one)}")
             if one.dtype is not dtype or one.shape != shape:
-                raise ValueError(f"{name}: expected {dtype} of shape {shape}, got {one.dtype} of {tuple(one.shape)}")
+                raise ArgumentError(f"{name}: expected {dtype} of shape {shape}, got {one.dtype} of {tuple(one.shape)}")
+            if one.is_cpu is not x.is_cpu:
+                raise ArgumentError(f"{name}: expected one on {x.device}, as input, got {one.device}")
         return hx
 
     def _as_hx(self, final: list[Tensor]) -> Any:
@@ -211,13 +262,13 @@ class Layers(torch.nn.RNNBase):
     def _run_packed(self, weights: list[Tensor], packed: PackedSequence, hx: Any, lengths: Any, resets: Any) -> Any:
         """A PackedSequence, whose rows stay in their order, the longest first."""
         if lengths is not None or resets is not None:
-            raise ValueError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
+            raise ArgumentError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
         data, sizes, order, back = packed
         data = self._checked(data, weights[0])
         if data.shape[-1] != self.input_size:
-            raise ValueError(f"input: expected data of {self.input_size} columns, got shape {tuple(data.shape)}")
+            raise ArgumentError(f"input: expected data of {self.input_size} columns, got shape {tuple(data.shape)}")
         x, ends = pad_packed_sequence(PackedSequence(data, sizes))
-        state = self._state(hx, (x.shape[1],), x.dtype)
+        state = self._state(hx, (x.shape[1],), x)
         if order is not None:
             state = [one.index_select(1, order) for one in state]
         y, *final = self._run(weights, x, state, ends, None)
@@ -234,29 +285,84 @@ class Layers(torch.nn.RNNBase):
         resets: Tensor | None,
     ) -> Sequence[Tensor]:
         """y (T, B, D*P) and the final state, of x (T, B, I)."""
+        compiling, floats = torch.compiler.is_compiling(), (x, *state, *weights)
+        if not compiling and has_torch_function(floats):  # a subclass of Tensor, or a mode, which may keep its class
+            found = handle_torch_function(type(self)._run, floats, self, weights, x, state, lengths, resets)
+            return cast("Sequence[Tensor]", found)
         stack = self._stack()
         dropout = self.dropout if self.training and self._frozen is None and self.num_layers > 1 else 0.0
         seed = torch.randint(2**63 - 1, ()) if dropout else None
         grad = torch.is_grad_enabled()
-        if torch.compiler.is_compiling():
+        functorch = torch._C._are_functorch_transforms_active()  # vmap, grad and the others of torch.func
+        if not functorch and (compiling or _is_dispatched(x, weights[0])):
             return torch.ops.rnnkern.forward(x, state, weights, lengths, resets, seed, dropout, grad, *stack)[:-1]
         kernels = kernels_of(*stack, x.dtype)
-        masks = kernels.masks(x, dropout, seed)
-        if torch._C._are_functorch_transforms_active():  # vmap, grad and the others of torch.func
-            return run_plain(kernels, x, state, weights, lengths, resets, masks)
-        if self._frozen is not None:
-            if grad and any(one.requires_grad for one in (x, *state)):
+        if functorch:
+            return run_plain(kernels, x, state, weights, lengths, resets, kernels.masks(x, seed, dropout))
+        if grad and any(one.requires_grad for one in (floats if self._frozen is None else (x, *state))):
+            if self._frozen is not None:
                 raise RuntimeError("input, hx: expected none that requires its gradient, for the module is frozen")
-            return kernels.forward(self._frozen, x, state, lengths, resets, None, False)[0]
-        arrays = self._arrays(kernels, weights)
-        if grad and any(one.requires_grad for one in (*weights, x, *state)):
-            return Eager.apply(kernels, (arrays, state, lengths, resets, masks), x, *state, *weights)
-        return kernels.infer(arrays, x, state, lengths, resets, masks)
+            call = (self._arrays(kernels, weights), state, lengths, resets, seed, dropout)
+            return Eager.apply(kernels, call, x, *state, *weights)
+        rows = kernels.rows(x, lengths, resets, seed, dropout)
+        if self._frozen is not None:
+            return kernels.forward(self._frozen, x, state, rows, False)[0]
+        return kernels.infer(self._arrays(kernels, weights), x, state, rows)
+
+    def _run_torch(self, input: Any, hx: Any, lengths: Any, resets: Any) -> Any:
+        """The call in torch.nn's own forward, for whoever writes down torch's operations: a trace, an exporter to ONNX.
+
+        Else the trace would hold what came out, as constants.
+        """
+        if lengths is not None or resets is not None:
+            raise NotImplementedError("lengths, resets: expected None while torch traces, for torch.nn has neither")
+        return torchs(self).forward(input, hx)
+
+    def _run_autocast(self, input: Any, hx: Any, lengths: Any, resets: Any) -> Any:
+        """The call in the dtype of the weights, and its results in the one that torch.nn's have under autocast."""
+        packed, dtype = isinstance(input, PackedSequence), self._weights()[0].dtype
+
+        def to(value: Any, dtype: torch.dtype) -> Any:
+            if isinstance(value, PackedSequence):
+                return value._replace(data=to(value.data, dtype))
+            if isinstance(value, tuple | list):
+                return tuple([to(one, dtype) for one in value])
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        with torch.autocast("cpu", enabled=False):
+            y, state = Layers.forward(self, to(input, dtype), to(hx, dtype), lengths=lengths, resets=resets)
+        if dtype is torch.float32:  # others autocast leaves alone
+            dtype = torch.get_autocast_dtype("cpu")
+            low = self.mode.startswith("RNN") or (self.mode == "LSTM" and not packed and not self.proj_size)
+            if not low:  # torch.nn adds to the state, at first to zeros like the input
+                first = hx[0] if isinstance(hx, tuple | list) else input.data if hx is None else hx
+                dtype = torch.promote_types(dtype, first.dtype)
+        return to(y, dtype), to(state, dtype)
+
+
+def torchs(module: Layers) -> Any:
+    """A module of torch.nn that shares all that `module` has: parameters, buffers, hooks.
+
+    Raises NotImplementedError where torch.nn has no such module.
+    """
+    if module.cell == "gru_reset_before":
+        raise NotImplementedError("reset_after: expected True, for torch.nn.GRU computes nothing else, got False")
+    twin = object.__new__(THEIRS[module.mode])
+    twin.__dict__ |= {name: value for name, value in vars(module).items() if name not in OWN}
+    twin.__dict__["_flat_weights"] = module._weights()
+    return twin
+
+
+def _is_dispatched(*tensors: Tensor) -> bool:
+    """A call is to be seen as one operation: by a mode such as FakeTensorMode, by such tensors, or on meta."""
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        one.is_meta or type(one).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl for one in tensors
+    )
 
 
 def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
-    """The kernels take tensors of this device and dtype."""
-    return device.type == "cpu" and dtype in DTYPES
+    """The kernels take tensors of this device and dtype; those on meta have no values yet."""
+    return device.type in ("cpu", "meta") and dtype in DTYPES
 
 
 def _check_kind(name: str, device: torch.device, dtype: torch.dtype) -> None:
