@@ -15,6 +15,7 @@
 
 #include "calls.h"
 #include "checks.h"
+#include "cores.h"
 #include "dispatch.h"
 #include "gil.h"
 #include "kernel_table.h"
@@ -294,6 +295,9 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
       },
       py::arg("threads"), py::arg("expected_ns"), py::arg("since_last"), py::arg("cpus"), py::arg("runnable"),
       py::arg("awake"), "How many helpers a call asks for, and whether it asks again on its way, by policy.h.");
+  m.def(
+      "supply", [] { return std::pair(online_cpus(), runnable_threads()); },
+      "The CPUs of this machine, and the threads on it that have one or wait for one now, 0 where that is not known.");
   m.def("next_retreat", &next_retreat, py::arg("before"), "How many calls do without helpers after a crowded one.");
   m.attr("compiler") = RNNKERN_COMPILER;
 }

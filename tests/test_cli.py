@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,26 +127,26 @@ def test_an_update_without_a_finite_gradient_is_skipped(text: Path, tmp_path: Pa
         np.testing.assert_array_equal(value, before[name])
 
 
-def test_an_interrupt_keeps_what_was_learned(text: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends the training, not the report; the run exits with 0 and can be resumed."""
-    code = "import sys; from rnnkern.cli import main; sys.exit(main())"
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str)
+def test_an_interrupt_keeps_what_was_learned(number: int, code: int, text: Path, tmp_path: Path) -> None:
+    """The run can be resumed. Ctrl-C ends the training, not the report, and the run exits with 0; others end both."""
     arguments = quick(text, tmp_path, "--hidden", "8", "--seconds", "600")
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "rnnkern", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     try:
         for line in process.stdout:
             if line.startswith("steps"):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 break
         output, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0, errors
+    assert process.returncode == code, errors
     assert "Traceback" not in errors
     assert "interrupted" in output
-    assert "this model" in output
+    assert ("this model" in output) == (number == signal.SIGINT)
     first = steps(tmp_path)
     assert first >= 1
     assert cli.main(quick(text, tmp_path, "--resume")) == 0
@@ -288,6 +289,13 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"rnnkern {rk.__version__}\n"
 
 
+def test_every_cell_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """One row of the table each, below its two of the head."""
+    assert cli.main(["cells"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| `{cell}`" for cell in CELLS]
+
+
 # doctor
 
 
@@ -304,6 +312,7 @@ def test_doctor_finds_a_working_backend(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["doctor", "--backend", "reference"]) == 0
     printed = capsys.readouterr().out
     assert np.__version__ in printed
+    assert re.search(r"threads +\d+ wanted", printed)
     assert f"reference    works: forward and backward of {len(CELLS)} of {len(CELLS)} cells" in printed
 
 

@@ -56,9 +56,3 @@ def test_the_programs_of_the_pages_run(page, tmp_path, monkeypatch):
         exec(compile("".join(parts), page, "exec"), {"__name__": "__main__"})
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
-
-
-def test_the_readme_names_every_cell():
-    """Its table is complete."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [cell for cell in rnnkern.cells.CELLS if f"`{cell}`" not in text] == []

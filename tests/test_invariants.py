@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import rnnkern as rk
-from rnnkern import backends
+from rnnkern import backends, config
 from rnnkern.cells import CELLS
 from rnnkern.testing import Problem, assert_accurate, infer, inputs, layer_of, run, state_of
 
@@ -350,7 +350,7 @@ def test_more_gate_elements_than_32_bits_count():
     same({"y": y[:, -1:], "h": h[:, -1:], "c": c[:, -1:]}, {"y": alone, "h": h_alone, "c": c_alone})
 
 
-def test_the_number_of_helpers_that_a_call_asks_for():
+def test_the_number_of_helpers_that_a_call_asks_for(monkeypatch):
     """A CPU that nobody else wants for each, of 1 to 128; all where that is not known; few for a short call."""
     native = backends.get("native").native_module()
     if native is None:
@@ -383,6 +383,9 @@ def test_the_number_of_helpers_that_a_call_asks_for():
             threads=threads, expected_ns=expected_ns, since_last=since_last, cpus=cpus, runnable=runnable, awake=awake
         )
         assert list(asked) == decision, (threads, expected_ns, since_last, cpus, runnable, awake)
+    monkeypatch.setattr(native, "supply", lambda: (16, 16))
+    monkeypatch.setattr(native, "num_threads", lambda: 16)
+    assert config.show_config("dicts")["threads_now"].endswith("a long call would ask 0 helpers")
     quotas = [(1, np.inf, 1), (128, np.inf, 128), (128, 2.0, 2), (128, 1.5, 2), (4, 0.1, 1), (2, 64.0, 2)]
     for cores, quota, threads in quotas:
         assert native.most_threads(cores, quota) == threads

@@ -270,6 +270,26 @@ def test_a_frame_of_series_is_refused():
     RNNClassifier(2, max_iter=1).fit(numbers, y)
 
 
+def test_a_frame_of_several_levels_is_refused():
+    """With the way to sequences, which fits: a frame of steps is not read as one of sequences."""
+    pandas = pytest.importorskip("pandas")
+    X, y = np.random.default_rng(0).normal(size=(12, 5, 2)), np.arange(12) % 2
+    rows = pandas.MultiIndex.from_product([range(12), range(5)])
+    steps = pandas.DataFrame(X.reshape(60, 2), index=rows)
+    with pytest.raises(ValueError, match=r"MultiIndex of 2 levels as its index; .* X.groupby\(level=0, sort=False\)"):
+        RNNClassifier(2, max_iter=1).fit(steps, np.repeat(y, 5))
+    columns = pandas.MultiIndex.from_product([["a", "b"], range(5)])
+    features = pandas.DataFrame(X.transpose(0, 2, 1).reshape(12, 10), columns=columns)
+    with pytest.raises(ValueError, match=r"MultiIndex of 2 levels as its columns; .* X.to_numpy"):
+        RNNClassifier(2, max_iter=1).fit(features, y)
+    model = RNNClassifier(2, max_iter=1, random_state=0).fit(X, y)
+    for way_out in (
+        [x.to_numpy() for _, x in steps.groupby(level=0, sort=False)],
+        features.to_numpy().reshape(12, 2, 5).transpose(0, 2, 1),
+    ):
+        assert same_bits(model, clone(model).fit(way_out, y))
+
+
 @pytest.mark.parametrize("shape", [(20, 1, 10), (20, 3, 200), (20, 12, 120)])
 def test_an_array_that_looks_like_channels_first_is_fitted_with_a_warning(shape):
     """Also as a list; once, by fit, and not by predict."""

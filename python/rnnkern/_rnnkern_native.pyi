@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'abi_bytes', 'activation', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'set_num_threads', 'stream', 'unknown_max_isa', 'use_isa']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'abi_bytes', 'activation', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'set_num_threads', 'stream', 'supply', 'unknown_max_isa', 'use_isa']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -108,6 +108,10 @@ def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def stream(packed: typing.Any, batch: typing.SupportsInt | typing.SupportsIndex, arguments: typing.Any) -> Steps:
     ...
+def supply() -> tuple[int, int]:
+    """
+    The CPUs of this machine, and the threads on it that have one or wait for one now, 0 where that is not known.
+    """
 def unknown_max_isa() -> str:
     """
     RNNKERN_MAX_ISA where it names no compiled ISA, else empty.

@@ -1,4 +1,4 @@
-"""The command line: `rnnkern demo | doctor | bench`. A command is a function that adds its parser, see `COMMANDS`."""
+"""The command line: `rnnkern demo | doctor | cells | bench`. A command is a function that adds its parser."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import __version__, backends, demo, doctor
 from .bench import report, runner
 from .bench.peers import PEERS
 from .bench.workloads import named
-from .cells import CELLS
+from .cells import CELLS, table
 from .config import num_threads
 from .terminal import Terminal
 
@@ -76,7 +76,8 @@ def add_demo(commands: Any) -> None:
         "demo",
         help="train a character-level language model on real text",
         description="Train a character-level language model with truncated backpropagation through time, measure it "
-        "on held-out text against n-gram models, and let it write. Ctrl-C stops early and keeps what was learned.",
+        "on held-out text against n-gram models, and let it write. Ctrl-C stops early and keeps what was learned, "
+        "as SIGTERM and a closed terminal do.",
     )
     parser.add_argument("--cell", choices=tuple(CELLS), help=f"cell of the layer (default: {demo.DEFAULT_CELL})")
     parser.add_argument("--hidden", type=_positive_integer, help=f"hidden units (default: {demo.DEFAULT_HIDDEN})")
@@ -121,6 +122,20 @@ def add_doctor(commands: Any) -> None:
         asked = options.backend if options.backend != "auto" else os.environ.get("RNNKERN_BACKEND") or "auto"
         with Terminal() as terminal:
             return doctor.run(asked, terminal.say)
+
+    parser.set_defaults(run=run)
+
+
+def add_cells(commands: Any) -> None:
+    """`rnnkern cells`."""
+    parser = commands.add_parser(
+        "cells", help="list the cells", description="Print every cell that `rnnkern.Recurrent` takes, as a table."
+    )
+
+    def run(_: argparse.Namespace) -> int:
+        with Terminal() as terminal:
+            terminal.say(table())
+        return 0
 
     parser.set_defaults(run=run)
 
@@ -185,7 +200,7 @@ def add_bench(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_doctor, add_bench)
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_doctor, add_cells, add_bench)
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:

@@ -77,6 +77,22 @@ def use_isa(name: str) -> Iterator[None]:
         native.use_isa(before)
 
 
+_LONG = 10**9  # ns; of a call that is worth waking helpers for, long after the one before
+
+
+def _threads_now() -> str:
+    """What the policy of the threads would decide for a long call at this moment."""
+    native = native_module()
+    if native is None:
+        return "1 wanted: the kernels are not compiled"
+    wanted, (cpus, runnable) = native.num_threads(), native.supply()
+    helpers, _ = native.decide(
+        threads=wanted, expected_ns=_LONG, since_last=_LONG, cpus=cpus, runnable=runnable, awake=0
+    )
+    busy = f"{runnable} threads of this machine run or wait" if runnable else "how many are busy is not known"
+    return f"{wanted} wanted; {cpus} CPUs, {busy}; a long call would ask {helpers} helpers"
+
+
 _OPTIONAL = ("numba", "torch", "onnx", "rich", "matplotlib", "threadpoolctl")
 
 
@@ -87,8 +103,9 @@ def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
 def show_config(mode: str = "text") -> dict[str, Any] | None:
     """Print the configuration, or return it as a dict.
 
-    Keys: compiler (None without kernels), isas_built, isa (in use), threads, backends (name -> None, or why it cannot
-    run), optional (package -> present?).
+    Keys: compiler (None without kernels), isas_built, isa (in use), threads, threads_now (a sentence: how many of them
+    a long call would take at this moment, beside what else runs), backends (name -> None, or why it cannot run),
+    optional (package -> present?).
 
     Raises
     ------
@@ -106,6 +123,7 @@ def show_config(mode: str = "text") -> dict[str, Any] | None:
         "isas_built": [] if native is None else [name for name, _ in native.isas()],
         "isa": None if native is None else native.isa(),
         "threads": num_threads(),
+        "threads_now": _threads_now(),
         "backends": {name: backends.get(name).unavailable() for name in backends.backend_names()},
         "optional": {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL},
     }

@@ -37,6 +37,7 @@ MAX_NORM = 1.0
 DEFAULT_CELL, DEFAULT_HIDDEN = "lstm", 128
 
 EVALUATION_STEPS = 4096  # characters a call, read in one stream
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end the training and keep it
 EVALUATION_AFTER_INTERRUPT = 8192  # held-out characters that still fit the patience of a Ctrl-C
 SAMPLE_CHARACTERS = 400
 SAMPLE_TEMPERATURE = 0.7
@@ -201,6 +202,9 @@ def run(session: Session, options: Options, terminal: Terminal) -> int:
         train(session, options.seconds, terminal, interrupts)
         save(path, session.state_dict())  # before anything that can fail
     terminal.say(f"saved      {path}" + ("; interrupted: --resume goes on" if interrupts else ""))
+    ended = [number for number in interrupts if number != signal.SIGINT]
+    if ended:  # by somebody who waits for the process to end, not for its report
+        return 128 + ended[0]
     terminal.say(f"loss       {sparkline(session.bits)}  from {session.bits[0]:.2f} to {recent(session.bits):.2f}")
     measured = report_held_out(session, terminal, EVALUATION_AFTER_INTERRUPT if interrupts else len(text.held_out))
     terminal.say(f"sample     at temperature {SAMPLE_TEMPERATURE}")
@@ -270,13 +274,17 @@ def train(session: Session, seconds: float, terminal: Terminal, interrupts: Sequ
 
 @contextmanager
 def noting_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C adds to the list instead of raising, so that an update ends whole and is saved."""
+    """Ctrl-C, SIGTERM and a closed terminal add to the list instead of ending the process: an update ends whole."""
     received: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    # What is ignored, as by nohup, stays so.
+    previous = {one: signal.getsignal(one) for one in STOPPING if signal.getsignal(one) != signal.SIG_IGN}
+    for one in previous:
+        signal.signal(one, lambda number, _: received.append(number))
     try:
         yield received
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for one, handler in previous.items():
+            signal.signal(one, handler)
 
 
 def recent(bits: list[float]) -> float:

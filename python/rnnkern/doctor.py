@@ -27,7 +27,7 @@ def run(asked: str, say: Callable[[str], object]) -> int:
     say(f"platform     {platform.platform()}")
     say(f"compiler     {config['compiler'] or 'none: the kernels are not compiled'}")
     say(f"ISAs         built: {', '.join(config['isas_built']) or 'none'}; in use: {config['isa'] or 'none'}")
-    say(f"threads      {config['threads']}")
+    say(f"threads      {config['threads_now']}")
     say(f"optional     {', '.join(name for name, present in config['optional'].items() if present) or 'none'}")
     if BUILD_FAILURE.exists():
         say("build        the kernels did not compile; the last lines were")

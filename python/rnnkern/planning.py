@@ -13,6 +13,7 @@ import numpy as np
 
 from .arguments import describe, integer
 from .backends.native import native_module
+from .config import num_threads
 from .layers import Recurrent
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Division:
     block_steps: int  # steps that are worked on while their gates are in cache
     kept: int  # bytes that forward keeps for backward beside y and the states
     scratch: int  # bytes of arrays that go when the call returns
+    estimated: bool = False  # kept and scratch are about that, not to the byte
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,15 @@ class MemoryPlan:
     - states: the initial and the final one, and their gradients.
     - scratch: a block of gates, which is meant to stay in cache, what else the steps work in, and with several layers
       the gradients between them. Up to 16 KiB lie on the stack and count as 0.
+
+    That is the backend native, to the byte. Of numba and reference, which keep other values and work on all steps at
+    once, the bytes are estimates (`estimated`), as the table says.
     """
 
     forward: Mapping[str, int]
     kept: Mapping[str, int]
     backward: Mapping[str, int]
+    estimated: bool = False
 
     @property
     def peak(self) -> int:
@@ -63,7 +69,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         columns = {"in forward": self.forward, "kept": self.kept, "in backward": self.backward}
         purposes = dict.fromkeys(purpose for column in columns.values() for purpose in column)
-        lines = [("bytes", *columns)]
+        lines = [("bytes, estimated" if self.estimated else "bytes", *columns)]
         for purpose in purposes:
             numbers = [column.get(purpose, 0) for column in columns.values()]
             if any(numbers):
@@ -87,11 +93,12 @@ class Explanation:
 
     def __str__(self) -> str:
         kept, peak = sum(self.memory.kept.values()), self.memory.peak
+        about = "about " if self.memory.estimated else ""
         lines = {
             "forward": _sentence(self.forward, self.flops),
             "backward": _sentence(self.backward, 2 * self.flops),
             "weights": f"{self.weights:,} bytes, {self.memory.kept['packed weights']:,} packed for both calls",
-            "memory": f"{kept:,} bytes between the calls, {peak:,} at the peak",
+            "memory": f"{about}{kept:,} bytes between the calls, {peak:,} at the peak",
             "floor": f"not known: {self.without_floors}",
         }
         if self.floors is not None:
@@ -117,7 +124,8 @@ def memory_plan(layer: Recurrent, shape: Sequence[int]) -> MemoryPlan:
 
     It is what `tracemalloc` shows in NumPy's domain, to the byte, where x and dy are C-contiguous arrays of the layer's
     dtype (they are the caller's and not counted), without lengths, resets, initial state, `dstate`, dropout and `into`,
-    with `need_x`, and with the number of threads and the instruction set that are in use now.
+    with `need_x`, and with the number of threads and the instruction set that are in use now. Without the compiled
+    kernels, on the backends numba and reference, it is an estimate, within a fifth for all but small layers.
 
     Scratch of one layer is below 2 MiB a thread, mostly below 1, as long as 256 rows of gates (G H elements each, for a
     GRU twice as many), or one step of the batch where that is more, take at most 512 KiB a thread. A block of backward
@@ -126,7 +134,7 @@ def memory_plan(layer: Recurrent, shape: Sequence[int]) -> MemoryPlan:
     Parameters
     ----------
     layer
-        A layer of the native backend. Its weights are packed once in order to ask.
+        A layer of a backend on the CPU. Its weights are packed once in order to ask.
     shape
         Of x as the layer takes it: (T, B, I), (B, T, I) with `batch_first`, (T, I) unbatched; T and B at least 1.
 
@@ -222,7 +230,10 @@ def _plan(layer: Recurrent, steps: int, batch: int) -> tuple[int, Division, Divi
     """Bytes of the packed weights, and both calls, from the backend that would run them."""
     plan = getattr(layer._backend, "plan", None)
     if plan is None:
-        raise ValueError(f"layer: expected a backend that plans its calls, as native does, got {layer.backend!r}")
+        raise ValueError(
+            f"layer: expected a backend on the CPU, got {layer.backend!r}, whose memory is the device's; "
+            "ask with the same layer and backend='auto'"
+        )
     packed, forward, backward = plan(layer._signature.stack, layer._weights, steps, batch)
     return packed, Division(**forward), Division(**backward)
 
@@ -256,6 +267,7 @@ def _memory(
         _larger(in_forward | {"y": y, "scratch": forward.scratch}, in_forward),
         kept,
         _larger(in_backward | {"scratch": backward.scratch}, in_backward | {"gradient of x": x * (1 + copied)}),
+        forward.estimated,
     )
 
 
@@ -275,16 +287,18 @@ def _floors(layer: Recurrent, steps: int, batch: int, limits: Limits | None) -> 
     stack = layer._signature.stack
     if stack.dtype != np.float32 or stack.proj_size:
         return None, "the machine is measured for float32 without projections"
-    native = native_module()
     if limits is None:
+        native = native_module()
+        if native is None:
+            return None, "the compiled kernels measure the machine, and they are missing"
         try:
-            limits = _measured(native.isa(), native.num_threads())
+            limits = _measured(native.isa(), num_threads())
         except RuntimeError as error:
             return None, str(error)
     workload = Workload(
         stack.cell.name, stack.input_size, stack.hidden_size, batch, steps, stack.num_layers, len(stack.directions)
     )
-    forward, both = (floor(workload, limits, native.num_threads(), training) for training in (False, True))
+    forward, both = (floor(workload, limits, num_threads(), training) for training in (False, True))
     return (forward, both), ""
 
 

@@ -7,7 +7,7 @@ backend `reference` it computes in float64 and rounds the results to the dtype o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,6 +250,25 @@ def backward(
             tuple(s.astype(stack.dtype) for s in initial),
             [{key: value.astype(stack.dtype) for key, value in one.items()} for one in gradients],
         )
+
+
+def plan(
+    stack: Stack, weights: Sequence[Weights], steps: int, batch: int
+) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
+    """See `backends`. Counts the float64 arrays that grow with the steps."""
+    cell, H, P = stack.cell, stack.hidden_size, stack.state_size
+    gates, itemsize = len(cell.gates) * H, np.dtype(np.float64).itemsize
+    elements = steps * batch * itemsize  # bytes of one number for each step and row
+    # A value that is a state too, as c, is there once; one that is a gate's product holds on to those of all gates.
+    values = H * (len({*cell.saved, *cell.states} - {"h"}) + cell.late_gates + (stack.proj_size > 0)) + P
+    values += (gates - H) * bool(cell.separate_gates)
+    kept = elements * (values * len(stack.layers) + stack.input_size + stack.output_size * (stack.num_layers - 1))
+    packed = sum(array.size for one in weights for array in one.values()) * itemsize
+    widest = max(sizes.input_size for sizes in stack.layers)
+    in_forward = elements * (gates + stack.output_size)
+    in_backward = elements * (2 * gates + 2 * widest + 2 * P + H * (2 + len(cell.extras)) + stack.output_size)
+    common = {"threads": 1, "split": "rows", "block_steps": steps, "estimated": True}
+    return packed, common | {"kept": kept, "scratch": in_forward}, common | {"kept": 0, "scratch": in_backward}
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> None:

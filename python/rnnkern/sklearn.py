@@ -677,6 +677,7 @@ def _several(X: Any) -> tuple[Array, Array] | None:
 
     A list of arrays is a list of sequences, a list of lists the array it makes, or sequences where it makes none.
     """
+    _assert_single_levels(X)
     if isinstance(X, list | tuple) and len(X) and not getattr(X[0], "shape", ()):
         try:
             X = np.asarray(X)
@@ -709,6 +710,22 @@ def _several(X: Any) -> tuple[Array, Array] | None:
             raise ValueError(f"X[{index}]: expected at least one step, got an empty sequence")
         arrays.append(array)
     return np.concatenate(arrays), np.array([len(array) for array in arrays])
+
+
+def _assert_single_levels(table: Any) -> None:
+    """A data frame has one name for each row and column: of more, rows are steps and columns features of steps."""
+    ways_out = {
+        "index": "of an index of (sequence, step) pass [x.to_numpy() for _, x in X.groupby(level=0, sort=False)], and "
+        "a target for each",
+        "columns": "of columns of (feature, step) pass X.to_numpy().reshape(len(X), I, T).transpose(0, 2, 1)",
+    }
+    for axis, way_out in ways_out.items():
+        levels = getattr(getattr(table, axis, None), "nlevels", 1)
+        if levels > 1:
+            raise ValueError(
+                f"X: expected a table with one sequence in each row, got a MultiIndex of {levels} levels as its "
+                f"{axis}; {way_out}; of rows that are sequences all the same, of one feature, X.to_numpy()"
+            )
 
 
 def _assert_not_nested(table: Any) -> None:

@@ -518,9 +518,9 @@ class _Optimizer(ABC):
         FloatingPointError
             A gradient is NaN or infinite; the message names it. Whatever the error, nothing has changed.
         """
-        gradients = self._checked(grads)
-        self.steps += 1
         with np.errstate(all="ignore"):
+            gradients = self._checked(grads)
+            self.steps += 1
             for index, (value, gradient) in enumerate(zip(self._values, gradients, strict=True)):
                 for start in range(0, value.size, _BLOCK):
                     block = slice(start, start + _BLOCK)
@@ -776,10 +776,9 @@ def _norm(arrays: Sequence[Array]) -> float:
 
 
 def _all_finite(array: Array) -> bool:
-    """Whether no element is NaN or infinite."""
-    with np.errstate(all="ignore"):
-        # Such an element makes the sum one too, and einsum adds faster than `sum`. An overflow is looked into.
-        return bool(np.isfinite(np.einsum("i->", array)) or np.isfinite(array).all())
+    """Whether no element is NaN or infinite; the caller ignores floating-point warnings."""
+    # Such an element makes the sum one too, and einsum adds faster than `sum`. An overflow is looked into.
+    return math.isfinite(np.einsum("i->", array)) or bool(np.isfinite(array).all())
 
 
 def _number(name: str, value: float) -> float:

@@ -27,7 +27,7 @@ A backend that runs exact arrays sooner than Python has looked at them also has:
 A backend that can say how it runs a training call before it does also has:
 
     plan(stack, weights, steps, batch) -> (bytes of the packed weights, forward, backward)
-        forward, backward: mappings with the fields of `planning.Division`
+        forward, backward: mappings with the fields of `planning.Division`; what is not exact says that it is estimated
 
 Nothing a caller passes is written to but y, and no result aliases an argument other than y.
 """

@@ -6,7 +6,8 @@ one loop of `numba_cpu_kernels`, without the GIL.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..stack import LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
 
-__all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "unavailable"]
+__all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "plan", "unavailable"]
 
 Array = NDArray[Any]
 
@@ -58,6 +59,19 @@ class _Saved:
     scaled: Array
     values: Array
     hidden: Array
+
+
+def _saved_shapes(sizes: LayerSizes, projects: bool, steps: int, batch: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of `_Saved`."""
+    cell, H = sizes.cell, sizes.hidden_size
+    rows, none = (steps, batch), (0, 0, 0)
+    return {
+        "before": (*rows, sizes.state_size),
+        "others_before": (*rows, len(cell.states) - 1, H),
+        "scaled": (*rows, H) if cell.late_gates else none,
+        "values": (*rows, len(cell.saved), H),
+        "hidden": (*rows, H) if projects else none,
+    }
 
 
 def _panels(matrices: Array) -> Array:
@@ -155,18 +169,12 @@ def _forward_layer(
 ) -> tuple[State, _Saved]:
     from .numba_cpu_kernels import forward_kernel, forward_slots
 
-    cell, H, P, dtype = sizes.cell, sizes.hidden_size, sizes.state_size, x.dtype
+    cell, H, dtype = sizes.cell, sizes.hidden_size, x.dtype
     T, B, I = x.shape
     projects = len(packed.projection) > 0
     states, h = _working_state(sizes, projects, state)
-    kept = T if training else 1
-    saved = _Saved(
-        before=np.empty((kept, B, P), dtype),
-        others_before=np.empty((kept, B, len(cell.states) - 1, H), dtype),
-        scaled=np.zeros((kept, B, H) if cell.late_gates else (0, 0, 0), dtype),
-        values=np.empty((kept, B, len(cell.saved), H), dtype),
-        hidden=np.zeros((kept, B, H) if projects else (0, 0, 0), dtype),
-    )
+    shapes = _saved_shapes(sizes, projects, T if training else 1, B)
+    saved = _Saved(**{name: np.zeros(shape, dtype) for name, shape in shapes.items()})
     rows = _rows_of(lengths, cut, T, B)
     gates = (x.reshape(T * B, I) @ packed.w_ih.T).reshape(T, B, len(cell.gates) * H)
     gates += packed.b_ih
@@ -305,6 +313,28 @@ def backward(
     with np.errstate(all="ignore"):
         run = partial(_backward_layer, skipped=None if need_x else saved[0][0])
         return backward_by_layer(run, stack, packed, saved, lengths, resets, masks, dy, dstate, wanted)
+
+
+def plan(
+    stack: Stack, weights: Sequence[Weights], steps: int, batch: int
+) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
+    """See `backends`. Scratch counts the arrays that grow with the steps."""
+    packed = sum(
+        array.nbytes
+        for one in pack(stack, weights, True)
+        for array in vars(one).values()
+        if isinstance(array, np.ndarray)
+    )
+    elements = steps * batch * stack.dtype.itemsize  # bytes of one number for each step and row
+    kept = elements * stack.output_size * (stack.num_layers - 1)  # the inputs of all layers but the first
+    for sizes in stack.layers:
+        shapes = _saved_shapes(sizes, stack.proj_size > 0, steps, batch)
+        kept += sum(map(math.prod, shapes.values())) * stack.dtype.itemsize
+    gates, P = len(stack.cell.gates) * stack.hidden_size, stack.state_size
+    in_forward = elements * (gates + P)
+    in_backward = elements * (2 * gates + P * (2 if stack.proj_size else 1))
+    common = {"threads": 1, "split": "rows", "block_steps": steps, "estimated": True}
+    return packed, common | {"kept": kept, "scratch": in_forward}, common | {"kept": 0, "scratch": in_backward}
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> None:
