@@ -80,7 +80,11 @@ def run_node_model(values, operator, opset=17, **attributes):
     feeds = {name: value for name, value in values.items() if name not in weights}
     names = OUTPUTS[operator]
     model = model_of([node_of(operator, values, **attributes)], feeds, names, weights, opset)
-    return dict(zip(names, bridge.prepare(model).run(feeds), strict=True))
+    prepared = bridge.prepare(model)
+    first, second = prepared.run(feeds), prepared.run(feeds)
+    for one, again in zip(first, second, strict=True):
+        assert one.tobytes() == again.tobytes()  # with the weights packed as without
+    return dict(zip(names, first, strict=True))
 
 
 def run_runtime(runtime, model, feeds):
@@ -783,6 +787,22 @@ def test_a_wrong_input_is_named_with_its_node(name, edit, message):
     values[name] = edit(values[name])
     with pytest.raises(ValueError, match=r"^LSTM node 'rec': ") as error:
         bridge.run_node(node, list(values.values()))
+    assert str(error.value) == f"LSTM node 'rec': input {name} ({name!r}): expected {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"), [one for one in WRONG_INPUTS if one[0] in ("X", "sequence_lens", "initial_h")]
+)
+def test_a_wrong_input_is_named_once_the_weights_are_packed_too(name, edit, message):
+    """Right inputs go straight to the packed layer; nothing else passes because they do."""
+    values = drawn("LSTM", ("B", "P", "sequence_lens", "initial_h", "initial_c"))
+    constants = {key: values.pop(key) for key in ("W", "R", "B", "P")}
+    model = model_of([node_of("LSTM", values | constants)], values, ["Y"], constants)
+    evaluator = bridge.prepare(model)._evaluator
+    evaluator.run(None, values)
+    values[name] = edit(values[name])
+    with pytest.raises(ValueError, match=r"^LSTM node 'rec': ") as error:
+        evaluator.run(None, values)
     assert str(error.value) == f"LSTM node 'rec': input {name} ({name!r}): expected {message}"
 
 

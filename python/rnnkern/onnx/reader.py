@@ -39,7 +39,7 @@ def layers(model: Any) -> dict[str, Recurrent]:
     >>> rnnkern.onnx.layers(rnnkern.onnx.to_model(rk.GRU(3, 4, seed=0)))
     {'gru_l0': Recurrent('gru', 3, 4)}
     """
-    evaluator = prepare(model).evaluator
+    evaluator = prepare(model)._evaluator
     found: dict[str, Recurrent] = {}
     for node in evaluator.rt_nodes_:
         if isinstance(node, Recurrence):
