@@ -282,7 +282,37 @@ def _spread(value: Array, shape: tuple[int, ...], axis: int, block_size: int) ->
     return value.reshape(ends)
 
 
-OPERATORS = (RNN, LSTM, GRU, DequantizeLinear)
+class Loop(OpRun):
+    """With scan outputs stacked, also none of them, and without a condition; `onnx.reference` joins or refuses them."""
+
+    def need_context(self) -> bool:
+        """The body reads values of the graphs around it."""
+        return True
+
+    def _run(
+        self, M: Array | None, cond: Array | None = None, *carried: Any, context: Any, attributes: Any, **options: Any
+    ) -> tuple[Any, ...]:
+        body: Any = options.pop("body")
+        state: list[Any] = list(carried)
+        scanned: list[list[Array]] = []
+        while (M is None or len(scanned) < M) and (cond is None or cond):
+            inputs = (np.array(len(scanned), np.int64), np.array(True), *state)
+            feeds = {**context, **dict(zip(body.input_names, inputs, strict=False))}
+            cond, *results = body.run(None, feeds, attributes=attributes)
+            state = results[: len(carried)]
+            scanned.append(results[len(carried) :])
+        if scanned:
+            return (*state, *map(np.stack, zip(*scanned, strict=True)))
+        return (*state, *map(_nothing_of, body.output_types_[1 + len(carried) :]))
+
+
+def _nothing_of(kind: Any) -> Array:
+    """No iterations of a tensor; sizes that its type leaves open are 0."""
+    sizes = [one.dim_value for one in kind.tensor_type.shape.dim]
+    return np.empty((0, *sizes), helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type))
+
+
+OPERATORS = (RNN, LSTM, GRU, DequantizeLinear, Loop)
 
 
 def as_constant(array: Array) -> Array:
