@@ -553,6 +553,7 @@ def test_an_if_on_a_constant_gives_way_to_its_branch(monkeypatch):
     assert np.array_equal(difference, expected - other)
     assert [one.op_type for one in prepared._evaluator.rt_nodes_] == ["GRU", "GRU", "Sub"]
     assert not prepared._evaluator.rt_inits_.keys() & {"R", "yes"}
+    assert list(bridge.layers(model)) == ["rec", "other"]  # two nodes of one name
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])

@@ -26,7 +26,7 @@ def layers(model: Any) -> dict[str, Recurrent]:
     -------
     dict
         Layers with copies of the weights, by the names of the nodes, in the order of the graph; a node without a name
-        is called by its first output.
+        of its own is called by its first output.
 
     Raises
     ------
@@ -43,7 +43,9 @@ def layers(model: Any) -> dict[str, Recurrent]:
     found: dict[str, Recurrent] = {}
     for node in evaluator.rt_nodes_:
         if isinstance(node, Recurrence):
-            name = node.onnx_node.name or next(one for one in node.output if one)
+            name = node.onnx_node.name
+            if not name or name in found:
+                name = next(one for one in node.output if one)
             found[name] = _layer(node, name, evaluator.rt_inits_)
     return found
 
