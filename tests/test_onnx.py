@@ -80,7 +80,11 @@ def run_node_model(values, operator, opset=17, **attributes):
     feeds = {name: value for name, value in values.items() if name not in weights}
     names = OUTPUTS[operator]
     model = model_of([node_of(operator, values, **attributes)], feeds, names, weights, opset)
-    return dict(zip(names, bridge.prepare(model).run(feeds), strict=True))
+    prepared = bridge.prepare(model)
+    first, second = prepared.run(feeds), prepared.run(feeds)
+    for one, again in zip(first, second, strict=True):
+        assert one.tobytes() == again.tobytes()  # with the weights packed as without
+    return dict(zip(names, first, strict=True))
 
 
 def run_runtime(runtime, model, feeds):
@@ -525,6 +529,70 @@ def test_nodes_in_a_branch_run_on_the_kernels_and_pack_once(monkeypatch):
     assert len(made) == 2 + 4  # two nodes, and the model of each comparison
 
 
+def test_an_if_on_a_constant_gives_way_to_its_branch(monkeypatch):
+    """Two of them, whose branches call their own constants alike; what is read no more is dropped."""
+    made = counting(monkeypatch)
+    values = drawn("GRU")
+    R = helper.make_node("Mul", ["twice", "R"], ["recurrence"])
+    node = helper.make_node("GRU", ["X", "W", "recurrence"], ["inner"], name="rec", hidden_size=H)
+    choices = []
+    for way, factor in (("Y", 2), ("other", 3)):
+        initializer = [numpy_helper.from_array(np.array(factor, np.float32), "twice")]
+        branch = helper.make_graph([R, node], "branch", [], [info("inner", np.float32, 4)], initializer)
+        choices.append(helper.make_node("If", ["yes"], [way], then_branch=branch, else_branch=branch))
+    total = helper.make_node("Sub", ["Y", "other"], ["difference"])
+    constants = {"W": values["W"], "R": values["R"], "yes": np.array(False)}
+    model = model_of([*choices, total], {"X": values["X"]}, ["Y", "difference"], constants)
+    model.graph.output[1].CopyFrom(info("difference", np.float32, 4))
+    prepared = bridge.prepare(model)
+    (Y, _), (again, difference) = prepared.run([values["X"]]), prepared.run([values["X"]])
+    assert len(made) == 2
+    expected, other = (run_node_model(values | {"R": values["R"] * np.float32(by)}, "GRU")["Y"] for by in (2, 3))
+    assert np.array_equal(Y, expected)
+    assert np.array_equal(again, expected)
+    assert np.array_equal(difference, expected - other)
+    assert [one.op_type for one in prepared._evaluator.rt_nodes_] == ["GRU", "GRU", "Sub"]
+    assert not prepared._evaluator.rt_inits_.keys() & {"R", "yes"}
+    assert list(bridge.layers(model)) == ["rec", "other"]  # two nodes of one name
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("condition", ["", "yes"])
+def test_a_node_in_a_loop_packs_once_and_its_outputs_are_stacked(monkeypatch, runtime, steps, condition):
+    """Along a new axis, of size 0 where the loop does not run."""
+    values = drawn("GRU")
+    node = helper.make_node("GRU", ["X", "W", "R", "", "", "h"], ["y", "h_n"], name="rec", hidden_size=H)
+    kinds = [helper.make_tensor_value_info("i", TensorProto.INT64, [])]
+    kinds += [helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in ("go", "on")]
+    shape = values["X"].shape[0], 1, values["X"].shape[1], H
+    mean = helper.make_node("ReduceMean", ["y"], ["mean"], keepdims=0)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in (("y", shape), ("mean", ()))]
+    body = helper.make_graph(
+        [node, mean, helper.make_node("Identity", ["go"], ["on"])],
+        "body",
+        [*kinds[:2], info("h", np.float32, 3)],
+        [kinds[2], info("h_n", np.float32, 3), *ends],
+    )
+    loop = helper.make_node("Loop", ["steps", condition, "h_0"], ["Y_h", "all", "means"], body=body)
+    constants = {"W": values["W"], "R": values["R"], "steps": np.array(steps, np.int64), "yes": np.array(True)}
+    feeds = {"X": values["X"], "h_0": np.ones((1, B, H), np.float32)}
+    model = model_of([loop], feeds, ["Y_h", "all", "means"], constants)
+    model.graph.output[1].CopyFrom(info("all", np.float32, 5))
+    model.graph.output[2].CopyFrom(info("means", np.float32, 1))
+    made = counting(monkeypatch)
+    prepared = bridge.prepare(model)
+    ours = prepared.run(feeds) and prepared.run(feeds)
+    assert len(made) == min(steps, 1)
+    for one, theirs in zip(ours, run_runtime(runtime, model, feeds), strict=True):
+        assert one.shape == theirs.shape
+    h = feeds["h_0"]
+    for y in ours[1]:
+        expected = run_node_model(values | {"initial_h": h}, "GRU")
+        assert np.array_equal(y, expected["Y"])
+        h = expected["Y_h"]
+    assert np.array_equal(ours[0], h)
+
+
 def test_nodes_in_a_function_take_attributes_from_its_call():
     """An attribute of the node may refer to one of the function."""
     values = drawn("LSTM", ("B",))
@@ -788,6 +856,22 @@ def test_a_wrong_input_is_named_with_its_node(name, edit, message):
     assert str(error.value) == f"LSTM node 'rec': input {name} ({name!r}): expected {message}"
 
 
+@pytest.mark.parametrize(
+    ("name", "edit", "message"), [one for one in WRONG_INPUTS if one[0] in ("X", "sequence_lens", "initial_h")]
+)
+def test_a_wrong_input_is_named_once_the_weights_are_packed_too(name, edit, message):
+    """Right inputs go straight to the packed layer; nothing else passes because they do."""
+    values = drawn("LSTM", ("B", "P", "sequence_lens", "initial_h", "initial_c"))
+    constants = {key: values.pop(key) for key in ("W", "R", "B", "P")}
+    model = model_of([node_of("LSTM", values | constants)], values, ["Y"], constants)
+    evaluator = bridge.prepare(model)._evaluator
+    evaluator.run(None, values)
+    values[name] = edit(values[name])
+    with pytest.raises(ValueError, match=r"^LSTM node 'rec': ") as error:
+        evaluator.run(None, values)
+    assert str(error.value) == f"LSTM node 'rec': input {name} ({name!r}): expected {message}"
+
+
 def test_hidden_size_is_held_to_the_weights():
     """It says nothing that they do not."""
     values = drawn("GRU")
@@ -808,6 +892,20 @@ def test_operators_before_opset_7_are_refused():
     values = drawn("RNN")
     with pytest.raises(ValueError, match=r"^RNN node 'rec': expected opset 7 or newer, got 6$"):
         bridge.prepare(model_of([node_of("RNN", values)], values, ["Y"], opset=6))
+
+
+def test_an_opset_that_onnx_does_not_know_is_refused():
+    """Also the standard twice, or by its other name, which the evaluator does not know."""
+    values = drawn("RNN")
+    newest = onnx.defs.onnx_opset_version()
+    for came in ([("", newest + 1)], [("", 17), ("", 16)], [("ai.onnx", 17)]):
+        model = model_of([node_of("RNN", values)], values, ["Y"])
+        del model.opset_import[:]
+        model.opset_import.extend(helper.make_opsetid(*one) for one in came)
+        with pytest.raises(
+            ValueError, match=rf"^model: expected one opset_import of the domain '', of at most {newest}"
+        ):
+            bridge.prepare(model)
 
 
 def test_wrong_calls_are_refused():

@@ -38,6 +38,7 @@ class _Evaluator(ReferenceEvaluator):
     """
 
     rt_nodes_: list[Any]
+    rt_inits_: dict[str, Any]
 
     def __init__(self, proto: Any, *, new_ops: Any = None, **options: Any) -> None:
         super().__init__(proto, new_ops=[*OPERATORS, *(new_ops or ())], **options)
@@ -47,43 +48,64 @@ class _Evaluator(ReferenceEvaluator):
                 self.rt_inits_[name] = as_constant(value)
         self.fold({})
 
+    def run(self, output_names: Any, feed_inputs: Any, attributes: Any = None, **options: Any) -> Any:
+        """As the base class says, with what it asks of each node at each run asked once."""
+        if output_names is not None or any(options.values()):
+            return super().run(output_names, feed_inputs, attributes, **options)
+        results: dict[str, Any] = {"": None, **self.rt_inits_, **feed_inputs}
+        for node, inputs, outputs in self._steps:
+            context = {"context": results} if node.need_context() else {}
+            linked = {"linked_attributes": attributes} if attributes and node.has_linked_attribute else {}
+            given = [results[name] for name in inputs]
+            results.update(zip(outputs, node.run(*given, **context, **linked), strict=False))
+        return [results[name] for name in self.output_names_]
+
     def fold(self, around: Mapping[str, Any]) -> None:
         """Compute what constants imply, those of the graphs around too, and leave the other nodes for the runs."""
         given = set(self.input_names_)
-        known = {name: value for name, value in (around | self.rt_inits_).items() if name not in given}
+        known = {name: value for name, value in {**around, **self.rt_inits_}.items() if name not in given}
         known[""] = None
         left = []
         for node in self.rt_nodes_:
             for one in node.onnx_node.attribute:
                 if one.type == onnx.AttributeProto.GRAPH:
                     getattr(node, one.name).fold(known)
-            results = self._constant_results(node, known)
-            if results is None:
-                left.append(node)
-            else:
-                made = dict(zip(node.output, map(as_constant, results), strict=False))
-                self.rt_inits_ |= made
-                known |= made
+            nodes, made = self._folded(node, known)
+            left += nodes
+            self.rt_inits_ |= made
+            known |= made
         self.rt_nodes_ = left
+        read = self._read()
+        self.rt_inits_ = {name: value for name, value in self.rt_inits_.items() if name in read}
+        self._steps = [(node, tuple(node.input), tuple(node.output)) for node in left]
+
+    def _read(self) -> set[str]:
+        """The names that runs read, those of the graphs around too."""
+        read = set(self.output_names_)
+        for node in self.rt_nodes_:
+            read.update(node.input)
+            for one in node.onnx_node.attribute:
+                if one.type == onnx.AttributeProto.GRAPH:
+                    read |= getattr(node, one.name)._read()
+        return read
 
     @staticmethod
-    def _constant_results(node: Any, known: Mapping[str, Any]) -> list[Any] | None:
-        """The outputs of a node that depends on constants alone; None of others, and where they are no plain arrays."""
-        if node.op_type in _RANDOM or isinstance(node, OpFunction) or node.has_linked_attribute:
-            return None
-        if any(name not in known for name in node.input):
-            return None
-        if node.op_type == "If":
-            branch = node.then_branch if known[node.input[0]].item() else node.else_branch
-            results = [branch.rt_inits_.get(name) for name in branch.output_names_]
-        elif node.has_subgraph:
-            return None
-        else:
-            try:
-                results = node.run(*(known[name] for name in node.input))
-            except Exception:  # The node fails at each run, where messages name what was given.
-                return None
-        return list(results) if all(isinstance(one, np.ndarray) for one in results) else None
+    def _folded(node: Any, known: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """The nodes in place of one, and constants by name: the branch of an If, what constants imply, else itself."""
+        kept: tuple[list[Any], dict[str, Any]] = [node], {}
+        if node.op_type in _RANDOM or isinstance(node, OpFunction) or any(name not in known for name in node.input):
+            return kept
+        if node.op_type == "If" and known[node.input[0]].size == 1:
+            return _spliced(node, node.then_branch if known[node.input[0]].item() else node.else_branch) or kept
+        if node.has_linked_attribute or node.has_subgraph:
+            return kept
+        try:
+            results = node.run(*(known[name] for name in node.input))
+        except Exception:  # The node fails at each run, where messages name what was given.
+            return kept
+        if not all(isinstance(one, np.ndarray) for one in results):
+            return kept
+        return [], {name: as_constant(one) for name, one in zip(node.output, results, strict=False) if name}
 
     def _load_impl(self, node: Any, input_types: Any = None) -> Any:
         try:
@@ -96,6 +118,26 @@ class _Evaluator(ReferenceEvaluator):
                 f"{node.domain!r}; export the model anew without the optimizations of one runtime, or run it with "
                 f"ONNX Runtime"
             ) from error
+
+
+def _spliced(choice: Any, branch: _Evaluator) -> tuple[list[Any], dict[str, Any]] | None:
+    """The nodes and constants of a branch of an If, for the graph around; their names begin with an output of the If.
+
+    None of a branch with subgraphs of its own, which read by the names of before.
+    """
+    made = {*branch.rt_inits_, *(name for node in branch.rt_nodes_ for name in node.output if name)}
+    ends = branch.output_names_
+    if len(set(ends)) < len(ends) or not made.issuperset(ends) or any(node.need_context() for node in branch.rt_nodes_):
+        return None
+    scope = {name: f"{'|'.join(choice.output)}::{name}" for name in made}
+    scope |= {name: outer for name, outer in zip(ends, choice.output, strict=False) if outer}
+    for node in branch.rt_nodes_:
+        renamed = onnx.NodeProto()
+        renamed.CopyFrom(node.onnx_node)
+        renamed.input[:] = [scope.get(name, name) for name in node.input]
+        renamed.output[:] = [scope.get(name, name) for name in node.output]
+        node.onnx_node = renamed
+    return branch.rt_nodes_, {scope[name]: value for name, value in branch.rt_inits_.items()}
 
 
 class PreparedModel(base.BackendRep):
@@ -175,7 +217,7 @@ class Backend(base.Backend):
         ------
         ValueError, TypeError
             An attribute of an RNN, LSTM or GRU node is not as the standard says; the message names both. Or device
-            or model is not as above.
+            or model is not as above, or the model is of an opset newer than the installed onnx.
         onnx.checker.ValidationError
             The model is malformed.
 
@@ -197,6 +239,7 @@ class Backend(base.Backend):
         elif not isinstance(model, onnx.ModelProto):
             raise TypeError(f"model: expected an onnx.ModelProto, bytes or a path, got {describe(model)}")
         super().prepare(model, device)  # the checks of onnx
+        _check_opset(model)
         return PreparedModel(model)
 
     @classmethod
@@ -245,6 +288,17 @@ supports_device = Backend.supports_device
 def _no_options(options: Mapping[str, Any]) -> None:
     if options:
         raise TypeError(f"expected no further options, got {', '.join(options)}")
+
+
+def _check_opset(model: Any) -> None:
+    """Refuse what onnx's checker lets pass and its evaluator would run by other rules, or not at all."""
+    standard = [(one.domain, one.version) for one in model.opset_import if one.domain in ("", "ai.onnx")]
+    newest = onnx.defs.onnx_opset_version()
+    if len(standard) > 1 or any(domain or version > newest for domain, version in standard):
+        raise ValueError(
+            f"model: expected one opset_import of the domain '', of at most {newest}, the newest that this onnx "
+            f"knows, got {', '.join(f'{domain!r} {version}' for domain, version in standard)}"
+        )
 
 
 def _dtype_of(kind: Any) -> np.dtype[Any] | None:

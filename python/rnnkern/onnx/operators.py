@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,19 @@ __all__ = ["OPERATORS", "Recurrence", "as_constant"]
 Array = NDArray[Any]
 
 OLDEST_OPSET = 7
+WEIGHTS = ("W", "R", "B", "P")
 REALS = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The layer of a node with what it was made of."""
+
+    attributes: Attributes
+    weights: list[Array | None]  # W, R, B and P
+    frozen: Frozen
+    hidden: int
+    exact: np.dtype[Any] | None  # what X and the states have where the layer takes and gives them as they are
 
 
 class Recurrence(OpRun):
@@ -39,9 +52,17 @@ class Recurrence(OpRun):
         if opset < OLDEST_OPSET:
             raise ValueError(f"{self._label}: expected opset {OLDEST_OPSET} or newer, got {opset}")
         self._warned = False
-        self._held: tuple[Attributes, list[Array | None], Frozen] | None = None
+        self._held: Packed | None = None
         # Attributes that refer to those of a function are known when it is called.
         self.attributes = None if self.has_linked_attribute else self._parse(vars(self))
+        entry = standard.OPERATORS[self.op_type]
+        # By name: where another node leaves out an output, onnx.reference has a value for the input "" too.
+        places = {key: at for at, (key, name) in enumerate(zip(entry.inputs, onnx_node.input, strict=False)) if name}
+        self._places = places
+        self._weights = [places.get(name) for name in WEIGHTS]
+        self._states_given = [places[name] for name in entry.states if name in places]
+        self._lengths = places.get("sequence_lens")
+        self._wanted = [bool(name) for name in onnx_node.output]
 
     def _parse(self, values: Mapping[str, Any]) -> Attributes:
         """The attributes that the node has; the defaults that the schema added to the values stay out."""
@@ -56,41 +77,70 @@ class Recurrence(OpRun):
             )
         return attributes
 
+    def run(self, *arrays: Any, **options: Any) -> tuple[Array | None, ...]:
+        """As the base class says; inputs that a packed layer takes as they are skip the checks and go to it at once."""
+        held = self._held
+        if held is not None and held.exact is not None and self._takes(held, arrays):
+            state: Any = [arrays[at] for at in self._states_given]
+            lengths = None if self._lengths is None else arrays[self._lengths]
+            try:
+                y, final = held.frozen(
+                    arrays[0], state if len(state) > 1 else state[0] if state else None, lengths=lengths
+                )
+                return self._outputs(held.attributes, held.hidden, y, final)
+            except (ValueError, TypeError):
+                pass  # The checks of `_run` name the input.
+        outputs: tuple[Array | None, ...] = super().run(*arrays, **options)
+        return outputs
+
+    def _takes(self, held: Packed, arrays: tuple[Any, ...]) -> bool:
+        """Whether a layer is that of the weights, and its call has the last word on X, the states and lengths."""
+        if len(self._states_given) not in (0, len(held.attributes.operator.states)):
+            return False
+        for at in (0, *self._states_given):
+            array = arrays[at]
+            if not isinstance(array, np.ndarray) or array.dtype != held.exact or array.ndim != 3:
+                return False
+        return all(map(is_, [None if at is None else arrays[at] for at in self._weights], held.weights))
+
     def _run(self, *arrays: Array | None, **values: Any) -> tuple[Array | None, ...]:
         attributes = self.attributes or self._parse(values)
-        # By name: where another node leaves out an output, onnx.reference has a value for the input "" too.
-        named = zip(attributes.operator.inputs, arrays, self.onnx_node.input, strict=False)
-        given = {key: array for key, array, name in named if name and array is not None}
+        given = {key: array for key, at in self._places.items() if (array := arrays[at]) is not None}
         self._check(attributes, given)
         dtype = given["X"].dtype
         run = self._run_kernels if attributes.obstacle is None else self._run_formulas
         y, state = run(attributes, given, np.dtype(np.float64 if dtype == np.float64 else np.float32))
-        D, _, H = given["R"].shape
-        y = y.reshape(*y.shape[:2], D, H)  # (B, T, D, H) with batch_first, else (T, B, D, H)
-        outputs = (y, *(one.swapaxes(0, 1) for one in state)) if attributes.batch_first else (y.swapaxes(1, 2), *state)
-        return tuple(
-            one.astype(dtype, copy=False) if name else None
-            for one, name in zip(outputs, self.onnx_node.output, strict=False)
-        )
+        outputs = self._outputs(attributes, given["R"].shape[2], y, state)
+        return tuple(one if one is None else one.astype(dtype, copy=False) for one in outputs)
+
+    def _outputs(self, attributes: Attributes, hidden: int, y: Array, state: Any) -> tuple[Array | None, ...]:
+        """Y and the states as the standard has them, None for what the node leaves out."""
+        # (B, T, D, H) with batch_first, else (T, B, D, H).
+        y = y.reshape(*y.shape[:2], len(attributes.reverse), hidden)
+        states = state if isinstance(state, tuple | list) else (state,)
+        if attributes.batch_first:
+            states = [one.swapaxes(0, 1) for one in states]
+        else:
+            y = y.swapaxes(1, 2)
+        return tuple([one if name else None for name, one in zip(self._wanted, (y, *states), strict=False)])
 
     def _run_kernels(
         self, attributes: Attributes, given: Mapping[str, Array], dtype: np.dtype[Any]
-    ) -> tuple[Array, list[Array]]:
-        """y (T, B, D*H), (B, T, D*H) with batch_first, and the final states (D, B, H)."""
+    ) -> tuple[Array, Any]:
+        """y (T, B, D*H), (B, T, D*H) with batch_first, and the final state as a layer gives it, or a list."""
         frozen = self._frozen(attributes, given, dtype)
         state: Any = self._states(attributes, given, dtype) if given.keys() & {"initial_h", "initial_c"} else None
         if state is not None and len(state) == 1:
             (state,) = state
-        y, final = frozen(given["X"].astype(dtype, copy=False), state, lengths=given.get("sequence_lens"))
-        return y, list(final) if isinstance(final, tuple) else [final]
+        return frozen(given["X"].astype(dtype, copy=False), state, lengths=given.get("sequence_lens"))
 
     def _frozen(self, attributes: Attributes, given: Mapping[str, Array], dtype: np.dtype[Any]) -> Frozen:
         """The layer of the node, kept from call to call where its weights are constants."""
-        arrays = [given.get(name) for name in ("W", "R", "B", "P")]
+        arrays = [given.get(name) for name in WEIGHTS]
         held = self._held
-        if held and held[0] == attributes and all(a is b for a, b in zip(held[1], arrays, strict=True)):
-            return held[2]
-        weights = {name: given[name].astype(dtype) for name in ("W", "R", "B", "P") if name in given}
+        if held and held.attributes == attributes and all(map(is_, arrays, held.weights)):
+            return held.frozen
+        weights = {name: given[name].astype(dtype) for name in WEIGHTS if name in given}
         cell = attributes.cell(peepholes="P" in given)
         D, _, I = given["W"].shape
         # In convert, as in layers, one direction alone is the forward one.
@@ -102,12 +152,13 @@ class Recurrence(OpRun):
         stack = replace(stack, directions=attributes.reverse)
         frozen = Frozen(Signature(stack, attributes.batch_first), "auto", by_direction, self._label)
         if all(array is None or _is_constant(array) for array in arrays):
-            self._held = (attributes, arrays, frozen)
+            exact = self.attributes is not None and not attributes.batch_first and given["X"].dtype == dtype
+            self._held = Packed(attributes, arrays, frozen, stack.hidden_size, dtype if exact else None)
         return frozen
 
     def _run_formulas(
         self, attributes: Attributes, given: Mapping[str, Array], dtype: np.dtype[Any]
-    ) -> tuple[Array, list[Array]]:
+    ) -> tuple[Array, Any]:
         """As `_run_kernels`."""
         reals = {name: array.astype(dtype) for name, array in given.items() if name != "sequence_lens"}
         x = reals["X"].swapaxes(0, 1) if attributes.batch_first else reals["X"]
@@ -231,7 +282,37 @@ def _spread(value: Array, shape: tuple[int, ...], axis: int, block_size: int) ->
     return value.reshape(ends)
 
 
-OPERATORS = (RNN, LSTM, GRU, DequantizeLinear)
+class Loop(OpRun):
+    """With scan outputs stacked, also none of them, and without a condition; `onnx.reference` joins or refuses them."""
+
+    def need_context(self) -> bool:
+        """The body reads values of the graphs around it."""
+        return True
+
+    def _run(
+        self, M: Array | None, cond: Array | None = None, *carried: Any, context: Any, attributes: Any, **options: Any
+    ) -> tuple[Any, ...]:
+        body: Any = options.pop("body")
+        state: list[Any] = list(carried)
+        scanned: list[list[Array]] = []
+        while (M is None or len(scanned) < M) and (cond is None or cond):
+            inputs = (np.array(len(scanned), np.int64), np.array(True), *state)
+            feeds = {**context, **dict(zip(body.input_names, inputs, strict=False))}
+            cond, *results = body.run(None, feeds, attributes=attributes)
+            state = results[: len(carried)]
+            scanned.append(results[len(carried) :])
+        if scanned:
+            return (*state, *map(np.stack, zip(*scanned, strict=True)))
+        return (*state, *map(_nothing_of, body.output_types_[1 + len(carried) :]))
+
+
+def _nothing_of(kind: Any) -> Array:
+    """No iterations of a tensor; sizes that its type leaves open are 0."""
+    sizes = [one.dim_value for one in kind.tensor_type.shape.dim]
+    return np.empty((0, *sizes), helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type))
+
+
+OPERATORS = (RNN, LSTM, GRU, DequantizeLinear, Loop)
 
 
 def as_constant(array: Array) -> Array:

@@ -26,7 +26,7 @@ def layers(model: Any) -> dict[str, Recurrent]:
     -------
     dict
         Layers with copies of the weights, by the names of the nodes, in the order of the graph; a node without a name
-        is called by its first output.
+        of its own is called by its first output.
 
     Raises
     ------
@@ -39,11 +39,13 @@ def layers(model: Any) -> dict[str, Recurrent]:
     >>> rnnkern.onnx.layers(rnnkern.onnx.to_model(rk.GRU(3, 4, seed=0)))
     {'gru_l0': Recurrent('gru', 3, 4)}
     """
-    evaluator = prepare(model).evaluator
+    evaluator = prepare(model)._evaluator
     found: dict[str, Recurrent] = {}
     for node in evaluator.rt_nodes_:
         if isinstance(node, Recurrence):
-            name = node.onnx_node.name or next(one for one in node.output if one)
+            name = node.onnx_node.name
+            if not name or name in found:
+                name = next(one for one in node.output if one)
             found[name] = _layer(node, name, evaluator.rt_inits_)
     return found
 
