@@ -82,6 +82,8 @@ class Recurrence(OpRun):
         held = self._held
         if held is not None and held.exact is not None and self._takes(held, arrays):
             state: Any = [arrays[at] for at in self._states_given]
+            if held.attributes.batch_first:
+                state = [one.swapaxes(0, 1) for one in state]
             lengths = None if self._lengths is None else arrays[self._lengths]
             try:
                 y, final = held.frozen(
@@ -152,7 +154,7 @@ class Recurrence(OpRun):
         stack = replace(stack, directions=attributes.reverse)
         frozen = Frozen(Signature(stack, attributes.batch_first), "auto", by_direction, self._label)
         if all(array is None or _is_constant(array) for array in arrays):
-            exact = self.attributes is not None and not attributes.batch_first and given["X"].dtype == dtype
+            exact = self.attributes is not None and given["X"].dtype == dtype
             self._held = Packed(attributes, arrays, frozen, stack.hidden_size, dtype if exact else None)
         return frozen
 
