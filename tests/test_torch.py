@@ -500,6 +500,33 @@ def test_only_the_gradients_that_are_wanted_come():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of forward mode
+def test_forward_mode_derivatives():
+    """Of `torch.autograd.forward_ad`, also without gradients of the other kind."""
+    forward_ad = torch.autograd.forward_ad
+    module, x, direction = rt.LSTM(3, 4, dtype=torch.float64), X.double(), torch.rand(X.shape, dtype=torch.float64)
+    expected = torch.func.jvp(lambda x: module(x)[0], (x,), (direction,))[1]
+    with torch.no_grad(), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(module(forward_ad.make_dual(x, direction))[0]).tangent
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_that_need_no_gradient_cost_none(monkeypatch, compiled):
+    """The backend is asked for the others alone; their bits stay."""
+    torch.compiler.reset()
+    module, x = rt.LSTM(3, 4), torch.rand(5, 2, 3, requires_grad=True)
+    expected = torch.autograd.grad(module(x)[0].sum(), [x, module.bias_hh_l0])
+    module.requires_grad_(False).bias_hh_l0.requires_grad_(True)
+    native, asked = backends.get("native"), []
+    original = native.backward
+    monkeypatch.setattr(native, "backward", lambda *given: asked.append(given[-1]) or original(*given))
+    call = torch.compile(module, backend="aot_eager") if compiled else module
+    found = torch.autograd.grad(call(x)[0].sum(), [x, module.bias_hh_l0])
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert asked == [[["b_hh"]]]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of forward mode
 @pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev", "jacfwd", "hessian", "per_sample"])
 def test_torch_func_transforms(transform):
     """All of them work; they run torch's own operations."""
@@ -763,9 +790,10 @@ def test_backward_passes_opcheck(cell, need_x):
     """Also with copies, which `opcheck` makes of everything."""
     kind, own = MODULES[cell]
     module, x = kind(3, 4, num_layers=2, bidirectional=True, **own), torch.rand(5, 2, 3)
-    call = (x, [], [one.detach() for one in module._weights()], *[None] * 3, 0.0)
+    state = [torch.rand(4, 2, 4) for _ in CELLS[cell].states]
+    call = (x, state, [one.detach() for one in module._weights()], *[None] * 3, 0.0)
     y, *final, tape = torch.ops.rnnkern.forward(*call, True, *module._stack())
-    given = (*call, tape, y, y, [None, *final[1:]], need_x, *module._stack())
+    given = (*call, tape, y, y, [None, *final[1:]], need_x, [need_x, True] * 8, *module._stack())
     torch.library.opcheck(torch.ops.rnnkern.backward, given)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import plain
-from .kernels import Kernels, Rows, kernels_of, tape_of, tensor_of
+from .kernels import Kernels, Needs, Rows, kernels_of, tape_of, tensor_of
 from .uncompiled import uncompiled
 
 __all__ = ["Eager", "run_plain"]
@@ -38,9 +38,8 @@ def _backward(
     weights: Sequence[Tensor],
     rows: Callable[[], Rows],
     gradients: Sequence[Tensor | None],  # of y and of the final state
-    need_x: bool,
-    need_state: bool,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    need: Needs,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
     """See `Kernels.backward`. Runs forward again where hooks of saved tensors made copies of the tape."""
     tensor, y, x = saved
     tape = tape_of(tensor, x, y)
@@ -48,7 +47,7 @@ def _backward(
         # Keep y, in whose memory the new tape is.
         (y, *_), tape = kernels.forward(kernels.pack(kernels.arrays(weights), True), x, state, rows(), True)
     dy, *dfinal = gradients
-    return kernels.backward(tape, x, dy, dfinal, need_x, need_state)
+    return kernels.backward(tape, x, dy, dfinal, need)
 
 
 _BATCHED = torch._C._parse_dispatch_key("Batched")
@@ -90,9 +89,9 @@ class Eager(torch.autograd.Function):
         if torch.is_grad_enabled() or _are_batched(gradients):  # create_graph=True, is_grads_batched=True
             found = _again(ctx, rows(), x, tensors, gradients)
         else:
-            need_x = ctx.needs_input_grad[2]
-            saved = (tape, y, x)
-            dx, dstate, dweights = _backward(kernels, saved, state, weights, rows, gradients, need_x, states > 0)
+            _, _, need_x, *needs = ctx.needs_input_grad
+            need = Needs(need_x, states > 0, needs[states:])
+            dx, dstate, dweights = _backward(kernels, (tape, y, x), state, weights, rows, gradients, need)
             found = [dx, *dstate, *dweights]
         return (None, None, *found)
 
@@ -128,7 +127,8 @@ _CALL = "Tensor x, Tensor[] state, Tensor[] weights, Tensor? lengths, Tensor? re
 torch.library.define("rnnkern::forward", f"({_CALL}, bool training, {_STACK}) -> Tensor[]")
 torch.library.define(
     "rnnkern::backward",
-    f"({_CALL}, Tensor tape, Tensor y, Tensor? dy, Tensor?[] dfinal, bool need_x, {_STACK}) -> Tensor[]",
+    f"({_CALL}, Tensor tape, Tensor y, Tensor? dy, Tensor?[] dfinal, bool need_x, "
+    f"bool[] need_weights, {_STACK}) -> Tensor[]",
 )
 
 
@@ -187,13 +187,15 @@ def _backward_operator(
     dy: Tensor | None,
     dfinal: Sequence[Tensor | None],
     need_x: bool,
+    need_weights: Sequence[bool],
     *stack: Any,
 ) -> list[Tensor]:
-    """Gradients of x (empty unless needed), of the initial state and of the weights."""
+    """Gradients of x, of the initial state and of the weights; of x and weights empty tensors unless needed."""
     kernels = kernels_of(*stack, x.dtype)
     rows, gradients = partial(kernels.rows, x, lengths, resets, seed, dropout), (dy, *dfinal)
-    dx, dstate, dweights = _backward(kernels, (tape, y, x), state, weights, rows, gradients, need_x, True)
-    return [x.new_empty(0) if dx is None else dx, *dstate, *dweights]
+    need = Needs(need_x, True, need_weights)
+    dx, dstate, dweights = _backward(kernels, (tape, y, x), state, weights, rows, gradients, need)
+    return [x.new_empty(0) if one is None else one for one in (dx, *dstate, *dweights)]
 
 
 @torch.library.register_fake("rnnkern::backward")
@@ -210,11 +212,13 @@ def _backward_shapes(
     dy: Tensor | None,
     dfinal: Sequence[Tensor | None],
     need_x: bool,
+    need_weights: Sequence[bool],
     *stack: Any,
 ) -> list[Tensor]:
     kernels = kernels_of(*stack, x.dtype)
-    shapes = [*kernels.signature.stack.state_shapes(x.shape[1]), *kernels.weight_shapes()]
-    return [x.new_empty(x.shape if need_x else 0), *[x.new_empty(shape) for shape in shapes]]
+    states, weight_shapes = kernels.signature.stack.state_shapes(x.shape[1]), kernels.weight_shapes()
+    slopes = [shape if need else 0 for shape, need in zip(weight_shapes, need_weights, strict=True)]
+    return [x.new_empty(shape) for shape in (x.shape if need_x else 0, *states, *slopes)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -228,10 +232,11 @@ def _differentiate(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, .
     x, lengths, resets, seed, tape, y, *tensors = ctx.saved_tensors
     state, weights = tensors[: ctx.states], tensors[ctx.states :]
     dy, *dfinal, _ = gradients
-    need_x = ctx.needs_input_grad[0]
+    need_x, _, needs, *_ = ctx.needs_input_grad
     call = (x, state, weights, lengths, resets, seed, ctx.dropout)
-    dx, *rest = torch.ops.rnnkern.backward(*call, tape, y, dy, dfinal, need_x, *ctx.stack)
-    return (dx if need_x else None, rest[: len(state)], rest[len(dfinal) :], *[None] * (5 + len(ctx.stack)))
+    dx, *rest = torch.ops.rnnkern.backward(*call, tape, y, dy, dfinal, need_x, needs, *ctx.stack)
+    dweights = [one if need else None for one, need in zip(rest[len(dfinal) :], needs, strict=True)]
+    return (dx if need_x else None, rest[: len(state)], dweights, *[None] * (5 + len(ctx.stack)))
 
 
 def _differentiate_again(ctx: Any, gradients: Sequence[Tensor | None]) -> Any:

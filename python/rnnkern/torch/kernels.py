@@ -22,7 +22,7 @@ from ..config import num_threads
 from ..functional import dropout_masks
 from ..stack import Stack, State
 
-__all__ = ["DTYPES", "Kernels", "Rows", "Tape", "array_of", "kernels_of", "tape_of", "tensor_of"]
+__all__ = ["DTYPES", "Kernels", "Needs", "Rows", "Tape", "array_of", "kernels_of", "tape_of", "tensor_of"]
 
 Array = NDArray[Any]
 
@@ -62,6 +62,14 @@ class Tape(NamedTuple):
     saved: Any  # of the backend; None where x has no elements
     rows: Rows
     places: tuple[int, int]  # the addresses of x and y, whose memory `saved` refers to
+
+
+class Needs(NamedTuple):
+    """Whose gradients are wanted."""
+
+    x: bool
+    state: bool
+    weights: Sequence[bool]
 
 
 def tensor_of(tape: Tape) -> Tensor:
@@ -209,10 +217,9 @@ class Kernels:
         x: Tensor,
         dy: Tensor | None,
         dfinal: Sequence[Tensor | None],
-        need_x: bool,
-        need_state: bool,
-    ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-        """Gradients of x (None unless needed), of the initial state (none unless needed) and of the weights."""
+        need: Needs,
+    ) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
+        """Gradients of x, of the initial state (an empty list unless needed) and of the weights; None unless needed."""
         steps, batch, _ = x.shape
         dstate = tuple(
             [zero if one is None else array_of(one) for one, zero in zip(dfinal, self.zeros(batch), strict=True)]
@@ -220,8 +227,8 @@ class Kernels:
         from_numpy = torch.from_numpy
         if tape.saved is None:
             return (
-                torch.zeros_like(x) if need_x else None,
-                [from_numpy(one.copy()) for one in dstate if need_state],
+                torch.zeros_like(x) if need.x else None,
+                [from_numpy(one.copy()) for one in dstate if need.state],
                 [x.new_zeros(shape) for shape in self.weight_shapes()],
             )
         self._make_way(steps * batch)
@@ -233,13 +240,18 @@ class Kernels:
                 *tape.rows,
                 None if dy is None else array_of(dy),
                 dstate,
-                need_x,
+                need.x,
+                None if all(need.weights) else self._wanted(need.weights),
             )
         return (
             None if dx is None else from_numpy(dx),
-            [from_numpy(one) for one in dinitial] if need_state else [],
-            [from_numpy(one[key]) for one in gradients for key in self.keys],
+            [from_numpy(one) for one in dinitial] if need.state else [],
+            [from_numpy(one[key]) if key in one else None for one in gradients for key in self.keys],
         )
+
+    def _wanted(self, need: Sequence[bool]) -> list[list[str]]:
+        """The keys of the weights that need their gradient, of each layer-direction."""
+        return [[key for key, needed in one.items() if needed] for one in self.by_layer(need)]
 
     def _make_way(self, rows: int) -> None:
         """End the threads of torch before a long call."""

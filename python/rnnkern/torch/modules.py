@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -244,9 +245,8 @@ class Layers(torch.nn.RNNBase):
             hx, names = (hx,), ("hx",)
         elif not isinstance(hx, tuple | list) or len(hx) != len(names):
             raise TypeError(f"hx: expected a tuple ({', '.join(names)}), got {describe(hx)}")
-        dtype, count = x.dtype, self.num_layers * (1 + self.bidirectional)
-        for name, one, size in zip(names, hx, (self.proj_size or self.hidden_size, self.hidden_size), strict=False):
-            shape = (count, *batch, size)
+        dtype = x.dtype
+        for name, one, shape in zip(names, hx, self._state_shapes(batch), strict=True):
             if not isinstance(one, Tensor):
                 raise TypeError(f"{name}: expected {dtype} of shape {shape}, got {describe(one)}")
             if one.dtype is not dtype or one.shape != shape:
@@ -254,6 +254,14 @@ class Layers(torch.nn.RNNBase):
             if one.is_cpu is not x.is_cpu:
                 raise ArgumentError(f"{name}: expected one on {x.device}, as input, got {one.device}")
         return hx
+
+    def _state_shapes(self, batch: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Of h, and of c where there is one."""
+        count, sizes = (
+            self.num_layers * (1 + self.bidirectional),
+            (self.proj_size or self.hidden_size, self.hidden_size),
+        )
+        return [(count, *batch, size) for _, size in zip(CELLS[self.cell].states, sizes, strict=False)]
 
     def _as_hx(self, final: list[Tensor]) -> Any:
         """The way back."""
@@ -293,11 +301,14 @@ class Layers(torch.nn.RNNBase):
         dropout = self.dropout if self.training and self._frozen is None and self.num_layers > 1 else 0.0
         seed = torch.randint(2**63 - 1, ()) if dropout else None
         grad = torch.is_grad_enabled()
-        functorch = torch._C._are_functorch_transforms_active()  # vmap, grad and the others of torch.func
-        if not functorch and (compiling or _is_dispatched(x, weights[0])):
+        # vmap, grad and the others of torch.func; forward mode.
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if not transformed and (compiling or _is_dispatched(x, weights[0])):
+            # AOTInductor knows no empty list.
+            state = state or [x.new_zeros(shape) for shape in self._state_shapes((x.shape[1],))]
             return torch.ops.rnnkern.forward(x, state, weights, lengths, resets, seed, dropout, grad, *stack)[:-1]
         kernels = kernels_of(*stack, x.dtype)
-        if functorch:
+        if transformed:
             return run_plain(kernels, x, state, weights, lengths, resets, kernels.masks(x, seed, dropout))
         if grad and any(one.requires_grad for one in (floats if self._frozen is None else (x, *state))):
             if self._frozen is not None:
