@@ -335,7 +335,7 @@ def test_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     """Names of workloads and peers, and more threads than cores."""
     for arguments, message in (
-        (["--workload", "lstm"], "workload: expected a name such as lstm-i16-h16-b1-t256, got 'lstm'"),
+        (["--workload", "lstm"], "workload: expected a name such as lstm-i16-h16-b1-t256, with a cell of "),
         (["--peer", "nothing"], "invalid choice: 'nothing'"),
         (["--threads", "100000"], "argument --threads: expected at most"),
     ):

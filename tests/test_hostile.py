@@ -44,7 +44,9 @@ class HostileError(Exception):
     """What hostile objects raise; it may come through."""
 
 
-SENSIBLE = (ValueError, TypeError, OverflowError, MemoryError, HostileError, rk.BackendUnavailableError)
+SENSIBLE = (
+    ValueError, TypeError, OverflowError, FloatingPointError, MemoryError, HostileError, rk.BackendUnavailableError
+)  # fmt: skip
 
 
 def _raise(*_: Any, **__: Any) -> Any:
@@ -518,7 +520,7 @@ class Native:
 
     def pack_arguments(self, stack: Stack, training: bool, bias: bool) -> dict[str, Any]:
         return {
-            "cell": stack.cell.name, "dtype": stack.dtype, "input_size": 3, "hidden_size": 4,
+            "cell": stack.cell.name, "format": stack.format, "input_size": 3, "hidden_size": 4,
             "proj_size": stack.proj_size, "num_layers": stack.num_layers, "directions": list(stack.directions),
             "weights": self.weights(stack, bias), "training": training,
         }  # fmt: skip
