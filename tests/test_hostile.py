@@ -815,9 +815,13 @@ def call(times):
     for _ in range(times):
         frozen(x)
         time.sleep(0.002)
-call(10)
-threads, cpus = [int(name) for name in os.listdir("/proc/self/task")], os.sched_getaffinity(0)
-assert len(threads) > 1 and all(os.sched_getaffinity(thread) == cpus for thread in threads)
+def tasks():
+    return [int(name) for name in os.listdir("/proc/self/task")]
+deadline = time.monotonic() + 15  # while others want the CPUs no helper is asked
+while len(tasks()) < 2 and time.monotonic() < deadline:
+    call(10)
+threads, cpus = tasks(), os.sched_getaffinity(0)
+assert all(os.sched_getaffinity(thread) == cpus for thread in threads)
 for thread in threads:
     os.sched_setaffinity(thread, {min(cpus)})
 call(30)
@@ -851,7 +855,7 @@ else:
     for _ in range(600):
         child, status = os.waitpid(children[0], os.WNOHANG)
         if child:
-            assert status == 0, status
+            assert os.waitstatus_to_exitcode(status) in (0, 3), status  # 3: no helper had come, nothing was missing
             break
         time.sleep(0.05)
     else:
