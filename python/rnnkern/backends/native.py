@@ -152,7 +152,9 @@ def backward(
         names = stack.layers[0].weight_shapes(packed.biased, stack.proj_size > 0)
         flags = [[name in one for name in names] for one in wanted]
     dx, dinitial, gradients = packed.backward(saved, dy, dstate, need_x, flags)
-    return dx, dinitial, [_without_extras(stack.cell, one) for one in gradients]
+    if flags is not None or stack.cell.extras:
+        gradients = [_without_extras(stack.cell, one) for one in gradients]
+    return dx, dinitial, gradients
 
 
 def plan(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import plain
-from .kernels import Kernels, Needs, Rows, kernels_of, tape_of, tensor_of
+from .kernels import Kernels, Rows, kernels_of, tape_of, tensor_of, threads_of_torch
 from .uncompiled import uncompiled
 
 __all__ = ["Eager", "run_plain"]
@@ -31,26 +30,7 @@ def run_plain(
     return plain.forward(kernels.signature.stack, by_layer, x, state, lengths, resets, tensors)
 
 
-def _backward(
-    kernels: Kernels,
-    saved: tuple[Tensor, Tensor, Tensor],  # the tape, y and x
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    rows: Callable[[], Rows],
-    gradients: Sequence[Tensor | None],  # of y and of the final state
-    need: Needs,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
-    """See `Kernels.backward`. Runs forward again where hooks of saved tensors made copies of the tape."""
-    tensor, y, x = saved
-    tape = tape_of(tensor, x, y)
-    if tape is None:
-        # Keep y, in whose memory the new tape is.
-        (y, *_), tape = kernels.forward(kernels.pack(kernels.arrays(weights), True), x, state, rows(), True)
-    dy, *dfinal = gradients
-    return kernels.backward(tape, x, dy, dfinal, need)
-
-
-_BATCHED = torch._C._parse_dispatch_key("Batched")
+_BATCHES = torch._C._parse_dispatch_key("VmapMode")  # is_grads_batched=True, jacobian(vectorize=True)
 
 
 class Eager(torch.autograd.Function):
@@ -68,7 +48,7 @@ class Eager(torch.autograd.Function):
         rows = kernels.rows(x, lengths, resets, seed, dropout)
         results, tape = kernels.forward(kernels.pack(arrays, True), x, state, rows, True)
         # The masks are with the tape, to be dropped with it.
-        ctx.kernels, ctx.states, ctx.call = kernels, len(state), (rows.lengths, rows.resets, seed, dropout)
+        ctx.call = kernels, len(state), rows.lengths, rows.resets, seed, dropout
         ctx.set_materialize_grads(False)
         # The tape refers to the memory of x and y; autograd refuses a backward when they, the state or the weights were
         # written to. It is saved as a tensor, so that activation checkpointing drops it with the others.
@@ -78,42 +58,39 @@ class Eager(torch.autograd.Function):
     @staticmethod
     @uncompiled()
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        tape, y, x, *tensors = ctx.saved_tensors
-        kernels, states = ctx.kernels, ctx.states
-        lengths, resets, seed, dropout = ctx.call
-        state, weights = tensors[:states], tensors[states:]
-
-        def rows() -> Rows:
-            return Rows(lengths, resets, kernels.masks(x, seed, dropout))
-
-        if torch.is_grad_enabled() or _are_batched(gradients):  # create_graph=True, is_grads_batched=True
-            found = _again(ctx, rows(), x, tensors, gradients)
-        else:
-            _, _, need_x, *needs = ctx.needs_input_grad
-            need = Needs(need_x, states > 0, needs[states:])
-            dx, dstate, dweights = _backward(kernels, (tape, y, x), state, weights, rows, gradients, need)
-            found = [dx, *dstate, *dweights]
-        return (None, None, *found)
-
-
-def _are_batched(gradients: Sequence[Tensor | None]) -> bool:
-    """Many gradients at once, as `is_grads_batched=True` and `jacobian(vectorize=True)` pass them."""
-    return any(torch._C._dispatch_keys(one).has(_BATCHED) for one in gradients if one is not None)
+        tensor, y, x, *tensors = ctx.saved_tensors
+        kernels, states, lengths, resets, seed, dropout = ctx.call
+        needs = ctx.needs_input_grad[2:]
+        tape = tape_of(tensor, x, y)
+        again = torch.is_grad_enabled() or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHES)
+        if again or tape is None:
+            rows = Rows(lengths, resets, kernels.masks(x, seed, dropout))
+            if again:
+                return (None, None, *_again(kernels, rows, x, tensors[:states], tensors[states:], gradients, needs))
+            # Keep y, in whose memory the tape is.
+            (y, *_), tape = kernels.again(x, tensors[:states], tensors[states:], rows)
+        return (None, None, *kernels.backward(tape, x, gradients, needs[0], states > 0, needs[1 + states :]))
 
 
 def _again(
-    ctx: Any, rows: Rows, x: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    kernels: Kernels,
+    rows: Rows,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated, of the same call in torch's own operations."""
-    create_graph, states = torch.is_grad_enabled(), ctx.states
+    """Gradients that can be differentiated, or are many at once, of the same call in torch's own operations."""
+    create_graph, tensors = torch.is_grad_enabled(), (x, *state, *weights)
     ends, cuts = [None if one is None else torch.from_numpy(one) for one in rows[:2]]
     with torch.enable_grad():
-        results = run_plain(ctx.kernels, x, tensors[:states], tensors[states:], ends, cuts, rows.masks)
+        results = run_plain(kernels, x, state, weights, ends, cuts, rows.masks)
     seen = [(one, d) for one, d in zip(results, gradients, strict=True) if d is not None]
     outputs, directions = zip(*seen, strict=True)
-    wanted = [one for one, need in zip((x, *tensors), ctx.needs_input_grad[2:], strict=True) if need]
+    wanted = [one for one, need in zip(tensors, needs, strict=True) if need]
     found = iter(torch.autograd.grad(outputs, wanted, directions, create_graph=create_graph, allow_unused=True))
-    return [next(found) if need else None for need in ctx.needs_input_grad[2:]]
+    return [next(found) if need else None for need in needs]
 
 
 # The operators are one node each of a graph. Only tensors pass from the one to the other: the tape is one. The
@@ -148,10 +125,11 @@ def _forward_operator(
     """y, the final state and the tape, which is an empty tensor unless training."""
     kernels = kernels_of(*stack, x.dtype)
     arrays, rows = kernels.arrays(weights), kernels.rows(x, lengths, resets, seed, dropout)
-    if not training:
-        return [*kernels.infer(arrays, x, state, rows), x.new_empty(0, dtype=torch.uint8)]
-    results, tape = kernels.forward(kernels.pack(arrays, True), x, state, rows, True)
-    return [*results, tensor_of(tape)]
+    with threads_of_torch():
+        if not training:
+            return [*kernels.infer(arrays, x, state, rows), x.new_empty(0, dtype=torch.uint8)]
+        results, tape = kernels.forward(kernels.pack(arrays, True), x, state, rows, True)
+        return [*results, tensor_of(tape)]
 
 
 @torch.library.register_fake("rnnkern::forward")
@@ -192,10 +170,11 @@ def _backward_operator(
 ) -> list[Tensor]:
     """Gradients of x, of the initial state and of the weights; of x and weights empty tensors unless needed."""
     kernels = kernels_of(*stack, x.dtype)
-    rows, gradients = partial(kernels.rows, x, lengths, resets, seed, dropout), (dy, *dfinal)
-    need = Needs(need_x, True, need_weights)
-    dx, dstate, dweights = _backward(kernels, (tape, y, x), state, weights, rows, gradients, need)
-    return [x.new_empty(0) if one is None else one for one in (dx, *dstate, *dweights)]
+    known = tape_of(tape, x, y)
+    if known is None:
+        (y, *_), known = kernels.again(x, state, weights, kernels.rows(x, lengths, resets, seed, dropout))
+    found = kernels.backward(known, x, (dy, *dfinal), need_x, True, need_weights)
+    return [x.new_empty(0) if one is None else one for one in found]
 
 
 @torch.library.register_fake("rnnkern::backward")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,7 +22,18 @@ from ..config import num_threads
 from ..functional import dropout_masks
 from ..stack import Stack, State
 
-__all__ = ["DTYPES", "Kernels", "Needs", "Rows", "Tape", "array_of", "kernels_of", "tape_of", "tensor_of"]
+__all__ = [
+    "DTYPES",
+    "Kernels",
+    "Rows",
+    "Tape",
+    "array_of",
+    "kernels_of",
+    "tape_of",
+    "tensor_of",
+    "threads_of_torch",
+    "too_many_threads",
+]
 
 Array = NDArray[Any]
 
@@ -55,6 +66,9 @@ class Rows(NamedTuple):
     masks: Sequence[Array] | None
 
 
+_NO_ROWS = Rows(None, None, None)
+
+
 class Tape(NamedTuple):
     """What one forward leaves to its backward."""
 
@@ -64,17 +78,9 @@ class Tape(NamedTuple):
     places: tuple[int, int]  # the addresses of x and y, whose memory `saved` refers to
 
 
-class Needs(NamedTuple):
-    """Whose gradients are wanted."""
-
-    x: bool
-    state: bool
-    weights: Sequence[bool]
-
-
 def tensor_of(tape: Tape) -> Tensor:
     """A tensor of one byte whose storage holds the tape: it dies with the last tensor that shares its memory."""
-    tensor = torch.zeros(1, dtype=torch.uint8)
+    tensor = torch.from_numpy(np.zeros(1, np.uint8))
     tensor.untyped_storage().tape = tape
     return tensor
 
@@ -102,34 +108,30 @@ class _Lent:
 
 def array_of(tensor: Tensor) -> Array:
     """The tensor's own memory where it is contiguous, else a copy; to be read."""
-    array: Array = np.from_dlpack(_Lent(tensor.contiguous().resolve_neg()))
-    return array
+    array: Array = np.from_dlpack(_Lent(tensor.resolve_neg() if tensor.is_neg() else tensor))
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
 
-def _writable(tensor: Tensor, dtype: np.dtype[Any]) -> Array:
-    """The memory of a contiguous tensor, which the caller keeps alive."""
-    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return np.ndarray(tensor.shape, dtype, memory)
+def too_many_threads() -> bool:
+    """A call would have more threads than torch would use: a DataLoader's worker has one."""
+    return torch.get_num_threads() < _num_threads()
 
 
 @contextmanager
-def _few_threads(count: int) -> Iterator[None]:
-    """Bound the threads of this thread's calls."""
+def threads_of_torch() -> Iterator[None]:
+    """Bound the calls of this thread to the threads that torch would use."""
     native = native_module()
-    before = native.limit_caller(count)
+    if native is None:
+        yield
+        return
+    before = native.limit_caller(torch.get_num_threads())
     try:
         yield
     finally:
         native.limit_caller(before)
 
 
-_unbounded = nullcontext()
-
-
-def _threads_of_torch() -> AbstractContextManager[None]:
-    """In this context a call has no more threads than torch would use: DataLoader workers have one."""
-    count = torch.get_num_threads()
-    return _unbounded if count >= num_threads() else _few_threads(count)
+_num_threads = num_threads if native_module() is None else native_module().num_threads
 
 
 class Kernels:
@@ -152,8 +154,7 @@ class Kernels:
 
     def pack(self, arrays: Sequence[dict[str, Array]], training: bool) -> Any:
         """The backend's copy of what `arrays` returned."""
-        with _threads_of_torch():
-            return self.backend.pack(self.signature.stack, arrays, training)
+        return self.backend.pack(self.signature.stack, arrays, training)
 
     def arrays(self, weights: Sequence[Tensor]) -> list[dict[str, Array]]:
         """The memory of the weights where they are contiguous, else copies."""
@@ -174,6 +175,8 @@ class Kernels:
         self, x: Tensor, lengths: Tensor | None, resets: Tensor | None, seed: Tensor | None, dropout: float
     ) -> Rows:
         """Lengths and resets checked and copied, the masks drawn."""
+        if lengths is resets is seed is None:
+            return _NO_ROWS
         steps, batch = x.shape[:2]
         return Rows(
             None if lengths is None else self.signature.lengths(array_of(lengths), steps, batch, False),
@@ -200,54 +203,59 @@ class Kernels:
         steps, batch, _ = inputs.shape
         initial = tuple([array_of(one) for one in state]) if state else self.zeros(batch)
         self._make_way(steps * batch)
-        y, saved = torch.empty((steps, batch, signature.output_size), dtype=x.dtype), None
+        y, saved = np.empty((steps, batch, signature.output_size), signature.dtype), None
         if inputs.size:
-            with _threads_of_torch():
-                final, saved = self.backend.forward(
-                    signature.stack, packed, inputs, initial, *rows, _writable(y, signature.dtype), training
-                )
+            final, saved = self.backend.forward(signature.stack, packed, inputs, initial, *rows, y, training)
         else:
             final = tuple([one.copy() for one in initial])
-        results = [y, *[torch.from_numpy(one) for one in final]]
-        return results, Tape(packed, saved, rows, (x.data_ptr(), y.data_ptr()))
+        from_numpy = torch.from_numpy
+        results = [from_numpy(y), *[from_numpy(one) for one in final]]
+        return results, Tape(packed, saved, rows, (x.data_ptr(), results[0].data_ptr()))
+
+    def again(
+        self, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], rows: Rows
+    ) -> tuple[list[Tensor], Tape]:
+        """What a training forward gives, for a backward that got no tape."""
+        with threads_of_torch():
+            return self.forward(self.pack(self.arrays(weights), True), x, state, rows, True)
 
     def backward(
         self,
         tape: Tape,
         x: Tensor,
-        dy: Tensor | None,
-        dfinal: Sequence[Tensor | None],
-        need: Needs,
-    ) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
-        """Gradients of x, of the initial state (an empty list unless needed) and of the weights; None unless needed."""
+        gradients: Sequence[Tensor | None],
+        need_x: bool,
+        need_state: bool,
+        need_weights: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of x, of the initial state (left out unless needed) and of the weights; None unless needed.
+
+        `gradients` are those of y and of the final state.
+        """
+        if too_many_threads():
+            with threads_of_torch():
+                return self.backward(tape, x, gradients, need_x, need_state, need_weights)
         steps, batch, _ = x.shape
-        dstate = tuple(
-            [zero if one is None else array_of(one) for one, zero in zip(dfinal, self.zeros(batch), strict=True)]
-        )
+        dy, *dfinal = [None if one is None else array_of(one) for one in gradients]
+        dstate = tuple([zero if one is None else one for one, zero in zip(dfinal, self.zeros(batch), strict=True)])
         from_numpy = torch.from_numpy
         if tape.saved is None:
-            return (
-                torch.zeros_like(x) if need.x else None,
-                [from_numpy(one.copy()) for one in dstate if need.state],
-                [x.new_zeros(shape) for shape in self.weight_shapes()],
-            )
+            return [
+                torch.zeros_like(x) if need_x else None,
+                *[from_numpy(one.copy()) for one in dstate if need_state],
+                *[x.new_zeros(shape) for shape in self.weight_shapes()],
+            ]
         self._make_way(steps * batch)
-        with _threads_of_torch():
-            dx, dinitial, gradients = self.backend.backward(
-                self.signature.stack,
-                tape.packed,
-                tape.saved,
-                *tape.rows,
-                None if dy is None else array_of(dy),
-                dstate,
-                need.x,
-                None if all(need.weights) else self._wanted(need.weights),
-            )
-        return (
-            None if dx is None else from_numpy(dx),
-            [from_numpy(one) for one in dinitial] if need.state else [],
-            [from_numpy(one[key]) if key in one else None for one in gradients for key in self.keys],
+        wanted = None if all(need_weights) else self._wanted(need_weights)
+        dx, dinitial, slopes = self.backend.backward(
+            self.signature.stack, tape.packed, tape.saved, *tape.rows, dy, dstate, need_x, wanted
         )
+        found = [None if dx is None else from_numpy(dx)]
+        if need_state:
+            found += [from_numpy(one) for one in dinitial]
+        if wanted is None:
+            return found + [from_numpy(one[key]) for one in slopes for key in self.keys]
+        return found + [from_numpy(one[key]) if key in one else None for one in slopes for key in self.keys]
 
     def _wanted(self, need: Sequence[bool]) -> list[list[str]]:
         """The keys of the weights that need their gradient, of each layer-direction."""

@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -16,7 +17,7 @@ from .. import backends
 from ..arguments import describe, flag
 from ..cells import CELLS
 from .autograd import Eager, run_plain
-from .kernels import DTYPES, Kernels, kernels_of
+from .kernels import DTYPES, Kernels, kernels_of, threads_of_torch, too_many_threads
 
 __all__ = ["GRU", "LSTM", "OWN", "RNN", "SUPPORTED", "THEIRS", "Layers", "is_supported", "torchs"]
 
@@ -195,8 +196,11 @@ class Layers(torch.nn.RNNBase):
 
     def _weights(self) -> list[Tensor]:
         """As they are now; parameters, or what stands in their place."""
-        parameters = self._parameters
-        return [parameters[name] if name in parameters else getattr(self, name) for name in self._flat_weights_names]
+        parameters, names = self._parameters, self._flat_weights_names
+        try:
+            return [parameters[name] for name in names]
+        except KeyError:
+            return [getattr(self, name) for name in names]
 
     def _arrays(self, kernels: Kernels, weights: list[Tensor]) -> list[dict[str, Any]]:
         """`kernels.arrays`, made again where a weight has moved: only addresses of this call are used."""
@@ -293,10 +297,15 @@ class Layers(torch.nn.RNNBase):
         resets: Tensor | None,
     ) -> Sequence[Tensor]:
         """y (T, B, D*P) and the final state, of x (T, B, I)."""
-        compiling, floats = torch.compiler.is_compiling(), (x, *state, *weights)
-        if not compiling and has_torch_function(floats):  # a subclass of Tensor, or a mode, which may keep its class
-            found = handle_torch_function(type(self)._run, floats, self, weights, x, state, lengths, resets)
-            return cast("Sequence[Tensor]", found)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            floats = (x, *state, *weights)
+            if has_torch_function(floats):  # a subclass of Tensor, or a mode, which may keep its class
+                found = handle_torch_function(type(self)._run, floats, self, weights, x, state, lengths, resets)
+                return cast("Sequence[Tensor]", found)
+            if too_many_threads():
+                with threads_of_torch():
+                    return self._run(weights, x, state, lengths, resets)
         stack = self._stack()
         dropout = self.dropout if self.training and self._frozen is None and self.num_layers > 1 else 0.0
         seed = torch.randint(2**63 - 1, ()) if dropout else None
@@ -364,11 +373,16 @@ def torchs(module: Layers) -> Any:
     return twin
 
 
-def _is_dispatched(*tensors: Tensor) -> bool:
+def _is_dispatched(x: Tensor, weight: Tensor) -> bool:
     """A call is to be seen as one operation: by a mode such as FakeTensorMode, by such tensors, or on meta."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
-        one.is_meta or type(one).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl for one in tensors
-    )
+    dispatched = torch._C._len_torch_dispatch_stack() > 0 or x.is_meta
+    for one in (x, weight):
+        kind = type(one)
+        dispatched |= kind is not Tensor and kind is not Parameter and kind.__torch_dispatch__ is not _NO_DISPATCH
+    return dispatched
+
+
+_NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
 
 def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
