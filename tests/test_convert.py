@@ -296,9 +296,9 @@ def run_onnx(problem, layers):
     return y
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", convert._ONNX.cells)
 def test_onnx_runtime_computes_the_same_with_converted_weights(cell, options):
-    """The standard has every cell."""
+    """Every cell that the standard has."""
     problem = problem_of(cell, options)
     layers = convert.to_onnx(cell, layer_of(problem).parameters)
     assert_accurate(problem, {"y": run_onnx(problem, layers)})
