@@ -97,15 +97,16 @@ def pytest_configure(config: pytest.Config) -> None:
 # What comes round, alone or listed with more: each value is in some test of a grid. All else is a test's own.
 COMES_ROUND = {"cell", "backend", "native", "dtype", "layout"}
 
-# Numba takes six seconds to compile a cell in a dtype: each comes in float32, this one in both.
-COMPILED_IN_BOTH = "lstm"
+# Numba takes six seconds to compile a cell in a dtype: one cell of each shape of a step comes in float32, one in both.
+COMPILED, COMPILED_IN_BOTH = ("rnn_tanh", "lstm", "gru", "gru_reset_before"), "lstm"
 
 
 def compiles_much(item: pytest.Item) -> bool:
     """Would the test alone have Numba compile its cell in its dtype, float64 where it does not say?"""
     params = item.callspec.params
-    float32 = params.get("dtype") == "float32"
-    return params.get("backend") == ("numba", None) and not (float32 or params.get("cell", "lstm") == COMPILED_IN_BOTH)
+    cell = params.get("cell", COMPILED_IN_BOTH)
+    compiled = cell == COMPILED_IN_BOTH or (params.get("dtype") == "float32" and cell in COMPILED)
+    return params.get("backend") == ("numba", None) and not compiled
 
 
 def shown(item: pytest.Item) -> set[frozenset[Any]]:

@@ -179,6 +179,7 @@ def test_times_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # "every benchmark once" of .ci/run checks our own results
 def test_peers_compute_what_the_reference_computes() -> None:
     """Those that are installed, in a process of their own: some start threads, or change what importing means."""
     worker = runner.Worker(1)

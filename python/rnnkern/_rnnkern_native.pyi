@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'abi_bytes', 'activation', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'set_num_threads', 'stream', 'supply', 'unknown_max_isa', 'use_isa']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'abi_bytes', 'activation', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'set_num_threads', 'stream', 'supply', 'unknown_max_isa', 'use_isa']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -84,6 +84,8 @@ def lanes(dtype: typing.Any) -> int:
     """
     Elements of a vector of the ISA in use.
     """
+def limit_caller(count: typing.SupportsInt | typing.SupportsIndex) -> int:
+    ...
 def linear_backward(x: typing.Any, weight: typing.Any, dy: typing.Any, dx: typing.Any, dweight: typing.Any, dbias: typing.Any) -> None:
     ...
 def linear_forward(x: typing.Any, weight: typing.Any, bias: typing.Any, y: typing.Any) -> None:
