@@ -22,7 +22,7 @@ void forward_as(const Stack& stack, Worker& worker) noexcept {
   const FlushDenormals flush;
   Arena arena(stack.scratch);
   using T = typename Format::T;
-  const ScratchOf<Cell, Format> scratch(arena, stack, worker.index);
+  const ScratchOf<Cell, T> scratch(arena, stack, worker.index);
   Context<Cell, T> call{stack, worker};
   for (int layer = 0; layer < stack.layer_count; ++layer) {
     for (int direction = 0; direction < stack.directions; ++direction) {
@@ -76,16 +76,15 @@ void backward(void* context, Worker& worker) noexcept {
   backward_as<Cell, T, BackwardLayer>(stack, worker);
 }
 
-template <class Cell, class Format>
+template <class Cell, class T>
 std::int64_t scratch_bytes(const Stack& stack, bool for_backward) noexcept {
-  using T = typename Format::T;
   Arena arena(nullptr);
   if (for_backward)
     BackwardScratch<Cell, T>(arena, stack, 0);
   else if (is_narrow<Cell, T>(stack))
-    NarrowScratch<Cell, Format>(arena, stack, 0);
+    NarrowScratch<Cell, T>(arena, stack, 0);
   else
-    ForwardScratch<Cell, Format>(arena, stack, 0);
+    ForwardScratch<Cell, T>(arena, stack, 0);
   return arena.used();
 }
 
@@ -190,7 +189,7 @@ constexpr CellKernels kernels_of() noexcept {
   return {packed_bytes<Cell, Format>,
           pack_layer<Cell, Format>,
           saved_elements<Cell, T>,
-          scratch_bytes<Cell, Format>,
+          scratch_bytes<Cell, T>,
           row_grain<Cell, T>,
           forward<Cell, Format>,
           Format::trains ? backward<Cell, T> : nullptr};

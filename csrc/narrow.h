@@ -143,10 +143,8 @@ constexpr int kNarrowSteps = Cell::gates == 1   ? 8
                              : kRegisters == 32 ? 4
                                                 : 2;
 
-template <class Cell, class Format>
+template <class Cell, class T>
 struct NarrowScratch {
-  using T = typename Format::T;
-
   T* h[2];   // [vectors, H, lanes]: the state before and after a step
   T* c;      // [vectors, H, lanes]
   T* gates;  // [vectors, block_steps, G * H, lanes]: the input's share
@@ -181,7 +179,7 @@ class NarrowForward
   static constexpr int gates = Cell::gates;
 
  public:
-  NarrowForward(const Base& context, const Layer& layer, const NarrowScratch<Cell, Format>& scratch) noexcept
+  NarrowForward(const Base& context, const Layer& layer, const NarrowScratch<Cell, T>& scratch) noexcept
       : Rows(context, layer), s_(scratch), packed_(layer, false), H_(layer.sizes.hidden) {}
 
  private:
@@ -280,7 +278,7 @@ class NarrowForward
     }
   }
 
-  const NarrowScratch<Cell, Format>& s_;
+  const NarrowScratch<Cell, T>& s_;
   const PackedWeights<Cell, Format> packed_;
   const std::int64_t H_;
 };

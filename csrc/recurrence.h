@@ -106,11 +106,8 @@ void copy_row(T* to, const T* from, std::int64_t count, std::int64_t padded_coun
 template <class Cell>
 constexpr int kSlots = Cell::saved > Cell::gates ? Cell::saved : Cell::gates;
 
-// Of a layer whose states are T; `Format` says how its weights are stored.
-template <class Cell, class Format>
+template <class Cell, class T>
 struct ForwardScratch {
-  using T = typename Format::T;
-
   T* h[2];    // [B, stride P]: the state before and after a step
   T* c;       // [B, padded H]
   T* hidden;  // [B, padded H]: h before the projection, or the scaled h of a late product
@@ -215,7 +212,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
   static_assert(Cell::saved == 0 || Cell::saved >= Cell::gates, "the gates' input share needs the saved row");
 
  public:
-  ForwardLayer(const Base& context, const Layer& layer, const ForwardScratch<Cell, Format>& scratch) noexcept
+  ForwardLayer(const Base& context, const Layer& layer, const ForwardScratch<Cell, T>& scratch) noexcept
       : Loop(context, layer),
         s_(scratch),
         packed_(layer, false),
@@ -385,7 +382,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
     store_some<V>(output(t, b) + unit, h, P_ - unit < lanes ? static_cast<int>(P_ - unit) : lanes);
   }
 
-  const ForwardScratch<Cell, Format>& s_;
+  const ForwardScratch<Cell, T>& s_;
   const PackedWeights<Cell, Format> packed_;
   const std::int64_t H_, P_, padded_h_, stride_p_;
   const bool keep_;
