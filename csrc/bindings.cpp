@@ -118,10 +118,10 @@ Owned* make(Arguments&&... arguments) {
 }
 
 Packed* pack(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
-             std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::object& weights,
-             bool training) {
-  return make<Packed>(cell, format, input_size, hidden_size, proj_size, num_layers, std::move(directions), weights,
-                      training);
+             std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
+             const py::object& weights, bool training) {
+  return make<Packed>(cell, format, input_size, hidden_size, proj_size, num_layers, std::move(directions), names,
+                      weights, training);
 }
 
 // What the calls of rnnkern_abi.h take of a stack: the bytes of its weights, packed for inference and for training, and
@@ -214,7 +214,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
            .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("need_x"),
                 py::arg("wanted"))
            .def("plan", &Packed::plan, py::arg("steps"), py::arg("batch"), py::arg("backward"))
-           .def_property_readonly("biased", [](const Packed& self) { return self.biased(); })
+           .def_property_readonly("names", [](const Packed& self) { return self.names(); })
            .def_property_readonly("isa", [](const Packed& self) { return self.isa(); })
            .def_property_readonly("nbytes", [](const Packed& self) { return self.nbytes(); }));
 
@@ -233,7 +233,8 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   seal(steps);
 
   m.def("pack", &pack, py::arg("cell"), py::arg("format"), py::arg("input_size"), py::arg("hidden_size"),
-        py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("weights"), py::arg("training"));
+        py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("names"), py::arg("weights"),
+        py::arg("training"));
 
   m.def("abi_bytes", &abi_bytes, py::arg("isa"), py::arg("cell"), py::arg("dtype"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("steps"),

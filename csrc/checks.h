@@ -47,18 +47,17 @@ py::object owned(PyObject* result) {
 
 std::string text_of(const py::dtype& dtype) { return owned(in_python(PyObject_Str, dtype.ptr())).cast<std::string>(); }
 
-// What errors call an argument: argument, argument[index], argument[index]['key'], argument[index]['key'][element]. Its
-// text is put together only for an error.
+// What errors call an argument: argument, argument[index] or argument[index][element]. Its text is put together only
+// for an error.
 class Name {
  public:
-  Name(const char* argument, std::size_t index = kNone, const char* key = nullptr, std::size_t element = kNone)
-      : argument_(argument), index_(index), key_(key), element_(element) {}
+  Name(const char* argument, std::size_t index = kNone, std::size_t element = kNone)
+      : argument_(argument), index_(index), element_(element) {}
 
   std::string text() const {
     std::string all = argument_;
-    if (index_ != kNone) all += "[" + std::to_string(index_) + "]";
-    if (key_) all += std::string("['") + key_ + "']";
-    if (element_ != kNone) all += "[" + std::to_string(element_) + "]";
+    for (const std::size_t one : {index_, element_})
+      if (one != kNone) all += "[" + std::to_string(one) + "]";
     return all;
   }
 
@@ -66,9 +65,7 @@ class Name {
   static constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
 
   const char* argument_;
-  std::size_t index_;
-  const char* key_;
-  std::size_t element_;
+  std::size_t index_, element_;
 };
 
 const py::detail::PyArray_Proxy& fields_of(py::handle array) { return *py::detail::array_proxy(array.ptr()); }

@@ -5,6 +5,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -75,6 +76,9 @@ py::tuple tuple_of(const std::vector<py::array>& arrays) {
   return tuple;
 }
 
+// Of the weights of a layer-direction, in the order of LayerWeights; none: not wanted.
+using Gradients = std::vector<std::optional<py::array>>;
+
 WeightFormat format_of(const std::string& name) {
   if (name == "float32") return WeightFormat::float32;
   if (name == "float64") return WeightFormat::float64;
@@ -86,12 +90,16 @@ WeightFormat format_of(const std::string& name) {
 class Packed : public Network {
  public:
   Packed(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
-         std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::object& weights,
-         bool training)
+         std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
+         const py::object& weights, bool training)
       : Network(active(), cell, format_of(format), input_size, hidden_size, proj_size, num_layers,
                 std::move(directions)),
         dtype_(element_bytes() == 8 ? py::dtype::of<double>() : py::dtype::of<float>()),
-        training_(training) {
+        training_(training),
+        names_(names),
+        biased_(names.size() == weight_count(true)) {
+    if (names.size() != weight_count(biased_) || !std::ranges::all_of(names, py::isinstance<py::str>))
+      throw py::value_error("names: expected " + std::to_string(weight_count(biased_)) + " strings");
     if (training && kernels().backward == nullptr)
       throw py::value_error(std::string("format: expected float32 or float64 for training, got ").append(format));
     const auto given = elements(weights, "weights", layer_directions());
@@ -127,8 +135,8 @@ class Packed : public Network {
   // Which weights of each layer-direction, in the order of LayerWeights, are to get a gradient; none: all of them.
   using Wanted = std::optional<std::vector<std::vector<bool>>>;
 
-  // Returns the gradients of x (None unless need_x), of the initial state, and of the weights of each layer-direction,
-  // in dicts like those they were packed from: without those that are not wanted, None in place of an extra.
+  // Returns the gradients of x (None unless need_x), of the initial state, and of the wanted weights of each
+  // layer-direction, in dicts like those they were packed from.
   py::tuple backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x,
                      const Wanted& wanted) const {
     if (saved.packed_id != id_) throw py::value_error("saved: expected what forward of these weights returned");
@@ -151,9 +159,9 @@ class Packed : public Network {
       go_back(saved, output_gradient ? bytes_of(*output_gradient) : nullptr,
               input_gradient ? bytes_of(*input_gradient) : nullptr, bytes_of(dfinal), bytes_of(dinitial), gradients);
     }
-    py::list dicts;
-    for (const auto& one : gradients) dicts.append(dict_of(one));
-    return py::make_tuple(input_gradient ? py::object(*input_gradient) : py::none(), tuple_of(dinitial), dicts);
+    py::list slopes;
+    for (const auto& one : gradients) slopes.append(dict_of(one));
+    return py::make_tuple(input_gradient ? py::object(*input_gradient) : py::none(), tuple_of(dinitial), slopes);
   }
 
   // How a training call of this size is divided, and the bytes that NumPy allocates in it beside states, y and
@@ -195,7 +203,7 @@ class Packed : public Network {
   }
 
   const py::dtype& dtype() const { return dtype_; }
-  bool biased() const { return biased_; }
+  const py::tuple& names() const { return names_; }
   Shape state_shape(std::size_t s, std::int64_t B) const {
     return {static_cast<std::int64_t>(layer_directions()), B, state_size(s)};
   }
@@ -219,25 +227,26 @@ class Packed : public Network {
   }
 
  private:
-  // Of the weights of a layer-direction, in the order of LayerWeights; none: not wanted.
-  using Gradients = std::vector<std::optional<py::array>>;
-
-  // What an error calls the weights of layer-direction i, or one of them.
-  static Name weights_name(std::size_t i, const char* key = nullptr) { return {"weights", i, key}; }
-
   void pack_next(std::size_t i, const py::object& weights) {
-    if (!py::isinstance<py::dict>(weights))
-      throw py::type_error(weights_name(i).text() + ": expected a dict of arrays");
+    const Name name{"weights", i};
+    if (!py::isinstance<py::dict>(weights)) throw py::type_error(name.text() + ": expected a dict of arrays");
     const auto dict = py::reinterpret_borrow<py::dict>(weights);
-    const bool biased = dict.contains("b_ih");
-    if (i == 0) biased_ = biased;
-    if (biased != biased_)
-      throw py::value_error(weights_name(i).text() + ": expected biases in all layer-directions or in none");
-    const std::vector<py::array> arrays = checked_weights(dict, i, sizes(i));
+    if (dict.size() != names_.size())
+      throw py::value_error(name.text() + ": expected " + std::to_string(names_.size()) + " arrays");
+    std::vector<py::object> given;
+    for (const py::handle key : names_) {
+      PyObject* object = in_python(PyDict_GetItemWithError, dict.ptr(), key.ptr());
+      if (object == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      if (object == nullptr)
+        throw py::value_error(name.text() + ": expected an array named '" + key.cast<std::string>() + "', got none");
+      given.push_back(py::reinterpret_borrow<py::object>(object));
+    }
+    const std::vector<Shape> shapes = weight_shapes(i);
+    std::vector<const void*> data;
+    for (std::size_t k = 0; k < given.size(); ++k)
+      data.push_back(bytes_of(checked(given[k], {"weights", i, k}, dtype_, shapes[k])));
     packed_.emplace_back(packed_bytes(i, training_));
     add(packed_.back().data);
-    std::vector<const void*> data;
-    for (const auto& one : arrays) data.push_back(bytes_of(one));
     const auto pointers = weights_at(data.data(), biased_);
     if (packing_ns(i, training_) < kKeepsGil) {
       pack(i, pointers, training_, packed_.back().data);
@@ -247,76 +256,36 @@ class Packed : public Network {
     }
   }
 
-  // The names and shapes of the weights of a layer-direction, in the order of LayerWeights, but for the extras: those
-  // are in a tuple by the name "extras".
-  std::vector<std::pair<const char*, Shape>> matrices(const LayerSizes& sizes) const {
-    const std::int64_t rows = times(entry().gates, sizes.hidden);
-    std::vector<std::pair<const char*, Shape>> all;
-    all.reserve(5);
-    all.emplace_back("w_ih", Shape{rows, sizes.inputs});
-    all.emplace_back("w_hh", Shape{rows, sizes.outputs});
-    if (biased_) {
-      all.emplace_back("b_ih", Shape{rows});
-      all.emplace_back("b_hh", Shape{rows});
-    }
-    if (sizes.projected) all.emplace_back("w_hr", Shape{sizes.outputs, sizes.hidden});
-    return all;
-  }
-
-  // What a dict of weights holds, in the order of LayerWeights.
-  std::vector<py::array> checked_weights(const py::dict& dict, std::size_t i, const LayerSizes& sizes) const {
-    const auto take = [&](const char* key) {
-      const py::str name(key);
-      PyObject* object = in_python(PyDict_GetItemWithError, dict.ptr(), name.ptr());
-      if (object == nullptr && PyErr_Occurred()) throw py::error_already_set();
-      if (object == nullptr)
-        throw py::value_error(weights_name(i).text() + ": expected an array named '" + key + "', got none");
-      return py::reinterpret_borrow<py::object>(object);
-    };
-    const auto known = matrices(sizes);
-    std::vector<py::object> objects;
-    for (const auto& [key, shape] : known) objects.push_back(take(key));
-    if (dict.size() != known.size() + (entry().extras > 0))
-      throw py::value_error(weights_name(i).text() + ": has an array that the cell does not know");
-    std::vector<py::object> extras;
-    if (entry().extras > 0)
-      extras = elements(take("extras"), weights_name(i, "extras"), static_cast<std::size_t>(entry().extras));
-    std::vector<py::array> arrays;
-    for (std::size_t k = 0; k < known.size(); ++k)
-      arrays.push_back(checked(objects[k], weights_name(i, known[k].first), dtype_, known[k].second));
-    for (std::size_t e = 0; e < extras.size(); ++e)
-      arrays.push_back(checked(extras[e], {"weights", i, "extras", e}, dtype_, {sizes.hidden}));
-    return arrays;
+  // Of the weights of layer-direction i, in the order of LayerWeights.
+  std::vector<Shape> weight_shapes(std::size_t i) const {
+    const LayerSizes of = sizes(i);
+    const std::int64_t rows = times(entry().gates, of.hidden);
+    std::vector<Shape> shapes{{rows, of.inputs}, {rows, of.outputs}};
+    shapes.reserve(weight_count(biased_));
+    if (biased_) shapes.insert(shapes.end(), 2, Shape{rows});
+    if (of.projected) shapes.push_back({of.outputs, of.hidden});
+    shapes.insert(shapes.end(), static_cast<std::size_t>(entry().extras), Shape{of.hidden});
+    return shapes;
   }
 
   // Zeros for the wanted gradients of layer-direction i.
   Gradients zero_gradients(std::size_t i, const Wanted& wanted) const {
-    const std::size_t count = weight_count(biased_);
-    if (wanted && (*wanted)[i].size() != count)
-      throw py::value_error(Name{"wanted", i}.text() + ": expected " + std::to_string(count) + " flags");
-    Gradients gradients;
-    const auto add = [&](const Shape& shape) {
-      const bool skipped = wanted && !(*wanted)[i][gradients.size()];
-      gradients.push_back(skipped ? std::optional<py::array>() : new_array(dtype_, shape));
-      if (!skipped) std::memset(bytes_of(*gradients.back()), 0, static_cast<std::size_t>(gradients.back()->nbytes()));
-    };
-    for (const auto& [key, shape] : matrices(sizes(i))) add(shape);
-    for (int e = 0; e < entry().extras; ++e) add({sizes(i).hidden});
+    const std::vector<Shape> shapes = weight_shapes(i);
+    if (wanted && (*wanted)[i].size() != shapes.size())
+      throw py::value_error(Name{"wanted", i}.text() + ": expected " + std::to_string(shapes.size()) + " flags");
+    Gradients gradients(shapes.size());
+    for (std::size_t k = 0; k < shapes.size(); ++k) {
+      if (wanted && !(*wanted)[i][k]) continue;
+      gradients[k] = new_array(dtype_, shapes[k]);
+      std::memset(bytes_of(*gradients[k]), 0, static_cast<std::size_t>(gradients[k]->nbytes()));
+    }
     return gradients;
   }
 
   py::dict dict_of(const Gradients& gradients) const {
     py::dict dict;
-    auto next = gradients.begin();
-    for (const auto& [key, shape] : matrices(sizes(0))) {
-      if (*next) dict[key] = **next;
-      ++next;
-    }
-    if (entry().extras > 0) {
-      py::tuple extras(static_cast<std::size_t>(entry().extras));
-      for (std::size_t e = 0; e < extras.size(); ++e, ++next) extras[e] = *next ? py::object(**next) : py::none();
-      dict["extras"] = extras;
-    }
+    for (std::size_t k = 0; k < gradients.size(); ++k)
+      if (gradients[k]) dict[names_[k]] = *gradients[k];
     return dict;
   }
 
@@ -438,7 +407,8 @@ class Packed : public Network {
   const std::uint64_t id_ = next_id_++;  // an address may be that of an earlier one
   py::dtype dtype_;
   bool training_;
-  bool biased_ = false;
+  py::tuple names_;  // of the weights of a layer-direction, in the order of LayerWeights
+  bool biased_;
   std::vector<Buffer> packed_;
 };
 

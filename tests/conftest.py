@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported; products are small, waiting is not
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # read when SciPy is imported; scikit-learn skips a check without it
 
+import gc
 import heapq
 import random
 from collections import defaultdict
@@ -154,6 +155,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in grid:
             if item not in chosen:
                 item.add_marker(pytest.mark.exhaustive)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live to the end: the collector of garbage need not walk a million objects again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -507,22 +507,13 @@ class Native:
         ]
         self.saved = [self.run(stack)[1] for stack in self.stacks]
 
-    def weights(self, stack: Stack, bias: bool) -> list[dict[str, Any]]:
-        result = []
-        for sizes in stack.layers:
-            arrays = {
-                name: floats(*shape, dtype=stack.dtype)
-                for name, shape in sizes.weight_shapes(bias, stack.proj_size > 0).items()
-            }
-            extras = tuple(arrays.pop(extra) for extra in stack.cell.extras)
-            result.append(arrays | ({"extras": extras} if extras else {}))
-        return result
-
     def pack_arguments(self, stack: Stack, training: bool, bias: bool) -> dict[str, Any]:
+        shapes = [sizes.weight_shapes(bias, stack.proj_size > 0) for sizes in stack.layers]
         return {
             "cell": stack.cell.name, "format": stack.format, "input_size": 3, "hidden_size": 4,
             "proj_size": stack.proj_size, "num_layers": stack.num_layers, "directions": list(stack.directions),
-            "weights": self.weights(stack, bias), "training": training,
+            "names": stack.weight_names[bias], "training": training,
+            "weights": [{name: floats(*shape, dtype=stack.dtype) for name, shape in one.items()} for one in shapes],
         }  # fmt: skip
 
     def state(self, stack: Stack) -> tuple[Any, ...]:

@@ -706,7 +706,7 @@ def test_what_the_standard_cannot_say_is_refused_by_name(monkeypatch):
     """And what is no layer, or no flag."""
     with pytest.raises(ValueError, match=r"^layer: expected proj_size=0, .*, got LSTM\(3, 4, proj_size=2\)$"):
         bridge.to_model(rk.LSTM(3, 4, proj_size=2))
-    with pytest.raises(TypeError, match=r"^layer: expected a layer of rnnkern, got Frozen$"):
+    with pytest.raises(TypeError, match=r"^layer: expected a layer of rnnkern or a module of PyTorch, got Frozen$"):
         bridge.to_model(rk.GRU(3, 4).freeze())
     monkeypatch.delitem(writer.CELL_OPERATORS, "rnn_sigmoid")
     with pytest.raises(ValueError, match=r"^layer: expected a cell that ONNX has, rnn_tanh, .*, got 'rnn_sigmoid'$"):
@@ -768,6 +768,18 @@ def assert_runs_unchanged(runtime, network, model, given, names):
     theirs = run_runtime(runtime, model, feeds)
     for index, result in enumerate(bridge.prepare(model).run(feeds)):
         assert_within_rounding(f"output {index}", result, exact[index], [single[index], theirs[index]], network)
+
+
+def test_a_module_of_pytorch_is_exported_as_the_layer_it_is(torch, runtime, tmp_path):
+    """Of torch's own too, with what its exporters do not write: lengths."""
+    module, x = torch.nn.GRU(3, 4, batch_first=True), np.ones((2, 5, 3), np.float32)
+    bridge.export(module, tmp_path / "module.onnx", lengths=True)
+    y, h = run_runtime(runtime, onnx.load(tmp_path / "module.onnx"), {"x": x, "lengths": np.array([5, 3])})
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.from_numpy(x), [5, 3], batch_first=True)
+    expected, state = module(packed)
+    padded, _ = torch.nn.utils.rnn.pad_packed_sequence(expected, batch_first=True)
+    torch.testing.assert_close(torch.from_numpy(y), padded.detach())
+    torch.testing.assert_close(torch.from_numpy(h), state.detach())
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -560,6 +560,16 @@ def test_torch_func_transforms(transform):
         torch.testing.assert_close(getattr(torch.func, transform)(loss)(x), expected)
 
 
+def test_what_a_transform_left_behind_is_taken_as_torch_takes_it():
+    """A tensor that outlives the `torch.func.grad` it was made in."""
+    left = []
+    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(torch.rand(5, 2, 3))
+    module = rt.GRU(3, 4)
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode:
+            assert torch.equal(module(left[0])[0], module(left[0] + 0)[0])
+
+
 def alive():
     gc.collect()
     return sum(type(one) is kernels.Tape for one in gc.get_objects())
@@ -1144,3 +1154,29 @@ def test_masks_scale_what_they_keep():
     y = module(torch.ones(100, 100, 1))[0].detach().numpy()
     assert set(np.unique(y)) == {np.float32(0), np.float32(1 / 0.75)}
     assert abs((y == 0).mean() - 0.25) < 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}])
+@pytest.mark.parametrize("cell", MODULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_made_of_a_module_computes_the_same(cell, options, dtype):
+    """With the bits of the module, and on the weights that it had."""
+    kind, own = MODULES[cell]
+    module, x = kind(3, 4, **own, **options, dtype=dtype), torch.rand(5, 2, 3, dtype=dtype)
+    layer, (y, _) = rt.to_layer(module), module(x)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert layer.cell == cell
+    assert np.array_equal(layer(x.numpy())[0], y.detach().numpy())
+
+
+def test_a_layer_is_made_of_torchs_own_modules_and_of_no_others():
+    """Other types, dtypes and devices are refused by name."""
+    module, x = torch.nn.RNN(3, 4, nonlinearity="relu"), torch.rand(5, 2, 3)
+    torch.testing.assert_close(torch.from_numpy(rt.to_layer(module)(x.numpy())[0]), module(x)[0].detach())
+    with pytest.raises(TypeError, match=r"module: expected an RNN, LSTM or GRU .*, got Linear"):
+        rt.to_layer(torch.nn.Linear(3, 4))
+    for wrong in ({"dtype": torch.bfloat16}, {"device": "meta"}):
+        with pytest.raises(NotImplementedError, match=r"module: expected .* got weight_ih_l0 of"):
+            rt.to_layer(torch.nn.GRU(3, 4, **wrong))

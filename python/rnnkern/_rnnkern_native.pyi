@@ -26,10 +26,10 @@ class Packed:
     def plan(self, steps: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex, backward: bool) -> dict:
         ...
     @property
-    def biased(self) -> bool:
+    def isa(self) -> str:
         ...
     @property
-    def isa(self) -> str:
+    def names(self) -> tuple:
         ...
     @property
     def nbytes(self) -> int:
@@ -104,7 +104,7 @@ def next_retreat(before: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
 def num_threads() -> int:
     ...
-def pack(cell: str, format: str, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], weights: typing.Any, training: bool) -> Packed:
+def pack(cell: str, format: str, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], names: tuple, weights: typing.Any, training: bool) -> Packed:
     ...
 def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...

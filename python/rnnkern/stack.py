@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from .cells import Cell
 
-__all__ = ["LayerSizes", "Stack", "backward_by_layer", "cuts", "forward_by_layer"]
+__all__ = ["BIASES", "LayerSizes", "Stack", "backward_by_layer", "cuts", "forward_by_layer"]
+
+BIASES = ("b_ih", "b_hh")
 
 Array = NDArray[Any]
 Wanted = Collection[str]  # the names of the weights of a layer-direction that get a gradient
@@ -38,7 +40,7 @@ class LayerSizes:
             "w_hh": (rows, self.state_size),
         }
         if bias:
-            shapes |= {"b_ih": (rows,), "b_hh": (rows,)}
+            shapes |= dict.fromkeys(BIASES, (rows,))
         if projection:
             shapes["w_hr"] = (self.state_size, self.hidden_size)
         return shapes | dict.fromkeys(self.cell.extras, (self.hidden_size,))
@@ -61,6 +63,12 @@ class Stack:
     def format(self) -> str:
         """The name of the format of packed weights."""
         return self.stored or self.dtype.name
+
+    @cached_property
+    def weight_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Of a layer-direction, in the order of `LayerSizes.weight_shapes`: without biases, and with them."""
+        without, with_biases = [tuple(self.layers[0].weight_shapes(bias, self.proj_size > 0)) for bias in (False, True)]
+        return without, with_biases
 
     @property
     def state_size(self) -> int:

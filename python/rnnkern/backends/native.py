@@ -16,7 +16,6 @@ from urllib.request import url2pathname
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cells import Cell
 from ..stack import Stack, Wanted
 
 _native: Any
@@ -88,21 +87,6 @@ def _source() -> str:
     return f"--editable {path}" if origin.get("dir_info", {}).get("editable") else path
 
 
-def _with_extras(cell: Cell, arrays: Mapping[str, Array]) -> Mapping[str, Any]:
-    """The compiled module takes dicts, and the extras of a cell by position."""
-    if not cell.extras:
-        return arrays
-    matrices: dict[str, Any] = {key: value for key, value in arrays.items() if key not in cell.extras}
-    return matrices | {"extras": tuple(arrays[extra] for extra in cell.extras)}
-
-
-def _without_extras(cell: Cell, arrays: dict[str, Any]) -> dict[str, Array]:
-    """The way back, from None in place of an extra to none."""
-    if cell.extras:
-        arrays |= zip(cell.extras, arrays.pop("extras"), strict=True)
-    return {key: value for key, value in arrays.items() if value is not None}
-
-
 def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -> Any:
     """See `backends`."""
     return _native.pack(
@@ -113,7 +97,8 @@ def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -
         stack.proj_size,
         stack.num_layers,
         stack.directions,
-        [_with_extras(stack.cell, one) for one in weights],
+        stack.weight_names["b_ih" in weights[0]],
+        weights,
         training,
     )
 
@@ -147,13 +132,8 @@ def backward(
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`; lengths, resets and masks are those that `saved` already holds."""
-    flags = None
-    if wanted is not None:
-        names = stack.layers[0].weight_shapes(packed.biased, stack.proj_size > 0)
-        flags = [[name in one for name in names] for one in wanted]
+    flags = None if wanted is None else [[name in one for name in packed.names] for one in wanted]
     dx, dinitial, gradients = packed.backward(saved, dy, dstate, need_x, flags)
-    if flags is not None or stack.cell.extras:
-        gradients = [_without_extras(stack.cell, one) for one in gradients]
     return dx, dinitial, gradients
 
 

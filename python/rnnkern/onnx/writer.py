@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ def export(layer: Recurrent, path: str | os.PathLike[str], *, state: bool = Fals
     ----------
     layer
         An `RNN`, `LSTM`, `GRU` or `Recurrent` of a cell that the standard has, without projection. What holds for its
-        calls holds for the model: shapes (with `batch_first` too), zeros past a row's end, no dropout.
+        calls holds for the model: shapes (with `batch_first` too), zeros past a row's end, no dropout. Also a module of
+        PyTorch that `rnnkern.torch.to_layer` takes.
     path
         File to write; no suffix is added.
     state
@@ -73,8 +75,7 @@ def export(layer: Recurrent, path: str | os.PathLike[str], *, state: bool = Fals
 
 def to_model(layer: Recurrent, *, state: bool = False, lengths: bool = False) -> Any:
     """The `onnx.ModelProto` that `export` writes, with its arguments and errors."""
-    if not isinstance(layer, Recurrent):
-        raise TypeError(f"layer: expected a layer of rnnkern, got {describe(layer)}")
+    layer = _layer(layer)
     if layer.cell not in CELL_OPERATORS:
         raise ValueError(f"layer: expected a cell that ONNX has, {', '.join(CELL_OPERATORS)}, got {layer.cell!r}")
     if layer.proj_size:
@@ -82,6 +83,18 @@ def to_model(layer: Recurrent, *, state: bool = False, lengths: bool = False) ->
     graph = _layer_graph(layer, flag("state", state), flag("lengths", lengths))
     opset = helper.make_opsetid("", OPSET)
     return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="rnnkern")
+
+
+def _layer(layer: object) -> Recurrent[Any]:
+    """The layer itself, or one made of a module of PyTorch, which whoever has one has imported."""
+    if isinstance(layer, Recurrent):
+        return layer
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(layer, torch.nn.RNNBase):
+        from ..torch import to_layer  # it imports PyTorch
+
+        return to_layer(layer)
+    raise TypeError(f"layer: expected a layer of rnnkern or a module of PyTorch, got {describe(layer)}")
 
 
 def _layer_graph(layer: Recurrent, state: bool, lengths: bool) -> Any:

@@ -12,7 +12,7 @@ from . import plain
 from .kernels import Kernels, Rows, kernels_of, tape_of, tensor_of, threads_of_torch
 from .uncompiled import uncompiled
 
-__all__ = ["Eager", "run_plain"]
+__all__ = ["apply", "run_plain"]
 
 
 def run_plain(
@@ -46,7 +46,7 @@ class Eager(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         arrays, state, lengths, resets, seed, dropout = call
         rows = kernels.rows(x, lengths, resets, seed, dropout)
-        results, tape = kernels.forward(kernels.pack(arrays, True), x, state, rows, True)
+        results, tape = kernels.forward(arrays, x, state, rows)
         # The masks are with the tape, to be dropped with it.
         ctx.call = kernels, len(state), rows.lengths, rows.resets, seed, dropout
         ctx.set_materialize_grads(False)
@@ -70,6 +70,10 @@ class Eager(torch.autograd.Function):
             # Keep y, in whose memory the tape is.
             (y, *_), tape = kernels.again(x, tensors[:states], tensors[states:], rows)
         return (None, None, *kernels.backward(tape, x, gradients, needs[0], states > 0, needs[1 + states :]))
+
+
+# `Eager.apply` without the look for transforms of torch.func, which the modules have taken already; 2 us.
+apply = super(torch.autograd.Function, Eager).apply
 
 
 def _again(
@@ -128,7 +132,7 @@ def _forward_operator(
     with threads_of_torch():
         if not training:
             return [*kernels.infer(arrays, x, state, rows), x.new_empty(0, dtype=torch.uint8)]
-        results, tape = kernels.forward(kernels.pack(arrays, True), x, state, rows, True)
+        results, tape = kernels.forward(arrays, x, state, rows)
         return [*results, tensor_of(tape)]
 
 

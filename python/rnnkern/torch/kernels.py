@@ -193,12 +193,20 @@ class Kernels:
     def infer(self, arrays: Sequence[dict[str, Array]], x: Tensor, state: Sequence[Tensor], rows: Rows) -> list[Tensor]:
         """y and the final state."""
         training = rows.masks is not None  # weights packed for inference take no masks
-        return self.forward(self.pack(arrays, training), x, state, rows, training)[0]
+        return self.run(self.pack(arrays, training), x, state, rows, training)[0]
 
     def forward(
-        self, packed: Any, x: Tensor, state: Sequence[Tensor], rows: Rows, training: bool
+        self, arrays: Sequence[dict[str, Array]], x: Tensor, state: Sequence[Tensor], rows: Rows
     ) -> tuple[list[Tensor], Tape]:
-        """y (T, B, D*P) with the final state, and the tape; x (T, B, I), no state is zeros."""
+        """What `infer` gives, and the tape."""
+        packed = self.pack(arrays, True)
+        results, saved = self.run(packed, x, state, rows, True)
+        return results, Tape(packed, saved, rows, (x.data_ptr(), results[0].data_ptr()))
+
+    def run(
+        self, packed: Any, x: Tensor, state: Sequence[Tensor], rows: Rows, training: bool
+    ) -> tuple[list[Tensor], Any]:
+        """y (T, B, D*P) with the final state, and what the backend saved; x (T, B, I), no state is zeros."""
         signature, inputs = self.signature, array_of(x)
         steps, batch, _ = inputs.shape
         initial = tuple([array_of(one) for one in state]) if state else self.zeros(batch)
@@ -209,15 +217,14 @@ class Kernels:
         else:
             final = tuple([one.copy() for one in initial])
         from_numpy = torch.from_numpy
-        results = [from_numpy(y), *[from_numpy(one) for one in final]]
-        return results, Tape(packed, saved, rows, (x.data_ptr(), results[0].data_ptr()))
+        return [from_numpy(y), *[from_numpy(one) for one in final]], saved
 
     def again(
         self, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], rows: Rows
     ) -> tuple[list[Tensor], Tape]:
         """What a training forward gives, for a backward that got no tape."""
         with threads_of_torch():
-            return self.forward(self.pack(self.arrays(weights), True), x, state, rows, True)
+            return self.forward(self.arrays(weights), x, state, rows)
 
     def backward(
         self,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import handle_torch_function, has_torch_function
@@ -16,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import backends
 from ..arguments import describe, flag
 from ..cells import CELLS
-from .autograd import Eager, run_plain
+from .autograd import apply, run_plain
 from .kernels import DTYPES, Kernels, kernels_of, threads_of_torch, too_many_threads
 
 __all__ = ["GRU", "LSTM", "OWN", "RNN", "SUPPORTED", "THEIRS", "Layers", "is_supported", "torchs"]
@@ -37,8 +40,8 @@ class Layers(torch.nn.RNNBase):
     # Of the modules that `replace` made, which no constructor of ours has seen.
     reset_after = True
     backend = "auto"
-    _frozen: Any = None  # weights packed by `freeze`
-    _seen: Any = None  # what the last call read the weights from: kernels, addresses and shapes, arrays
+    _frozen: Any = None  # kernels, and the weights packed by `freeze`
+    _seen: Any = None  # what the last call read the weights from: options, addresses and shapes; kernels, arrays
 
     def __init__(self, mode: str, *options: Any, backend: str, device: Any, dtype: torch.dtype | None) -> None:
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -89,7 +92,7 @@ class Layers(torch.nn.RNNBase):
         NotImplementedError
             A device or dtype is not supported, or torch traces a call that torch.nn does not have.
         """
-        if isinstance(input, torch.fx.Proxy):  # torch.fx: one node, as of torch's own
+        if isinstance(input, Proxy):  # torch.fx: one node, as of torch's own
             options = {"lengths": lengths, "resets": resets} if lengths is not None or resets is not None else {}
             tracer = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), options)
@@ -105,7 +108,8 @@ class Layers(torch.nn.RNNBase):
         if isinstance(input, PackedSequence):
             return self._run_packed(weights, input, hx, lengths, resets)
         x = self._checked(input, weights[0])
-        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
+        dimensions = x.dim()
+        if dimensions not in (2, 3) or x.shape[-1] != self.input_size:
             leading = "B, T" if self.batch_first else "T, B"
             raise ArgumentError(
                 f"input: expected shape ({leading}, {self.input_size}) or (T, {self.input_size}), got {tuple(x.shape)}"
@@ -114,7 +118,7 @@ class Layers(torch.nn.RNNBase):
             resets = torch.as_tensor(resets)
             if resets.shape != x.shape[:-1]:
                 raise ArgumentError(f"resets: expected bool of shape {tuple(x.shape[:-1])}, got {tuple(resets.shape)}")
-        if x.dim() == 2:
+        if dimensions == 2:
             if lengths is not None:
                 raise ArgumentError("lengths: expected None with unbatched input")
             unbatched_state = [one.unsqueeze(1) for one in self._state(hx, (), x)]
@@ -137,7 +141,7 @@ class Layers(torch.nn.RNNBase):
         weights = self._weights()
         with torch.no_grad():
             kernels = kernels_of(*self._stack(), weights[0].dtype)
-            self._frozen = kernels.pack(kernels.arrays(weights), False)
+            self._frozen = kernels, kernels.pack(kernels.arrays(weights), False)
         return self
 
     def unfreeze(self) -> Self:
@@ -202,15 +206,17 @@ class Layers(torch.nn.RNNBase):
         except KeyError:
             return [getattr(self, name) for name in names]
 
-    def _arrays(self, kernels: Kernels, weights: list[Tensor]) -> list[dict[str, Any]]:
-        """`kernels.arrays`, made again where a weight has moved: only addresses of this call are used."""
+    def _prepared(self, weights: list[Tensor]) -> tuple[Kernels, list[dict[str, Any]]]:
+        """The kernels and the memory of the weights, found again where one has moved."""
+        options = self._stack(), weights[0].dtype
         places = [(one.data_ptr(), one.shape) for one in weights if one.is_contiguous()]
         seen = self._seen
-        if seen is None or seen[0] is not kernels or seen[1] != places:
+        if seen is None or seen[0] != options or seen[1] != places:
+            kernels = kernels_of(*options[0], options[1])
             arrays = kernels.arrays(weights)
             if len(places) < len(weights):  # copies
-                return arrays
-            self._seen = seen = kernels, places, arrays
+                return kernels, arrays
+            self._seen = seen = options, places, (kernels, arrays)
         return seen[2]
 
     def _stack(self) -> tuple[Any, ...]:
@@ -299,6 +305,7 @@ class Layers(torch.nn.RNNBase):
         """y (T, B, D*P) and the final state, of x (T, B, I)."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
+            x = unwrap_if_dead(x)  # torch.nn takes what a transform of torch.func has left behind
             floats = (x, *state, *weights)
             if has_torch_function(floats):  # a subclass of Tensor, or a mode, which may keep its class
                 found = handle_torch_function(type(self)._run, floats, self, weights, x, state, lengths, resets)
@@ -306,28 +313,28 @@ class Layers(torch.nn.RNNBase):
             if too_many_threads():
                 with threads_of_torch():
                     return self._run(weights, x, state, lengths, resets)
-        stack = self._stack()
-        dropout = self.dropout if self.training and self._frozen is None and self.num_layers > 1 else 0.0
+        frozen, grad = self._frozen, torch.is_grad_enabled()
+        dropout = self.dropout if self.training and frozen is None and self.num_layers > 1 else 0.0
         seed = torch.randint(2**63 - 1, ()) if dropout else None
-        grad = torch.is_grad_enabled()
         # vmap, grad and the others of torch.func; forward mode.
         transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
         if not transformed and (compiling or _is_dispatched(x, weights[0])):
             # AOTInductor knows no empty list.
             state = state or [x.new_zeros(shape) for shape in self._state_shapes((x.shape[1],))]
-            return torch.ops.rnnkern.forward(x, state, weights, lengths, resets, seed, dropout, grad, *stack)[:-1]
-        kernels = kernels_of(*stack, x.dtype)
+            call = (x, state, weights, lengths, resets, seed, dropout, grad)
+            return torch.ops.rnnkern.forward(*call, *self._stack())[:-1]
         if transformed:
+            kernels = kernels_of(*self._stack(), x.dtype)
             return run_plain(kernels, x, state, weights, lengths, resets, kernels.masks(x, seed, dropout))
-        if grad and any(one.requires_grad for one in (floats if self._frozen is None else (x, *state))):
-            if self._frozen is not None:
+        if frozen is not None:
+            if grad and any(map(_requires_grad, (x, *state))):
                 raise RuntimeError("input, hx: expected none that requires its gradient, for the module is frozen")
-            call = (self._arrays(kernels, weights), state, lengths, resets, seed, dropout)
-            return Eager.apply(kernels, call, x, *state, *weights)
-        rows = kernels.rows(x, lengths, resets, seed, dropout)
-        if self._frozen is not None:
-            return kernels.forward(self._frozen, x, state, rows, False)[0]
-        return kernels.infer(self._arrays(kernels, weights), x, state, rows)
+            kernels, packed = frozen
+            return kernels.run(packed, x, state, kernels.rows(x, lengths, resets, None, 0.0), False)[0]
+        kernels, arrays = self._prepared(weights)
+        if grad and any(map(_requires_grad, floats)):
+            return apply(kernels, (arrays, state, lengths, resets, seed, dropout), x, *state, *weights)
+        return kernels.infer(arrays, x, state, kernels.rows(x, lengths, resets, seed, dropout))
 
     def _run_torch(self, input: Any, hx: Any, lengths: Any, resets: Any) -> Any:
         """The call in torch.nn's own forward, for whoever writes down torch's operations: a trace, an exporter to ONNX.
@@ -375,13 +382,14 @@ def torchs(module: Layers) -> Any:
 
 def _is_dispatched(x: Tensor, weight: Tensor) -> bool:
     """A call is to be seen as one operation: by a mode such as FakeTensorMode, by such tensors, or on meta."""
-    dispatched = torch._C._len_torch_dispatch_stack() > 0 or x.is_meta
-    for one in (x, weight):
-        kind = type(one)
-        dispatched |= kind is not Tensor and kind is not Parameter and kind.__torch_dispatch__ is not _NO_DISPATCH
-    return dispatched
+    return torch._C._len_torch_dispatch_stack() > 0 or x.is_meta or _dispatches(type(x)) or _dispatches(type(weight))
 
 
+def _dispatches(kind: type[Any]) -> bool:
+    return kind is not Tensor and kind is not Parameter and kind.__torch_dispatch__ is not _NO_DISPATCH
+
+
+_requires_grad = attrgetter("requires_grad")
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
 

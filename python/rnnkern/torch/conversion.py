@@ -1,0 +1,58 @@
+"""`to_layer`: from a module of PyTorch to a layer that needs NumPy alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..arguments import describe
+from ..layers import Recurrent
+from .kernels import DTYPES
+from .modules import SUPPORTED
+
+__all__ = ["to_layer"]
+
+
+def to_layer(module: torch.nn.Module) -> Recurrent[Any]:
+    """A layer of rnnkern with the options of a module and a copy of its weights, for streams and ONNX for example.
+
+    Parameters
+    ----------
+    module
+        An RNN, LSTM or GRU of `rnnkern.torch` or of `torch.nn`.
+
+    Returns
+    -------
+    rnnkern.Recurrent
+        Of the same sizes, options, dtype and `batch_first`; it computes what the module does.
+
+    Raises
+    ------
+    TypeError
+        module is no such module.
+    NotImplementedError
+        Its parameters are of another dtype, or not on the CPU.
+
+    Examples
+    --------
+    >>> import torch
+    >>> module = torch.nn.GRU(3, 4)
+    >>> stream = to_layer(module).freeze().stream()
+    >>> y = stream.step(torch.ones(1, 3).numpy())
+    >>> torch.allclose(module(torch.ones(1, 1, 3))[0][0], torch.from_numpy(y), atol=1e-6)
+    True
+    """
+    if not isinstance(module, torch.nn.RNNBase):
+        raise TypeError(f"module: expected an RNN, LSTM or GRU of rnnkern.torch or torch.nn, got {describe(module)}")
+    weights = module.state_dict()
+    for name, one in weights.items():
+        if one.dtype not in DTYPES or one.device.type != "cpu":
+            raise NotImplementedError(f"module: expected {SUPPORTED}, got {name} of {one.dtype} on {one.device}")
+    layer: Recurrent[Any] = Recurrent(
+        getattr(module, "cell", module.mode.lower()), module.input_size, module.hidden_size, module.num_layers,
+        module.bias, module.batch_first, module.dropout, module.bidirectional, module.proj_size,
+        dtype=DTYPES[module._flat_weights[0].dtype], backend=getattr(module, "backend", "auto"), seed=0,
+    )  # fmt: skip
+    layer.load_state_dict(weights)
+    return layer
