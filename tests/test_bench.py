@@ -352,7 +352,18 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     command = "import sys; from rnnkern.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["bench", "--workload", *(f"gru-i4-h{H}-b2-t10" for H in range(8, 40)), "--peer", "native"]
     with subprocess.Popen(
-        [sys.executable, "-c", command, *arguments, "--threads", "1", "--out", str(tmp_path)],
+        [
+            sys.executable,
+            "-c",
+            command,
+            *arguments,
+            "--threads",
+            "1",
+            "--seconds-per-peer",
+            "0.02",
+            "--out",
+            str(tmp_path),
+        ],
         stdout=subprocess.PIPE,
         text=True,
     ) as process:

@@ -18,22 +18,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 PROGRAM = str(Path(__file__).parent.parent / "examples" / "ddp_train.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-SIZES = [
-    "--steps",
-    "150",
-    "--batch",
-    "4",
-    "--length",
-    "8",
-    "--size",
-    "8",
-    "--symbols",
-    "12",
-    "--dtype",
-    "float64",
-    "--save-every",
-    "20",
-]
+OPTIONS = {"steps": 150, "batch": 4, "length": 8, "size": 8, "symbols": 12, "dtype": "float64", "save-every": 20}
+SIZES = [one for name, value in OPTIONS.items() for one in (f"--{name}", str(value))]
 STEP = re.compile(r"step (\d+) loss ([\d.]+)")
 START = re.compile(r"rank 1 of 2, process (\d+), from step (\d+)")
 SECONDS = 120
@@ -53,10 +39,13 @@ def expected():
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.setattr(sys, "argv", [PROGRAM, *SIZES])
         runpy.run_path(PROGRAM, run_name="__main__")
-    losses = losses_of(printed.getvalue())
-    assert sorted(losses) == list(range(150))
-    assert losses[149] < losses[0] / 2
-    return losses
+    return losses_of(printed.getvalue())
+
+
+def test_one_process_learns(expected):
+    """And says the loss of each step."""
+    assert sorted(expected) == list(range(150))
+    assert expected[149] < expected[0] / 2
 
 
 @pytest.mark.exhaustive  # the test below shows it too
@@ -68,6 +57,7 @@ def test_two_processes_have_the_losses_of_one(expected):
     torch.testing.assert_close(list(losses.values()), list(expected.values()))
 
 
+@pytest.mark.exhaustive  # four processes start PyTorch, eight seconds; CI runs it
 def test_training_goes_on_from_the_checkpoint_after_a_worker_was_killed(expected, tmp_path):
     """torchrun starts both again, and the losses are those of a run without a crash."""
     command = [*TORCHRUN, "--max-restarts", "1", PROGRAM, *SIZES, "--checkpoint", str(tmp_path / "run.pt")]
