@@ -20,7 +20,6 @@ struct AsStates {
   RNNKERN_INLINE static Vec<T> load_weights(const W* from) noexcept {
     return load<Vec<T>>(from);
   }
-  RNNKERN_INLINE static T widened(W weight) noexcept { return weight; }
   // Stores the weights of a group of inputs, given by its first and last.
   RNNKERN_INLINE static void store_group(W* to, Vec<T> first, Vec<T>) noexcept { store(to, first); }
 };
@@ -43,12 +42,6 @@ struct BFloat16Weights {
     BitsOf<F32> pairs;
     std::memcpy(&pairs, from, sizeof pairs);
     return reinterpret_cast<F32>(i == 0 ? pairs << 16 : pairs & 0xffff0000u);
-  }
-  RNNKERN_INLINE static float widened(W weight) noexcept {
-    const std::uint32_t bits = std::uint32_t{weight.bits} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
   }
   RNNKERN_INLINE static void store_group(W* to, F32 first, F32 last) noexcept {
     const BitsOf<F32> pairs =

@@ -17,17 +17,16 @@ void multiply(const Worker& worker, std::int64_t count, const T* a, const T* b, 
   }
 }
 
-template <class Cell, class Format, template <class, class> class LayerOf, template <class, class> class ScratchOf>
+template <class Cell, class T, class OneLayer, template <class, class> class ScratchOf>
 void forward_as(const Stack& stack, Worker& worker) noexcept {
   const FlushDenormals flush;
   Arena arena(stack.scratch);
-  using T = typename Format::T;
   const ScratchOf<Cell, T> scratch(arena, stack, worker.index);
   Context<Cell, T> call{stack, worker};
   for (int layer = 0; layer < stack.layer_count; ++layer) {
     for (int direction = 0; direction < stack.directions; ++direction) {
       const Layer& one = stack.layers[layer * stack.directions + direction];
-      call.advance(LayerOf<Cell, Format>(call, one, scratch).run());
+      call.advance(OneLayer(call, one, scratch).run());
     }
     if (stack.masks && layer + 1 < stack.layer_count && call.takes_part()) {
       const Layer& first = stack.layers[layer * stack.directions];
@@ -41,10 +40,10 @@ void forward_as(const Stack& stack, Worker& worker) noexcept {
 template <class Cell, class Format>
 void forward(void* context, Worker& worker) noexcept {
   const Stack& stack = *static_cast<const Stack*>(context);
-  if constexpr (kCanBeNarrow<Cell>)
-    if (is_narrow<Cell, typename Format::T>(stack))
-      return forward_as<Cell, Format, NarrowForward, NarrowScratch>(stack, worker);
-  forward_as<Cell, Format, ForwardLayer, ForwardScratch>(stack, worker);
+  using T = typename Format::T;
+  if constexpr (kCanBeNarrow<Cell> && std::is_same_v<Format, AsStates<T>>)
+    if (is_narrow<Cell, T>(stack)) return forward_as<Cell, T, NarrowForward<Cell, T>, NarrowScratch>(stack, worker);
+  forward_as<Cell, T, ForwardLayer<Cell, Format>, ForwardScratch>(stack, worker);
 }
 
 template <class Cell, class T, template <class, class> class LayerOf>

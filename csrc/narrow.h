@@ -1,6 +1,7 @@
 // Layers with few units and many rows: a vector holds one unit of as many rows of the batch as it has lanes, where
 // elsewhere (recurrence.h, bptt.h) it holds units of one row.
 //
+// Weights are as wide as states: those of a narrower format are stored so (network.h).
 // States, gates and saved values are stored [vector of rows][unit][lane]; weights are read as pack.h leaves them, one
 // scalar for all lanes. Each output is the same chain of multiply-adds as elsewhere, so that the results are the same
 // bits. What belongs to a row past its end stays in its lane and is not taken over.
@@ -116,15 +117,12 @@ class Narrow : public Loop {
 
   // sums[r][i] += w[k][r * step] right[k][i], k after k: w packed, its k `stride` elements apart; right
   // [depth][n][lanes].
-  template <class Format, int rows, int n>
-  RNNKERN_INLINE static void add_products(const typename Format::W* w, std::int64_t stride, std::int64_t step,
-                                          std::int64_t depth, const T* right, V (&sums)[rows][n]) noexcept {
-    for_inputs<Format>(
-        depth, w, stride, [&]<int i>(std::int64_t k, const typename Format::W* weights) RNNKERN_INLINE_LAMBDA {
-          add_outer<T, rows, n>(
-              [&](int r) RNNKERN_INLINE_LAMBDA { return Format::widened(weights[r * step * Format::group + i]); },
-              [&](int v) RNNKERN_INLINE_LAMBDA { return load<V>(right + (k * n + v) * lanes); }, sums);
-        });
+  template <int rows, int n>
+  RNNKERN_INLINE static void add_products(const T* w, std::int64_t stride, std::int64_t step, std::int64_t depth,
+                                          const T* right, V (&sums)[rows][n]) noexcept {
+    for (std::int64_t k = 0; k < depth; ++k, w += stride)
+      add_outer<T, rows, n>([&](int r) RNNKERN_INLINE_LAMBDA { return w[r * step]; },
+                            [&](int v) RNNKERN_INLINE_LAMBDA { return load<V>(right + (k * n + v) * lanes); }, sums);
   }
 
  private:
@@ -165,10 +163,8 @@ struct NarrowScratch {
   }
 };
 
-template <class Cell, class Format>
-class NarrowForward
-    : public Narrow<ForwardLoop<NarrowForward<Cell, Format>, Cell, typename Format::T>, Cell, typename Format::T> {
-  using T = typename Format::T;
+template <class Cell, class T>
+class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>, Cell, T> {
   using Loop = ForwardLoop<NarrowForward, Cell, T>;
   using Rows = Narrow<Loop, Cell, T>;
   using Base = Context<Cell, T>;
@@ -220,8 +216,8 @@ class NarrowForward
       V sums[gates][n];
       for (int gate = 0; gate < gates; ++gate)
         for (int i = 0; i < n; ++i) sums[gate][i] = set<V>(packed_.values(packed_.at.b_ih)[gate * lanes + unit]);
-      Rows::template add_products<Format>(packed_.weights(packed_.at.w_ih) + unit * Format::group, gates * lanes, lanes,
-                                          layer_.sizes.inputs, s_.x, sums);
+      this->add_products(packed_.weights(packed_.at.w_ih) + unit, gates * lanes, lanes, layer_.sizes.inputs, s_.x,
+                         sums);
       for (int gate = 0; gate < gates; ++gate)
         for (int i = 0; i < n; ++i) store(to + ((i * gates + gate) * H_ + unit) * lanes, sums[gate][i]);
     }
@@ -264,8 +260,7 @@ class NarrowForward
         r[gate][0] = set<V>(packed_.values(packed_.at.b_early)[gate * lanes + unit]);
         input[gate] = load<V>(x + (gate * H_ + unit) * lanes);
       }
-      Rows::template add_products<Format>(packed_.weights(packed_.at.w_early) + unit * Format::group, gates * lanes,
-                                          lanes, H_, h, r);
+      this->add_products(packed_.weights(packed_.at.w_early) + unit, gates * lanes, lanes, H_, h, r);
       for (int e = 0; e < Cell::extras; ++e)
         extra[e] = set<V>(packed_.values(packed_.at.extras)[e * padded<T>(H_) + unit]);
       prev[0] = load<V>(h + unit * lanes);
@@ -279,7 +274,7 @@ class NarrowForward
   }
 
   const NarrowScratch<Cell, T>& s_;
-  const PackedWeights<Cell, Format> packed_;
+  const PackedWeights<Cell, AsStates<T>> packed_;
   const std::int64_t H_;
 };
 
@@ -420,8 +415,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
     for_parts(H_, most, [&](std::int64_t first, std::int64_t count) {
       with_count<most>(count, [&]<int n>() RNNKERN_INLINE_LAMBDA {
         V sums[n][1] = {};
-        Rows::template add_products<AsStates<T>>(packed_.weights(packed_.at.w_early_t) + first, lanes, 1, gates * H_,
-                                                 dr, sums);
+        this->add_products(packed_.weights(packed_.at.w_early_t) + first, lanes, 1, gates * H_, dr, sums);
         for (int i = 0; i < n; ++i) {
           T* to = state(s_.carry_h, vector) + (first + i) * lanes;
           const V past = load<V>(to);

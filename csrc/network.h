@@ -45,7 +45,7 @@ class Network {
           std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions)
       : entry_(find_cell(*isa.table, cell)),
         bytes_(format == WeightFormat::float64 ? 8 : 4),
-        kernels_(entry_.kernels[static_cast<int>(format)]),
+        kernels_(entry_.kernels[static_cast<int>(stored_as(*isa.table, format, hidden_size, proj_size))]),
         isa_(isa.name),
         inputs_(input_size),
         hidden_(hidden_size),
@@ -220,6 +220,13 @@ class Network {
   }
 
  private:
+  // Layers of fewer units than lanes are the few kilobytes that narrow.h works on, as wide as states.
+  static WeightFormat stored_as(const KernelTable& table, WeightFormat format, std::int64_t hidden,
+                                std::int64_t projected) {
+    const bool few = hidden < table.lanes_f32 && projected == 0;
+    return format == WeightFormat::bfloat16 && few ? WeightFormat::float32 : format;
+  }
+
   void* offset(void* data, std::int64_t elements) const { return static_cast<char*>(data) + elements * bytes_; }
 
   // In a (T, B, D*P): the columns of the direction of layer-direction i.

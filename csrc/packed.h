@@ -100,7 +100,7 @@ class Packed : public Network {
         biased_(names.size() == weight_count(true)) {
     if (names.size() != weight_count(biased_) || !std::ranges::all_of(names, py::isinstance<py::str>))
       throw py::value_error("names: expected " + std::to_string(weight_count(biased_)) + " strings");
-    if (training && kernels().backward == nullptr)
+    if (training && format_of(format) == WeightFormat::bfloat16)
       throw py::value_error(std::string("format: expected float32 or float64 for training, got ").append(format));
     const auto given = elements(weights, "weights", layer_directions());
     for (std::size_t i = 0; i < given.size(); ++i) pack_next(i, given[i]);

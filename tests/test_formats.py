@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
@@ -63,12 +64,12 @@ def test_a_bfloat16_stream_has_the_bits_of_the_sequence(cell, native):
 
 def test_every_backend_rounds_the_same_values(backend):
     """What has no bfloat16 kernels runs in float32 on the rounded matrices."""
-    for cell in CELLS:
-        problem = Problem(cell, T=4, B=3, I=5, H=9)
+    for cell, (B, H) in product(CELLS, ((3, 9), (17, 2), (3, 40))):  # in a vector of units, of rows, beyond both
+        problem = Problem(cell, T=4, B=B, I=5, H=H)
         expected = all_results(with_rounded_matrices(problem, backend).freeze(), problem)
         results = all_results(layer_of(problem, backend).freeze("bfloat16"), problem)
         for result, exact in zip(results, expected, strict=True):
-            assert np.array_equal(result, exact), cell
+            assert np.array_equal(result, exact), problem
 
 
 @np.errstate(all="ignore")  # the carry of an infinity is a signalling NaN, which nothing takes

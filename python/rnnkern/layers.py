@@ -411,8 +411,9 @@ class Recurrent(Generic[StateT]):
         ----------
         weights
             What the matrices of the weights are stored in: None, the layer's dtype, or `"bfloat16"`, for a layer of
-            float32: rounded to nearest even, half the memory to read at each step. Biases, states and sums stay
-            float32, so that the results are those of a layer whose matrices have the rounded values.
+            float32: rounded to nearest even, half the memory to read at each step (but of a few units, whose matrices
+            are small). Biases, states and sums stay float32, so that the results are those of a layer whose matrices
+            have the rounded values.
 
         Raises
         ------
