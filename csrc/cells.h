@@ -207,13 +207,50 @@ struct GruResetBefore : CellDefaults {
   }
 };
 
+// Zhou et al. 2016, the minimal gated unit: one gate forgets and resets; gates f n.
+struct Mgu : CellDefaults {
+  static constexpr const char* name = "mgu";
+  static constexpr int gates = 2, states = 1, saved = 2, late_gates = 1;  // saved: f n
+
+  template <class V>
+  RNNKERN_INLINE static void prepare(const V* x, const V* r, const V* prev, V* scaled, V* saved) noexcept {
+    saved[0] = sigmoid(x[0] + r[0]);
+    scaled[0] = saved[0] * prev[0];
+  }
+  template <class V>
+  RNNKERN_INLINE static void forward(const V* x, const V* r, const V*, const V* prev, V* next, V* saved) noexcept {
+    const V n = tanh(x[1] + r[1]), f = saved[0];
+    saved[1] = n;
+    next[0] = (1 - f) * prev[0] + f * n;
+  }
+  template <class V>
+  RNNKERN_INLINE static void backward(const V* saved, const V*, const V* prev, V, const V* dnew, V* dx, V*, V* dprev,
+                                      V*) noexcept {
+    const V f = saved[0], n = saved[1];
+    dx[0] = dnew[0] * (n - prev[0]);  // of f, until prepare_backward makes it that of x
+    dx[1] = dnew[0] * f * (1 - n * n);
+    dprev[0] = dnew[0] * (1 - f);
+  }
+  template <class V>
+  RNNKERN_INLINE static void prepare_backward(const V* saved, const V* prev, const V* dscaled, V* dx,
+                                              V* dprev) noexcept {
+    const V f = saved[0];
+    dx[0] = (dx[0] + dscaled[0] * prev[0]) * (f * (1 - f));
+    dprev[0] = dprev[0] + dscaled[0] * f;
+  }
+  template <class V>
+  RNNKERN_INLINE static V scaled(const V* saved, const V* prev) noexcept {
+    return saved[0] * prev[0];
+  }
+};
+
 template <class... C>
 struct CellList {
   static constexpr int count = sizeof...(C);
 };
 
-using Cells = CellList<RnnTanh, RnnRelu, RnnSigmoid, Lstm, LstmPeephole, Gru,
-                       GruResetBefore>;  // write the struct above, name it here
+using Cells = CellList<RnnTanh, RnnRelu, RnnSigmoid, Lstm, LstmPeephole, Gru, GruResetBefore,
+                       Mgu>;  // write the struct above, name it here
 
 }  // namespace
 }  // namespace rnnkern

@@ -274,6 +274,39 @@ def _gru_reset_before(math: Math) -> CellMath:
     return CellMath(forward, backward, prepare, prepare_backward)
 
 
+def _mgu(math: Math) -> CellMath:
+    """Zhou et al. 2016, the minimal gated unit: one gate forgets and resets."""
+    one, sigmoid, tanh = math.one, math.sigmoid, math.tanh
+
+    def prepare(x: Any, r: Any, prev: Any, scaled: Any, saved: Any) -> None:
+        f = sigmoid(x[0] + r[0])
+        saved[0] = f
+        scaled[0] = f * prev[0]
+
+    def forward(x: Any, r: Any, extra: Any, prev: Any, new: Any, saved: Any) -> None:
+        f = saved[0]
+        n = tanh(x[1] + r[1])
+        saved[1] = n
+        new[0] = (one - f) * prev[0] + f * n
+
+    def backward(saved: Any, extra: Any, prev: Any, dnew: Any, dx: Any, dr: Any, dprev: Any, dextra: Any) -> None:
+        f, n = saved[0], saved[1]
+        dn = dnew[0] * f * (one - n * n)
+        dx[0] = dnew[0] * (n - prev[0])  # of f, until prepare_backward makes it that of x
+        dx[1] = dn
+        dr[1] = dn
+        dprev[0] = dnew[0] * (one - f)
+
+    def prepare_backward(saved: Any, prev: Any, dscaled: Any, dx: Any, dr: Any, dprev: Any) -> None:
+        f = saved[0]
+        df = (dx[0] + dscaled[0] * prev[0]) * (f * (one - f))
+        dx[0] = df
+        dr[0] = df
+        dprev[0] = dprev[0] + dscaled[0] * f
+
+    return CellMath(forward, backward, prepare, prepare_backward)
+
+
 class _Registry(Mapping[str, Cell]):
     """Cells by name; an unknown name is a ValueError that lists what there is."""
 
@@ -339,6 +372,7 @@ CELLS: Mapping[str, Cell] = _Registry(
         late_gates=1,
         source="Cho et al. 2014, equations 5 to 8",
     ),
+    Cell("mgu", tuple("fn"), ("h",), ("f", "n"), _mgu, late_gates=1, source="Zhou et al. 2016, equation 8"),
 )
 
 # The cells of `rnnkern.RNN` by its argument `nonlinearity`.
