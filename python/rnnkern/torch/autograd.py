@@ -72,7 +72,7 @@ class Eager(torch.autograd.Function):
         return (None, None, *kernels.backward(tape, x, gradients, needs[0], states > 0, needs[1 + states :]))
 
 
-# `Eager.apply` without the look for transforms of torch.func, which the modules have taken already; 2 us.
+# Skips the search of `Eager.apply` for transforms of torch.func, which the modules have done by then.
 apply = super(torch.autograd.Function, Eager).apply
 
 
