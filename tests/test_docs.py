@@ -56,3 +56,12 @@ def test_the_programs_of_the_pages_run(page, tmp_path, monkeypatch):
         exec(compile("".join(parts), page, "exec"), {"__name__": "__main__"})
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
+
+
+def test_the_files_that_the_pages_name_are_there():
+    """So that a page changes with the files that it sends its readers to."""
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(
+            r"`((?:csrc|python|tests|tools|cmake|lab|examples|benchmarks)/[\w./]+)`", page.read_text("utf-8")
+        ):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
