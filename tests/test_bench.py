@@ -8,6 +8,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
         ],
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # in the background it would be ignored
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:

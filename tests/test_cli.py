@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,11 @@ def test_an_interrupt_keeps_what_was_learned(number: int, code: int, text: Path,
     """The run can be resumed. Ctrl-C ends the training, not the report, and the run exits with 0; others end both."""
     arguments = quick(text, tmp_path, "--hidden", "8", "--seconds", "600")
     process = subprocess.Popen(
-        [sys.executable, "-m", "rnnkern", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "rnnkern", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, number, signal.SIG_DFL),  # under nohup a signal would be ignored
     )
     assert process.stdout is not None
     try:
