@@ -237,12 +237,14 @@ def onnxruntime(workload: Workload, threads: int) -> Prepared:
     """ONNX Runtime on the ONNX operator of the cell; it has no training."""
     runtime = _import("onnxruntime")
     _import("onnx")
-    to_model, given = importlib.import_module("rnnkern.onnx").to_model, numbers(workload)
+    writer, given = importlib.import_module("rnnkern.onnx.writer"), numbers(workload)
+    if workload.cell not in writer.CELL_OPERATORS:
+        raise Missing(f"ONNX has no {workload.cell}")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    model = to_model(layer(workload), state=True).SerializeToString()
+    model = writer.to_model(layer(workload), state=True).SerializeToString()
     session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     binding.bind_cpu_input("x", given.x)
