@@ -117,7 +117,7 @@ def test_equal_states_give_equal_files(path: Path, state: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize(
     "wrong",
-    [[1], {1: 2}, {"a": {"b": {1, 2}}}, {"a": object()}, {"a": np.array([None])}, {"a": np.ma.ones(3)}, {"a": b"x"}],
+    [[1], {1: 2}, {"a": {"b": {1, 2}}}, {"a": len}, {"a": np.array([None])}, {"a": np.ma.ones(3)}, {"a": b"x"}],
     ids=repr,
 )
 def test_what_cannot_be_saved_is_a_type_error(path: Path, wrong: Any) -> None:
