@@ -17,14 +17,16 @@
 #include "kernel_table.h"
 #include "network.h"
 #include "team.h"
+#include "wiring.h"
 
-namespace rnnkern::abi {
+namespace rnnkern {
 namespace {
 
-Network network_of(const Stack& stack) {
-  const Isa* isa = find_isa(stack.isa);
+Network network_of(const rnnkern_stack& stack) {
+  const Isa* isa = stack.isa ? find_isa(stack.isa) : &active();
   if (isa == nullptr || !isa->supported)
     throw std::invalid_argument(std::string("isa: expected one that this CPU runs, got '") + stack.isa + "'");
+  if (stack.cell == nullptr) throw std::invalid_argument("cell: expected a name, got null");
   if (stack.element_bytes != 4 && stack.element_bytes != 8)
     throw std::invalid_argument("element_bytes: expected 4 or 8, got " + std::to_string(stack.element_bytes));
   if (stack.directions < 1 || stack.directions > 2) throw std::invalid_argument("directions: expected one or two");
@@ -39,12 +41,11 @@ void expect(const char* name, const char* what, std::int64_t got, std::int64_t e
                                 std::to_string(got));
 }
 
-void expect_weights(const char* name, const Network& network, const Stack& stack, const Arrays& arrays) {
-  expect(name, "arrays", arrays.count,
-         static_cast<std::int64_t>(network.layer_directions() * network.weight_count(stack.biased)));
+std::int64_t weights_of(const Network& network, const rnnkern_stack& stack) {
+  return static_cast<std::int64_t>(network.layer_directions() * network.weight_count(stack.biased));
 }
 
-States states_of(const char* name, const Network& network, const Arrays& arrays) {
+States states_of(const char* name, const Network& network, const rnnkern_arrays& arrays) {
   expect(name, "arrays", arrays.count, static_cast<std::int64_t>(network.state_count()));
   States states{};
   std::copy_n(arrays.data, arrays.count, states.begin());
@@ -55,7 +56,7 @@ void* advance(void* data, std::int64_t bytes) { return static_cast<char*>(data) 
 
 // Asks for huge pages where large memory is about to be filled, as NumPy does for its arrays: what is allocated anew
 // for each call costs a page fault every 4 KiB else.
-void prefer_huge_pages([[maybe_unused]] const Memory& memory) {
+void prefer_huge_pages([[maybe_unused]] const rnnkern_memory& memory) {
 #ifdef MADV_HUGEPAGE
   constexpr std::int64_t large = std::int64_t{4} << 20, page = 4096;
   if (memory.bytes < large) return;
@@ -64,24 +65,32 @@ void prefer_huge_pages([[maybe_unused]] const Memory& memory) {
 #endif
 }
 
-// Working memory of a call.
-class Scratch {
- public:
-  explicit Scratch(std::int64_t bytes) : data_(::operator new(static_cast<std::size_t>(bytes), kAlignment)) {
-    prefer_huge_pages({data_.get(), bytes});
-  }
-  void* data() const { return data_.get(); }
+// Runs calls in memory of its own. Nothing polls, so that nothing stops one.
+struct Host {
+  class Scratch {
+   public:
+    explicit Scratch(std::int64_t bytes) : data_(::operator new(static_cast<std::size_t>(bytes), kAlignment)) {
+      prefer_huge_pages({data_.get(), bytes});
+    }
+    void* data() const { return data_.get(); }
 
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(void* data) const { ::operator delete(data, kAlignment); }
+   private:
+    static constexpr std::align_val_t kAlignment{64};
+    struct Free {
+      void operator()(void* data) const { ::operator delete(data, kAlignment); }
+    };
+    std::unique_ptr<void, Free> data_;
   };
-  std::unique_ptr<void, Free> data_;
+
+  static void launch(Task task, Stack& stack, const Plan& plan) {
+    std::int64_t stop = 0;
+    stack.stop = &stop;
+    run_team(task, &stack, plan.threads, plan.expected_ns, Joining::at_places);
+  }
 };
 
 // Tells a network where its packed weights lie, one layer-direction after the other.
-void use_packed(Network& network, const Memory& packed, bool training) {
+void use_packed(Network& network, const rnnkern_memory& packed, bool training) {
   expect("packed", "bytes", packed.bytes, network.packed_bytes(training));
   std::int64_t at = 0;
   for (std::size_t i = 0; i < network.layer_directions(); ++i) {
@@ -90,49 +99,38 @@ void use_packed(Network& network, const Memory& packed, bool training) {
   }
 }
 
-rnnkern::Stack rows_of(const Forward& call) {
-  rnnkern::Stack rows{};
-  rows.steps = call.steps;
-  rows.batch = call.batch;
-  rows.lengths = call.lengths;
-  rows.resets = call.resets;
-  if (call.lengths) Network::check_lengths(call.lengths, call.steps, call.batch);
-  return rows;
-}
+// A forward that has been checked, with the network that it runs on.
+struct Checked {
+  Network network;
+  ForwardCall call;
 
-// `kept`: what the steps of each layer-direction save, and then the outputs of all layers but the last.
-Record record_of(const Network& network, const Forward& call) {
-  const std::int64_t T = call.steps, B = call.batch;
-  expect("kept", "bytes", call.kept.bytes, network.kept_bytes(T, B));
-  Record record;
-  std::int64_t at = 0;
-  const auto take = [&](std::int64_t bytes) { return advance(call.kept.data, std::exchange(at, at + bytes)); };
-  for (const Layer& one : network.layers()) {
-    const std::int64_t bytes = network.saved_bytes(one.sizes, T, B);
-    record.values.push_back(bytes > 0 ? take(bytes) : nullptr);
+  Checked(const rnnkern_stack& stack, const rnnkern_forward& given) : network(network_of(stack)), call{} {
+    network.check_size(given.steps, given.batch);
+    use_packed(network, given.packed, given.training);
+    if (given.masks && !given.training) throw std::invalid_argument("masks: expected null in inference");
+    if (given.training)
+      expect("kept", "bytes", given.kept.bytes, kept_bytes(network, given.steps, given.batch, given.masks != nullptr));
+    call.steps = given.steps, call.batch = given.batch;
+    call.lengths = given.lengths, call.resets = given.resets, call.masks = given.masks;
+    call.x = given.x, call.y = given.y;
+    call.initial = states_of("initial", network, given.initial);
+    call.training = given.training, call.kept = given.kept.data;
   }
-  record.inputs.push_back(const_cast<void*>(call.x));
-  for (std::size_t layer = 0; layer + 1 < network.layer_count(); ++layer) {
-    record.outputs.push_back(take(network.output_bytes(T, B)));
-    record.inputs.push_back(record.outputs.back());
-  }
-  record.outputs.push_back(call.y);
-  return record;
-}
+};
 
-void run(const Network& network, rnnkern::Stack& rows, const std::vector<Layer>& layers, bool backward) {
-  const Plan plan = network.complete(rows, layers, backward);
-  const Scratch scratch(network.kernels().scratch_bytes(rows, backward));
-  rows.scratch = scratch.data();
-  std::int64_t stop = 0;  // nothing polls, so that nothing stops it
-  rows.stop = &stop;
-  run_team(backward ? network.kernels().backward : network.kernels().forward, &rows, plan.threads, plan.expected_ns,
-           Joining::at_places);
-}
-
-void pack_all(const Stack& stack, const Pack& call) {
+void find_sizes(const rnnkern_stack& stack, std::int64_t steps, std::int64_t batch, rnnkern_sizes& sizes) {
   const Network network = network_of(stack);
-  expect_weights("weights", network, stack, call.weights);
+  sizes.states = static_cast<std::int64_t>(network.state_count());
+  sizes.weights = weights_of(network, stack);
+  sizes.packed_for_inference = network.packed_bytes(false);
+  sizes.packed_for_training = network.packed_bytes(true);
+  sizes.kept = kept_bytes(network, steps, batch, false);
+  sizes.kept_with_masks = kept_bytes(network, steps, batch, true);
+}
+
+void pack_all(const rnnkern_stack& stack, const rnnkern_pack& call) {
+  const Network network = network_of(stack);
+  expect("weights", "arrays", call.weights.count, weights_of(network, stack));
   expect("packed", "bytes", call.packed.bytes, network.packed_bytes(call.training));
   const std::size_t count = network.weight_count(stack.biased);
   prefer_huge_pages(call.packed);
@@ -145,62 +143,61 @@ void pack_all(const Stack& stack, const Pack& call) {
   }
 }
 
-void run_forward(const Stack& stack, const Forward& call) {
-  Network network = network_of(stack);
-  network.check_size(call.steps, call.batch);
-  use_packed(network, call.packed, call.training);
-  rnnkern::Stack rows = rows_of(call);
-  const States initial = states_of("initial", network, call.initial), last = states_of("last", network, call.last);
-  prefer_huge_pages({call.y, network.output_bytes(call.steps, call.batch)});
-  if (call.training) prefer_huge_pages(call.kept);
-  const Scratch between(call.training ? 0 : network.between_bytes(rows));
-  std::vector<Layer> layers;
-  if (call.training) {
-    layers = network.recorded(call.batch, record_of(network, call), initial, last);
-  } else {
-    layers = network.layers();
-    network.connect(layers, rows, call.x, call.y, initial, last, between.data());
-  }
-  run(network, rows, layers, false);
+void run_forward(const rnnkern_stack& stack, const rnnkern_forward& given) {
+  Checked checked(stack, given);
+  checked.call.last = states_of("last", checked.network, given.last);
+  prefer_huge_pages({given.y, checked.network.output_bytes(given.steps, given.batch)});
+  if (given.training) prefer_huge_pages(given.kept);
+  run<Host>(checked.network, checked.call);
 }
 
-void run_backward(const Stack& stack, const Backward& call) {
-  const Forward& forward = *call.forward;
-  Network network = network_of(stack);
-  network.check_size(forward.steps, forward.batch);
-  use_packed(network, forward.packed, true);
-  expect_weights("gradients", network, stack, call.gradients);
-  rnnkern::Stack rows = rows_of(forward);
-  std::vector<LayerWeights<void*>> gradients;
+void run_backward(const rnnkern_stack& stack, const rnnkern_backward& given) {
+  if (given.forward == nullptr || !given.forward->training)
+    throw std::invalid_argument("forward: expected one that ran in training");
+  const Checked checked(stack, *given.forward);
+  const Network& network = checked.network;
+  expect("gradients", "arrays", given.gradients.count, weights_of(network, stack));
+  BackwardCall call{};
+  call.dy = given.dy, call.dx = given.dx;
+  call.dlast = states_of("dlast", network, given.dlast);
+  call.dinitial = states_of("dinitial", network, given.dinitial);
+  const std::size_t count = network.weight_count(stack.biased);
   for (std::size_t i = 0; i < network.layer_directions(); ++i)
-    gradients.push_back(network.weights_at(call.gradients.data + i * network.weight_count(stack.biased), stack.biased));
-  const Scratch between(network.between_bytes(rows));
-  void* const turns[2] = {between.data(), advance(between.data(), network.output_bytes(forward.steps, forward.batch))};
-  const std::vector<Layer> layers =
-      network.retraced(forward.batch, record_of(network, forward), states_of("initial", network, forward.initial),
-                       const_cast<void*>(call.dy), call.dx, turns, states_of("dlast", network, call.dlast),
-                       states_of("dinitial", network, call.dinitial), gradients);
-  run(network, rows, layers, true);
+    call.gradients.push_back(network.weights_at(given.gradients.data + i * count, stack.biased));
+  run<Host>(network, checked.call, &call);
 }
 
-template <class Call, void (*function)(const Stack&, const Call&)>
-bool guarded(const Stack& stack, const Call& call, Message& message) noexcept {
+// Calls a function that may throw, and says in the message what it threw.
+template <class Function, class... Arguments>
+bool guarded(rnnkern_message* message, Function function, Arguments&&... arguments) noexcept {
   try {
-    function(stack, call);
+    function(std::forward<Arguments>(arguments)...);
     return true;
   } catch (const std::bad_alloc&) {
-    std::snprintf(message.text, sizeof message.text, "not enough memory");
+    std::snprintf(message->text, sizeof message->text, "not enough memory");
   } catch (const std::exception& error) {
-    std::snprintf(message.text, sizeof message.text, "%s", error.what());
+    std::snprintf(message->text, sizeof message->text, "%s", error.what());
   }
   return false;
 }
 
-constexpr Functions kFunctions{guarded<Pack, pack_all>, guarded<Forward, run_forward>, guarded<Backward, run_backward>};
+template <class Call, void (*function)(const rnnkern_stack&, const Call&)>
+bool guarded_call(const rnnkern_stack* stack, const Call* call, rnnkern_message* message) noexcept {
+  return guarded(message, function, *stack, *call);
+}
+
+bool guarded_sizes(const rnnkern_stack* stack, std::int64_t steps, std::int64_t batch, rnnkern_sizes* sizes,
+                   rnnkern_message* message) noexcept {
+  return guarded(message, find_sizes, *stack, steps, batch, *sizes);
+}
+
+constexpr rnnkern_functions kFunctions{guarded_sizes, guarded_call<rnnkern_pack, pack_all>,
+                                       guarded_call<rnnkern_forward, run_forward>,
+                                       guarded_call<rnnkern_backward, run_backward>};
 
 }  // namespace
-}  // namespace rnnkern::abi
+}  // namespace rnnkern
 
-extern "C" [[gnu::visibility("default")]] const rnnkern::abi::Functions* rnnkern_abi(int version) {
-  return version == rnnkern::abi::kVersion ? &rnnkern::abi::kFunctions : nullptr;
+extern "C" [[gnu::visibility("default")]] const rnnkern_functions* rnnkern_abi(int version) {
+  return version == RNNKERN_ABI_VERSION ? &rnnkern::kFunctions : nullptr;
 }

@@ -22,7 +22,9 @@
 #include "network.h"
 #include "packed.h"
 #include "policy.h"
+#include "pybind11_inside.h"
 #include "team.h"
+#include "wiring.h"
 
 #if defined(__clang__)
 #define RNNKERN_COMPILER "Clang " __clang_version__
@@ -124,6 +126,19 @@ Packed* pack(const std::string& cell, const std::string& format, std::int64_t in
                       weights, training);
 }
 
+// Packs weights for training and runs a forward with them: what two calls would do, in one crossing. Returns the packed
+// weights, the final state and what backward needs.
+py::tuple train(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
+                std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
+                const py::object& weights, const py::object& x, const py::object& state, const py::object& lengths,
+                const py::object& resets, const py::object& masks, const py::object& y) {
+  const py::object packed = py::cast(
+      pack(cell, format, input_size, hidden_size, proj_size, num_layers, std::move(directions), names, weights, true),
+      py::return_value_policy::take_ownership);
+  const py::tuple results = packed.cast<const Packed&>().forward(x, state, lengths, resets, masks, y);
+  return py::make_tuple(packed, results[0], results[1]);
+}
+
 // What the calls of rnnkern_abi.h take of a stack: the bytes of its weights, packed for inference and for training, and
 // of what a training call keeps.
 std::tuple<std::int64_t, std::int64_t, std::int64_t> abi_bytes(const std::string& isa, const std::string& cell,
@@ -135,17 +150,8 @@ std::tuple<std::int64_t, std::int64_t, std::int64_t> abi_bytes(const std::string
   if (found == nullptr) throw py::value_error("isa: expected one of isas(), got '" + isa + "'");
   const Network network(*found, cell, format_of(text_of(float_dtype(dtype))), input_size, hidden_size, proj_size,
                         num_layers, std::move(directions));
-  const std::int64_t kept = network.kept_bytes(steps, batch);
+  const std::int64_t kept = kept_bytes(network, steps, batch, false);
   return {network.packed_bytes(false), network.packed_bytes(true), kept};
-}
-
-// Forbids what would make an instance of a type without a constructor having run, or take one for another: `__new__`,
-// subclasses, assignment to `__class__`. Members can no longer be added to the type afterwards.
-void seal(const py::object& type) {
-  auto* object = reinterpret_cast<PyTypeObject*>(type.ptr());
-  object->tp_new = nullptr;
-  object->tp_flags |= Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE;
-  PyType_Modified(object);
 }
 
 // Runs a loop of probes.h `runs` times on up to `threads` threads, on `elements` elements of data for each thread or
@@ -235,6 +241,10 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def("pack", &pack, py::arg("cell"), py::arg("format"), py::arg("input_size"), py::arg("hidden_size"),
         py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("names"), py::arg("weights"),
         py::arg("training"));
+
+  m.def("train", &train, py::arg("cell"), py::arg("format"), py::arg("input_size"), py::arg("hidden_size"),
+        py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("names"), py::arg("weights"),
+        py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"), py::arg("masks"), py::arg("y"));
 
   m.def("abi_bytes", &abi_bytes, py::arg("isa"), py::arg("cell"), py::arg("dtype"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("steps"),

@@ -6,104 +6,27 @@
 
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <atomic>
 #include <cstdint>
-#include <new>
 #include <optional>
-#include <stdexcept>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "packed.h"
 
 namespace rnnkern {
-namespace {
-
-// Does nobody need to look at it again? A subclass of ndarray may mean its data in another way.
-bool is_exact(py::handle object, const py::dtype& dtype, const Shape& shape, bool writable = false) {
-  return Py_TYPE(object.ptr()) == py::detail::npy_api::get().PyArray_Type_ && fits(object, dtype, shape, writable);
-}
-
-// Of contiguous arrays.
-bool overlap(py::handle a, py::handle b) {
-  const auto end = [](py::handle array) {
-    return fields_of(array).data + py::reinterpret_borrow<py::array>(array).nbytes();
-  };
-  return fields_of(a).data < end(b) && fields_of(b).data < end(a);
-}
-
-const Packed& packed_of(const py::object& object) {
-  if (!py::isinstance<Packed>(object))
-    throw py::type_error(std::string("packed: expected what pack returned, got ") + Py_TYPE(object.ptr())->tp_name);
-  return object.cast<const Packed&>();
-}
 
 // Inference with the weights of a frozen layer.
 class FrozenCall {
  public:
   // friendly(x, state, lengths, resets, out) is the same call, from whatever a caller may pass.
-  FrozenCall(const py::object& packed, py::object friendly, bool batch_first)
-      : owner_(packed), packed_(packed_of(packed)), friendly_(std::move(friendly)), batch_first_(batch_first) {}
+  FrozenCall(const py::object& packed, py::object friendly, bool batch_first);
 
   // x, state, lengths, resets, out -> (y, final state)
-  PyObject* run(PyObject* const* arguments, Py_ssize_t count) {
-    if (count == 5 && arguments[2] == Py_None && arguments[3] == Py_None) {
-      py::object results = infer(arguments[0], arguments[1], arguments[4]);
-      if (results) return results.release().ptr();
-    }
-    return in_python(PyObject_Vectorcall, friendly_.ptr(), arguments, static_cast<std::size_t>(count), nullptr);
-  }
+  PyObject* run(PyObject* const* arguments, Py_ssize_t count);
 
  private:
-  // Null, and nothing done, where an argument is not exact.
-  py::object infer(py::handle x, py::handle state, py::handle out) const {
-    if (!py::isinstance<py::array>(x)) return {};
-    const bool batched = fields_of(x).nd == 3;
-    if (!batched && fields_of(x).nd != 2) return {};
-    const std::int64_t first = fields_of(x).dimensions[0], second = fields_of(x).dimensions[1];
-    // Rows of x lie one after the other in time only if one of T and B is 1, or if T comes first.
-    if (batched && batch_first_ && first != 1 && second != 1) return {};
-    Stack call{};
-    call.steps = batched && batch_first_ ? second : first;
-    call.batch = !batched ? 1 : batch_first_ ? first : second;
-    if (call.steps == 0 || call.batch == 0) return {};
-
-    const py::dtype& dtype = packed_.dtype();
-    const auto rows_of = [&](std::int64_t size) { return batched ? Shape{first, second, size} : Shape{first, size}; };
-    if (!is_exact(x, dtype, rows_of(packed_.input_size()))) return {};
-    const std::size_t states = packed_.state_count();
-    const auto state_shape = [&](std::size_t s) {
-      return batched ? packed_.state_shape(s, call.batch)
-                     : Shape{static_cast<std::int64_t>(packed_.layers().size()), packed_.state_size(s)};
-    };
-    std::array<py::handle, kMaxStates> given{};
-    States initial{};
-    if (!state.is_none()) {
-      const bool counted = states == 1 || (PyTuple_CheckExact(state.ptr()) && py::len(state) == states);
-      if (!counted) return {};
-      for (std::size_t s = 0; s < states; ++s) {
-        given[s] = states == 1 ? state : py::handle(PyTuple_GET_ITEM(state.ptr(), s));
-        if (!is_exact(given[s], dtype, state_shape(s))) return {};
-        initial[s] = bytes_of(given[s]);
-      }
-    }
-    if (!out.is_none()) {
-      if (!is_exact(out, dtype, rows_of(packed_.output_size()), true) || overlap(out, x)) return {};
-      for (std::size_t s = 0; s < states; ++s)
-        if (given[s] && overlap(out, given[s])) return {};
-    }
-
-    const py::object y =
-        out.is_none() ? new_array(dtype, rows_of(packed_.output_size())) : py::reinterpret_borrow<py::object>(out);
-    std::vector<py::array> last;
-    last.reserve(states);
-    for (std::size_t s = 0; s < states; ++s) last.push_back(new_array(dtype, state_shape(s)));
-    packed_.infer(call, bytes_of(x), bytes_of(y), initial, bytes_of(last));
-    return py::make_tuple(y, states > 1 ? py::object(tuple_of(last)) : py::object(last[0]));
-  }
+  py::object infer(py::handle x, py::handle state, py::handle out) const;
 
   py::object owner_;  // keeps packed_
   const Packed& packed_;
@@ -115,97 +38,16 @@ class FrozenCall {
 class Steps {
  public:
   // arguments(x_t, out) -> (x_t, y) makes exact arrays of those that are not.
-  Steps(const py::object& packed, std::int64_t batch, py::object arguments)
-      : owner_(packed), packed_(packed_of(packed)), batch_(batch), arguments_(std::move(arguments)) {
-    if (batch < 1) throw py::value_error("batch: expected at least 1, got " + std::to_string(batch));
-    if (packed_.directions() != 1) throw py::value_error("packed: expected weights of one direction");
-    stack_.steps = 1;
-    stack_.batch = batch;
-    between_.emplace(packed_.between_bytes(stack_));
-    for (auto& states : states_) states = packed_.new_states(batch);
-    for (const auto& one : states_[0]) std::memset(bytes_of(one), 0, static_cast<std::size_t>(one.nbytes()));
-    for (std::size_t i = 0; i < 2; ++i) {
-      layers_[i] = packed_.layers();
-      packed_.connect(layers_[i], stack_, nullptr, nullptr, bytes_of(states_[i]), bytes_of(states_[1 - i]),
-                      between_->data);
-    }
-    divide();
-  }
+  Steps(const py::object& packed, std::int64_t batch, py::object arguments);
 
   // x_t (B, I), out (B, P) or None -> y_t
-  PyObject* step(PyObject* const* arguments, Py_ssize_t count) {
-    if (count != 2) throw py::type_error("step: expected x_t and out, got " + std::to_string(count) + " arguments");
-    auto x = py::reinterpret_borrow<py::object>(arguments[0]), y = py::reinterpret_borrow<py::object>(arguments[1]);
-    const py::dtype& dtype = packed_.dtype();
-    const Shape x_shape{batch_, packed_.input_size()}, y_shape{batch_, packed_.output_size()};
-    if (!is_exact(x, dtype, x_shape) || !(y.is_none() || (is_exact(y, dtype, y_shape, true) && !overlap(x, y)))) {
-      const auto converted =
-          elements(owned(in_python(PyObject_Vectorcall, arguments_.ptr(), arguments, 2, nullptr)), "arguments", 2);
-      x = checked(converted[0], "x_t", dtype, x_shape);
-      y = checked(converted[1], "out", dtype, y_shape, true);
-    } else if (y.is_none()) {
-      y = new_array(dtype, y_shape);
-    }
+  PyObject* step(PyObject* const* arguments, Py_ssize_t count);
 
-    const Turn turn(holder_);
-    if (threads_ != num_threads()) divide();
-    std::vector<Layer>& layers = layers_[now_];
-    layers.front().x = bytes_of(x);
-    layers.back().y = bytes_of(y);
-    stack_.layers = layers.data();
-    launch(packed_.kernels().forward, stack_, plan_);
-    now_ = 1 - now_;  // not if the step was given up
-    return y.release().ptr();
-  }
-
-  py::tuple state() {
-    std::vector<py::array> copies = packed_.new_states(batch_);
-    {
-      const Turn turn(holder_);
-      for (std::size_t s = 0; s < copies.size(); ++s) copy(states_[now_][s], copies[s]);
-    }
-    return tuple_of(copies);
-  }
-
-  void set_state(const py::object& state) {
-    const auto given = packed_.checked_states(elements(state, "state", packed_.state_count()), "state", batch_);
-    const Turn turn(holder_, true);
-    for (std::size_t s = 0; s < given.size(); ++s) copy(given[s], states_[now_][s]);
-  }
+  py::tuple state();
+  void set_state(const py::object& state);
 
  private:
-  // One thread's use of a stream. `holder` is 0 while there is none, else 1 + forks() of the process it is in: a thread
-  // of the parent's never ends its turn here.
-  class Turn {
-   public:
-    explicit Turn(std::atomic<unsigned>& holder, bool sets_state = false) : holder_(holder) {
-      const unsigned mine = forks() + 1;
-      unsigned before = 0;
-      if (holder_.compare_exchange_strong(before, mine, std::memory_order_acquire)) return;
-      if (before != mine && !sets_state)
-        throw std::runtime_error(
-            "stream: another thread used it when this process was forked; set its `state`, or take a new "
-            "`frozen.stream()`");
-      if (before == mine || !holder_.compare_exchange_strong(before, mine, std::memory_order_acquire))
-        throw std::runtime_error("stream: used by two threads at once; give each thread its own `frozen.stream()`");
-    }
-    ~Turn() { holder_.store(0, std::memory_order_release); }
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
-
-   private:
-    std::atomic<unsigned>& holder_;
-  };
-
-  // Divides the steps to come among as many threads as there may be now.
-  void divide() {
-    const int threads = num_threads();
-    Stack stack = stack_;
-    const Plan plan = packed_.complete(stack, layers_[0], false);
-    Buffer scratch(packed_.kernels().scratch_bytes(stack, false));
-    stack.scratch = scratch.data;
-    stack_ = stack, plan_ = plan, scratch_ = std::move(scratch), threads_ = threads;
-  }
+  void divide();
 
   py::object owner_;  // keeps packed_
   const Packed& packed_;
@@ -221,34 +63,4 @@ class Steps {
   std::atomic<unsigned> holder_ = 0;  // see Turn
 };
 
-template <class Self, PyObject* (Self::*method)(PyObject* const*, Py_ssize_t)>
-PyObject* call_directly(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-  try {
-    // Not a cast, which would look the type up once more.
-    auto* object = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().template value_ptr<Self>();
-    return (object->*method)(arguments, count);
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
-// Adds a method of positional arguments to a class. The interpreter checks that self is of that class.
-template <class Self, PyObject* (Self::*method)(PyObject* const*, Py_ssize_t)>
-void add_method(py::class_<Self>& type, const char* name, const char* doc) {
-  static PyMethodDef definition{
-      name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_directly<Self, method>)), METH_FASTCALL,
-      doc};
-  auto* descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &definition);
-  if (descriptor == nullptr) throw py::error_already_set();
-  type.attr(name) = py::reinterpret_steal<py::object>(descriptor);
-}
-
-}  // namespace
 }  // namespace rnnkern

@@ -11,7 +11,6 @@
 #include "team.h"
 
 namespace rnnkern {
-namespace {
 
 // Calls a function of Python's API that may run Python code, or wait for the GIL. Before 3.14 Python unwinds the stack
 // of a daemon thread that wants the GIL while the interpreter shuts down. In C++ that would abort the process in the
@@ -59,5 +58,4 @@ class WithoutGil {
   Clock::time_point next_ = Clock::now() + std::chrono::milliseconds(100);
 };
 
-}  // namespace
 }  // namespace rnnkern

@@ -1,5 +1,5 @@
-// A stack of layers over plain memory: its sizes, the kernels that run it, and where each layer-direction of a call
-// finds its rows, states and weights. No Python: the binding and abi.cpp share it.
+// A stack of layers: its sizes, its packed weights and the kernels that run it. No Python: the binding and abi.cpp
+// share it.
 #pragma once
 
 #include <algorithm>
@@ -32,12 +32,6 @@ inline const CellEntry& find_cell(const KernelTable& table, std::string_view nam
 
 // One array for each state of the cell, h first; null where there is none.
 using States = std::array<void*, kMaxStates>;
-
-// The memory of a training call: for each layer the rows that it reads and its output, for each layer-direction what
-// its steps save, null where that is nothing.
-struct Record {
-  std::vector<void*> inputs, outputs, values;
-};
 
 class Network {
  public:
@@ -133,17 +127,9 @@ class Network {
     return times(static_cast<std::int64_t>(between_count()), output_bytes(stack.steps, stack.batch));
   }
 
-  // Of what the steps of a layer-direction save for backward.
-  std::int64_t saved_bytes(const LayerSizes& sizes, std::int64_t T, std::int64_t B) const {
-    return times(times(T, kernels_.saved_elements(sizes, B)), bytes_);
-  }
-
-  // Of what a training call leaves for backward: what is saved, and the outputs of all layers but the last.
-  std::int64_t kept_bytes(std::int64_t T, std::int64_t B) const {
-    check_size(T, B);
-    std::int64_t total = (static_cast<std::int64_t>(layer_count_) - 1) * output_bytes(T, B);
-    for (std::size_t i = 0; i < layer_directions(); ++i) total += saved_bytes(sizes(i), T, B);
-    return total;
+  // Of what the steps of layer-direction i save for backward.
+  std::int64_t saved_bytes(std::size_t i, std::int64_t T, std::int64_t B) const {
+    return times(times(T, kernels_.saved_elements(sizes(i), B)), bytes_);
   }
 
   // Throws unless every sum of sizes of a call fits into 64 bits.
@@ -174,49 +160,16 @@ class Network {
     return plan;
   }
 
-  // Says where each layer-direction of inference finds its rows and states; y of a layer is x of the one above, and
-  // those below the last take turns in `between`.
-  void connect(std::vector<Layer>& layers, const Stack& stack, const void* x, void* y, const States& initial,
-               const States& last, void* between) const {
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-      const std::size_t layer = i / reverse_.size();
-      const auto output = [&](std::size_t l) {
-        return l + 1 == layer_count() ? y : offset(between, l % 2 ? stack.steps * stack.batch * width_ : 0);
-      };
-      place(layers[i], i, stack.batch, layer == 0 ? x : output(layer - 1), output(layer), initial);
-      for (std::size_t s = 0; s < state_count(); ++s) layers[i].last[s] = row(last, s, i, stack.batch);
-    }
+  void* offset(void* data, std::int64_t elements) const { return static_cast<char*>(data) + elements * bytes_; }
+
+  // In a (T, B, D*P): the columns of the direction of layer-direction i.
+  void* columns(void* data, std::size_t i) const {
+    return offset(data, static_cast<std::int64_t>(i % reverse_.size()) * outputs_);
   }
 
-  // The layers of a training forward, in which every layer has an output of its own.
-  std::vector<Layer> recorded(std::int64_t B, const Record& record, const States& initial, const States& last) const {
-    std::vector<Layer> layers = replayed(B, record, initial);
-    for (std::size_t i = 0; i < layers.size(); ++i)
-      for (std::size_t s = 0; s < state_count(); ++s) layers[i].last[s] = row(last, s, i, B);
-    return layers;
-  }
-
-  // The layers of the backward of such a forward. Between layers the gradient of one layer's input is that of the
-  // output below it: `between` has between_count() arrays like y. dy and dx may be null.
-  std::vector<Layer> retraced(std::int64_t B, const Record& record, const States& initial, void* dy, void* dx,
-                              void* const* between, const States& dlast, const States& dinitial,
-                              const std::vector<LayerWeights<void*>>& gradients) const {
-    std::vector<Layer> layers = replayed(B, record, initial);
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-      const std::size_t layer = i / reverse_.size();
-      Layer& one = layers[i];
-      one.gradients = gradients[i];
-      for (std::size_t s = 0; s < state_count(); ++s) {
-        one.dlast[s] = row(dlast, s, i, B);
-        one.dinitial[s] = row(dinitial, s, i, B);
-      }
-      void* const above = layer + 1 == layer_count() ? dy : between[layer % 2];
-      one.dy = above ? columns(above, i) : nullptr;
-      one.dy_stride = width_;
-      one.dx = layer == 0 ? dx : between[(layer - 1) % 2];
-      one.add_to_dx = i % reverse_.size() > 0;
-    }
-    return layers;
+  // In states (L*D, B, ...): that of layer-direction i; null where there is none.
+  void* state_of(const States& states, std::size_t s, std::size_t i, std::int64_t B) const {
+    return states[s] ? offset(states[s], static_cast<std::int64_t>(i) * B * state_size(s)) : nullptr;
   }
 
  private:
@@ -225,37 +178,6 @@ class Network {
                                 std::int64_t projected) {
     const bool few = hidden < table.lanes_f32 && projected == 0;
     return format == WeightFormat::bfloat16 && few ? WeightFormat::float32 : format;
-  }
-
-  void* offset(void* data, std::int64_t elements) const { return static_cast<char*>(data) + elements * bytes_; }
-
-  // In a (T, B, D*P): the columns of the direction of layer-direction i.
-  void* columns(void* data, std::size_t i) const {
-    return offset(data, static_cast<std::int64_t>(i % reverse_.size()) * outputs_);
-  }
-
-  // In states (L*D, B, ...): those of layer-direction i.
-  void* row(const States& states, std::size_t s, std::size_t i, std::int64_t B) const {
-    return states[s] ? offset(states[s], static_cast<std::int64_t>(i) * B * state_size(s)) : nullptr;
-  }
-
-  // Says where layer-direction i finds its rows.
-  void place(Layer& layer, std::size_t i, std::int64_t B, const void* x, void* y, const States& initial) const {
-    layer.x = x;
-    layer.x_stride = layer.sizes.inputs;
-    layer.y = columns(y, i);
-    layer.y_stride = width_;
-    for (std::size_t s = 0; s < state_count(); ++s) layer.initial[s] = row(initial, s, i, B);
-  }
-
-  std::vector<Layer> replayed(std::int64_t B, const Record& record, const States& initial) const {
-    std::vector<Layer> layers = layers_;
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-      const std::size_t layer = i / reverse_.size();
-      place(layers[i], i, B, record.inputs[layer], record.outputs[layer], initial);
-      layers[i].saved = record.values[i];
-    }
-    return layers;
   }
 
   const CellEntry& entry_;

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,11 +84,11 @@ def test_module_exports_nothing_of_the_namespace() -> None:
     }
 
 
-def test_the_abi_refuses_another_version() -> None:
-    """Null, and not functions that take other structs."""
-    abi = ctypes.CDLL(native.__file__).rnnkern_abi
-    abi.restype = ctypes.c_void_p
-    assert [abi(version) is None for version in (0, 1, 2)] == [True, False, True]
+def test_what_pybind11_keeps_to_itself_is_used_in_one_file() -> None:
+    """An upgrade of pybind11 that breaks it breaks nothing else."""
+    inside = re.compile(r"py(bind11)?::detail|\btp_new\b|get_value_and_holder")
+    sources = {path.name for path in (ROOT / "csrc").glob("*") if inside.search(path.read_text())}
+    assert sources == {"pybind11_inside.h"}
 
 
 def test_compiled_cells_are_those_of_python() -> None:

@@ -347,7 +347,7 @@ def test_doctor_fails_for_a_backend_that_is_wrong(
 
     def wrong(*arguments: Any) -> Any:
         result = right(*arguments)
-        arguments[7][...] += 1  # y
+        arguments[2].y[...] += 1
         return result
 
     with monkeypatch.context() as patch:

@@ -274,7 +274,7 @@ def test_the_gradient_of_a_vmap_is_that_of_one_batch():
 
     assert_equal(*(jax.jit(jax.grad(loss, (0, 1)))(params, xs) for loss in (mapped, batched)))
     text = jax.jit(jax.grad(mapped)).lower(params, xs).as_text()
-    assert text.count("@rnnkern_backward(") == 1
+    assert text.count("@rnnkern_xla_backward(") == 1
     assert "stablehlo.while" not in text
 
 

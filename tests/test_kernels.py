@@ -74,7 +74,7 @@ class Call:
         states = -(-p.B // v.lanes) * p.H * v.bytes
         kept = p.T * states * len(cell.saved) * (cell.saved != ("h",))  # y is not kept twice
         narrow = states < p.B * v.bytes  # fewer vectors than rows: the condition of narrow.h
-        return narrow and (cell.late_gates > 0 or kept <= self.forward.kept <= kept + 64)
+        return narrow and (cell.late_gates > 0 or kept <= self.forward.kept <= kept + 128)
 
     @property
     def in_blocks(self) -> bool:

@@ -339,8 +339,9 @@ def test_weights_are_packed_once_while_frozen(monkeypatch):
     """That is what it is for."""
     backend = backends.pick()
     packs = []
-    original = backend.pack
-    monkeypatch.setattr(backend, "pack", lambda *arguments: packs.append(1) or original(*arguments))
+    for name in ("pack", "train"):
+        original = getattr(backend, name)
+        monkeypatch.setattr(backend, name, lambda *given, original=original: packs.append(1) or original(*given))
     module, x = rt.GRU(3, 4).freeze(), torch.rand(5, 2, 3)
     for _ in range(3):
         module(x)
@@ -354,18 +355,14 @@ def test_contiguous_tensors_are_not_copied(monkeypatch):
     """The backend reads and writes the memory that the tensors have."""
     backend = backends.pick()
     seen = []
-    forward, pack = backend.forward, backend.pack
+    train = backend.train
 
-    def watched_forward(stack, packed, x, state, lengths, resets, masks, y, training):
-        seen.append((x.ctypes.data, [one.ctypes.data for one in state], y.ctypes.data))
-        return forward(stack, packed, x, state, lengths, resets, masks, y, training)
-
-    def watched_pack(stack, weights, training):
+    def watched(stack, weights, call):
         seen.append([array.ctypes.data for one in weights for array in one.values()])
-        return pack(stack, weights, training)
+        seen.append((call.x.ctypes.data, [one.ctypes.data for one in call.state], call.y.ctypes.data))
+        return train(stack, weights, call)
 
-    monkeypatch.setattr(backend, "forward", watched_forward)
-    monkeypatch.setattr(backend, "pack", watched_pack)
+    monkeypatch.setattr(backend, "train", watched)
     module, x, state = rt.LSTM(3, 4), torch.rand(5, 2, 3), (torch.rand(1, 2, 4), torch.rand(1, 2, 4))
     y, _ = module(x, state)
     assert seen[0] == [parameter.data_ptr() for parameter in module.parameters()]
@@ -519,7 +516,7 @@ def test_weights_that_need_no_gradient_cost_none(monkeypatch, compiled):
     module.requires_grad_(False).bias_hh_l0.requires_grad_(True)
     native, asked = backends.get("native"), []
     original = native.backward
-    monkeypatch.setattr(native, "backward", lambda *given: asked.append(given[-1]) or original(*given))
+    monkeypatch.setattr(native, "backward", lambda *given: asked.append(given[-1].wanted) or original(*given))
     call = torch.compile(module, backend="aot_eager") if compiled else module
     found = torch.autograd.grad(call(x)[0].sum(), [x, module.bias_hh_l0])
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .stack import Stack, State
+from .stack import GivenState, Stack, State
 
 __all__ = [
     "Signature",
@@ -205,7 +205,7 @@ class Signature:
 
     def arguments(
         self, x: object, state: object, lengths: object, resets: object
-    ) -> tuple[Array, State, Array | None, Array | None, bool]:
+    ) -> tuple[Array, GivenState | None, Array | None, Array | None, bool]:
         """x, state, lengths and resets as backends take them, and whether x came unbatched."""
         x = as_floats("x", x, self.dtype)
         unbatched = x.ndim == 2
@@ -219,7 +219,7 @@ class Signature:
         steps, batch, _ = x.shape
         return (
             x,
-            self.zeros(batch) if state is None else self.state("state", state, batch, unbatched),
+            self.state("state", state, batch, unbatched),
             None if lengths is None else self.lengths(lengths, steps, batch, unbatched),
             None if resets is None else self.resets(resets, steps, batch, unbatched),
             unbatched,
@@ -233,15 +233,13 @@ class Signature:
         shape = (batch, self.output_size)
         return x, np.empty(shape, self.dtype) if out is None else check_out(out, shape, self.dtype, (x_t, x))
 
-    def zeros(self, batch: int) -> State:
-        """A state of zeros."""
-        return tuple([np.zeros((self.state_count, batch, size), self.dtype) for size in self.state_sizes])
-
-    def state(self, name: str, value: Any, batch: int, unbatched: bool = False, halves: bool = False) -> State:
-        """A state as a tuple of arrays (L*D, B, .); None, and each of several where `halves`, stands for zeros."""
+    def state(
+        self, name: str, value: Any, batch: int, unbatched: bool = False, halves: bool = False
+    ) -> GivenState | None:
+        """A state as a tuple of arrays (L*D, B, .); None, and each of several where `halves`, is left as it is."""
         count = self.state_count
         if value is None:
-            return self.zeros(batch)
+            return None
         if len(self.state_sizes) == 1:
             values: Sequence[Any] = (value,)
             names: tuple[str, ...] = (name,)
@@ -253,17 +251,17 @@ class Signature:
                 raise ValueError(f"{expected}, got {len(value)} elements")
             values = value
             names = tuple(f"{name}[{index}]" for index in range(len(value)))
-        result = []
+        result: list[Array | None] = []
         for one, one_name, size in zip(values, names, self.state_sizes, strict=True):
             if one is None and halves:
-                result.append(np.zeros((count, batch, size), self.dtype))
+                result.append(None)
                 continue
             shape = (count, size) if unbatched else (count, batch, size)
             result.append(as_parameter(one_name, one, shape, self.dtype).reshape(count, batch, size))
         return tuple(result)
 
     def lengths(self, lengths: object, steps: int, batch: int, unbatched: bool) -> Array:
-        """Lengths as backends take them, a copy."""
+        """Lengths as backends take them, a copy that nobody writes to: kernels read memory by them."""
         if unbatched:
             raise ValueError(f"lengths: expected None with unbatched x, got {describe(lengths)}")
         array = as_array("lengths", lengths)
@@ -276,7 +274,9 @@ class Signature:
             raise ValueError(f"{expected}, got {describe(array)}")
         if batch and (array.min() < 0 or array.max() > steps):
             raise ValueError(f"lengths: expected values from 0 to {steps}, got {array.min()} to {array.max()}")
-        return array.astype(np.int64)
+        copied = array.astype(np.int64)
+        copied.setflags(write=False)
+        return copied
 
     def resets(self, resets: object, steps: int, batch: int, unbatched: bool) -> Array:
         """Resets as backends take them, a copy."""

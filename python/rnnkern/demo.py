@@ -23,7 +23,7 @@ from . import reference, testing
 from .cells import CELLS
 from .layers import Recurrent, parameter_names
 from .reference import EXACT, Arithmetic
-from .stack import Stack, State, backward_by_layer, forward_by_layer
+from .stack import Backward, Forward, Stack, State, backward_by_layer, forward_by_layer
 from .text import Symbols, Text, read_text, witten_bell_bits
 from .train import Adam, Linear, clip_grad_norm, cross_entropy
 from .weights import load, save
@@ -369,22 +369,19 @@ def plain_gradients(
     weights = [{key: session.layer.parameters[name].astype(dtype) for key, name in names.items()}]
     output = Linear(stack.output_size, stack.input_size, dtype=dtype, backend="reference", seed=0)
     output.load_state_dict(session.output.state_dict())
+    x = one_hot(symbols[:-1], stack.input_size, dtype)
     y = np.empty((STEPS, symbols.shape[1], stack.output_size), dtype)
-    final, saved = forward_by_layer(
-        partial(reference.forward_layer, arithmetic=arithmetic), stack, weights,
-        one_hot(symbols[:-1], stack.input_size, dtype), tuple(part.astype(dtype) for part in state),
-        None, None, None, y,
-    )  # fmt: skip
+    call = Forward(x, tuple(part.astype(dtype) for part in state), y)
+    _, saved = forward_by_layer(partial(reference.forward_layer, arithmetic=arithmetic), stack, weights, call)
     if stack.cell.saved == ("h",):  # the derivative of relu jumps at 0, where rounding decides
         tested, _ = session.layer(one_hot(symbols[:-1], stack.input_size), state[0].astype(np.float32))
         testing.take_signs(stack, saved, y, np.packbits(tested > 0).tobytes())
     logits, tape = output.forward(y)
     _, dlogits = cross_entropy(logits, symbols[1:])
     output_grads = output.backward(tape, dlogits)
-    _, _, (layer_grads,) = backward_by_layer(
-        partial(reference.backward_layer, arithmetic=arithmetic), stack, weights, saved, None, None, None,
-        output_grads.x, tuple(np.zeros_like(part) for part in final),
-    )  # fmt: skip
+    backward_layer = partial(reference.backward_layer, arithmetic=arithmetic)
+    asked = Backward(output_grads.x, None)
+    _, _, (layer_grads,) = backward_by_layer(backward_layer, stack, weights, saved, call, asked)
     return {**output_grads.parameters, **{name: layer_grads[key] for key, name in names.items()}}
 
 

@@ -18,7 +18,7 @@ from . import backends
 from .arguments import Signature, as_array, as_parameter, check_out, chosen_names, describe, flag
 from .cells import CELLS, Cell
 from .copies import shared
-from .stack import LayerSizes, Stack, State, Weights
+from .stack import Backward, Forward, GivenState, LayerSizes, Stack, State, Weights
 
 __all__ = ["Grads", "Parameters", "Tape", "backward", "forward"]
 
@@ -63,13 +63,9 @@ class Tape:
     signature: Signature
     backend: ModuleType
     names: Names
-    packed: Any
-    saved: Any  # None where x has no elements
-    lengths: Array | None
-    resets: Array | None
-    masks: Sequence[Array] | None
-    steps: int
-    batch: int
+    packed: Any  # None where x has no elements
+    saved: Any
+    call: Forward
     unbatched: bool
     owner: object = field(default=None)  # the layer, None for the functional pair
 
@@ -78,7 +74,8 @@ class Tape:
 
     def __repr__(self) -> str:
         stack = self.signature.stack
-        return f"Tape({stack.cell.name}, T={self.steps}, B={self.batch}, {stack.dtype}, {self.backend.name})"
+        steps, batch, _ = self.call.x.shape
+        return f"Tape({stack.cell.name}, T={steps}, B={batch}, {stack.dtype}, {self.backend.name})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -175,8 +172,7 @@ def forward(
         given = {name: given[name] if name in given else np.zeros(shape, stack.dtype) for name, shape in shapes.items()}
     signature = Signature(stack)
     arguments = signature.arguments(x, state, lengths, resets)
-    backend = backends.pick()
-    return run_forward(signature, backend, backend.pack(stack, [given], True), [names], None, arguments, None)
+    return run_forward(signature, backends.pick(), [given], [names], None, arguments, None)
 
 
 def backward(
@@ -307,21 +303,43 @@ def run_inference(
     if out is None:
         y = np.empty((steps, batch, signature.output_size), signature.dtype)
     else:
-        given = (x, inputs, *(state if isinstance(state, tuple | list) else (state,)), *states, lengths, resets)
+        given = (x, inputs, *(state if isinstance(state, tuple | list) else (state,)), *(states or ()), lengths, resets)
         held = (array for weights in parameters for array in weights.values())
         check_out(out, signature.output_shape(steps, batch, unbatched), signature.dtype, (*given, *held))
         y = signature.from_caller(out, unbatched)
-    if inputs.size:
-        states, _ = backend.forward(signature.stack, packed, inputs, states, lengths_, resets_, None, y, False)
-    elif state is not None:
-        states = tuple(one.copy() for one in states)
+    final = _forward(signature, backend, packed, Forward(inputs, states, y, None, lengths_, resets_))
     if out is not None:
         if signature.batch_first and not unbatched and not np.may_share_memory(out, y):
             signature.time_major(out)[...] = y
-        return out, signature.state_to_caller(states, unbatched)
+        return out, signature.state_to_caller(final, unbatched)
     if unbatched or signature.batch_first:
         y = signature.to_caller(y, unbatched)
-    return y, signature.state_to_caller(states, unbatched)
+    return y, signature.state_to_caller(final, unbatched)
+
+
+def _forward(signature: Signature, backend: ModuleType, packed: Any, call: Forward) -> State:
+    """The final state of an inference; that before it where x has no elements."""
+    if call.x.size:
+        final: State = backend.forward(signature.stack, packed, call)[0]
+        return final
+    return no_steps(signature.stack, call)
+
+
+def no_steps(stack: Stack, call: Forward) -> State:
+    """The final state of a call without elements: a copy of that before it."""
+    return tuple(one.copy() for one in stack.filled(call.state, call.x.shape[1]))
+
+
+def train(backend: ModuleType, stack: Stack, weights: Sequence[Weights], call: Forward) -> tuple[Any, State, Any]:
+    """The packed weights, the final state and what backward needs; where x has no elements only the state."""
+    if not call.x.size:
+        return None, no_steps(stack, call), None
+    at_once = getattr(backend, "train", None)
+    if at_once is None:
+        packed = backend.pack(stack, weights, True)
+        return packed, *backend.forward(stack, packed, call)
+    results: tuple[Any, State, Any] = at_once(stack, weights, call)
+    return results
 
 
 class Steps:
@@ -336,13 +354,13 @@ class Steps:
         self._forward = partial(backend.forward, stack, packed)
         self._arguments = arguments
         self._lock = threading.Lock()
-        self._state: State = tuple(np.zeros(shape, stack.dtype) for shape in stack.state_shapes(batch))
+        self._state: State = stack.filled(None, batch)
 
     def step(self, x_t: Any, out: Any) -> Array:
         """y_t (B, P), which is `out` unless that is None."""
         x, y = self._arguments(x_t, out)
         with self._alone():
-            self._state, _ = self._forward(x[None], self._state, None, None, None, y[None], False)
+            self._state, _ = self._forward(Forward(x[None], self._state, y[None]))
         return y
 
     @property
@@ -369,23 +387,20 @@ class Steps:
 def run_forward(
     signature: Signature,
     backend: ModuleType,
-    packed: Any,
+    weights: Sequence[Weights],
     names: Names,
     masks: Sequence[Array] | None,
-    arguments: tuple[Array, State, Array | None, Array | None, bool],
+    arguments: tuple[Array, GivenState | None, Array | None, Array | None, bool],
     owner: object,
 ) -> tuple[Array, Any, Tape]:
     """y and the final state, read-only, and the tape. `arguments` are those of `Signature.arguments`."""
     x, state, lengths, resets, unbatched = arguments
-    steps, batch, _ = x.shape
-    y = np.empty((steps, batch, signature.output_size), signature.dtype)
-    if x.size:
-        final, saved = backend.forward(signature.stack, packed, x, state, lengths, resets, masks, y, True)
-    else:
-        final, saved = tuple(one.copy() for one in state), None
+    y = np.empty((*x.shape[:2], signature.output_size), signature.dtype)
+    call = Forward(x, state, y, "gates", lengths, resets, masks)
+    packed, final, saved = train(backend, signature.stack, weights, call)
     for array in (y, *final):
         array.setflags(write=False)
-    tape = Tape(signature, backend, names, packed, saved, lengths, resets, masks, steps, batch, unbatched, owner)
+    tape = Tape(signature, backend, names, packed, saved, call, unbatched, owner)
     shown = signature.to_caller(y, unbatched)
     if shown is not y:
         shown.setflags(write=False)
@@ -397,7 +412,8 @@ def run_backward(
 ) -> Grads:
     """Gradients of one forward; with `into` added to those."""
     need_x = flag("need_x", need_x)
-    signature, steps, batch, unbatched = tape.signature, tape.steps, tape.batch, tape.unbatched
+    signature, call, unbatched = tape.signature, tape.call, tape.unbatched
+    steps, batch, _ = call.x.shape
     stack = signature.stack
     chosen = _chosen(tape.names, parameters)
     if dy is not None:
@@ -408,16 +424,15 @@ def run_backward(
         _check_into(tape, chosen, into, need_x)
     if tape.saved is None:
         dx: Array | None = np.zeros((steps, batch, signature.input_size), signature.dtype) if need_x else None
-        initial = tuple(one.copy() for one in dfinal)
+        initial = tuple(one.copy() for one in stack.filled(dfinal, batch))
         gradients = []
         for sizes in stack.layers:
             shapes = sizes.weight_shapes(True, stack.proj_size > 0)
             gradients.append({name: np.zeros(shape, stack.dtype) for name, shape in shapes.items()})
     else:
         wanted = None if parameters is True else chosen
-        dx, initial, gradients = tape.backend.backward(
-            stack, tape.packed, tape.saved, tape.lengths, tape.resets, tape.masks, dy, dfinal, need_x, wanted
-        )
+        asked = Backward(dy, dfinal, need_x, wanted)
+        dx, initial, gradients = tape.backend.backward(stack, tape.packed, tape.saved, call, asked)
     grads = Grads(
         None if dx is None else signature.to_caller(dx, unbatched),
         signature.state_to_caller(initial, unbatched),
@@ -456,10 +471,11 @@ def _check_into(tape: Tape, chosen: Names, into: object, need_x: bool) -> None:
     signature, stack = tape.signature, tape.signature.stack
     shapes: dict[str, tuple[int, ...]] = {}
     if need_x:
-        *leading, _ = signature.output_shape(tape.steps, tape.batch, tape.unbatched)
+        steps, batch, _ = tape.call.x.shape
+        *leading, _ = signature.output_shape(steps, batch, tape.unbatched)
         shapes["x"] = (*leading, signature.input_size)
     for index, size in enumerate(signature.state_sizes):
-        batch = () if tape.unbatched else (tape.batch,)
+        batch = () if tape.unbatched else (tape.call.x.shape[1],)
         shapes[f"state[{index}]"] = (signature.state_count, *batch, size)
     for names, sizes in zip(chosen, stack.layers, strict=True):
         weight_shapes = sizes.weight_shapes(True, stack.proj_size > 0)

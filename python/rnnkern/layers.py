@@ -337,8 +337,7 @@ class Recurrent(Generic[StateT]):
             if seed is None:
                 seed = int(self._generator.integers(2**63))
             masks = dropout_masks(stack, steps, batch, self._dropout, seed)
-        packed = self._backend.pack(stack, self._weights, True)
-        return run_forward(signature, self._backend, packed, self._names, masks, arguments, self)
+        return run_forward(signature, self._backend, self._weights, self._names, masks, arguments, self)
 
     def backward(
         self,
@@ -710,7 +709,8 @@ class Stream(Generic[StateT]):
 
     @state.setter
     def state(self, value: Any) -> None:
-        self._steps.state = self._frozen._signature.state("state", value, self._batch)
+        signature = self._frozen._signature
+        self._steps.state = signature.stack.filled(signature.state("state", value, self._batch), self._batch)
 
     def reset(self) -> None:
         """Start again from a state of zeros."""

@@ -48,7 +48,7 @@ class MemoryPlan:
       before the product) or 0 (RNN), H rounded up to whole vectors; and the outputs of all layers but the last.
     - y, and with `batch_first` x and the gradients of x and y: those that backends take and give have the time first,
       so that each but the given one is there twice where neither T nor B is 1.
-    - states: the initial and the final one, and their gradients.
+    - states: the final one, and the gradient of the initial one.
     - scratch: a block of gates, which is meant to stay in cache, what else the steps work in, and with several layers
       the gradients between them. Up to 16 KiB lie on the stack and count as 0.
 
@@ -253,18 +253,17 @@ def _memory(
         "saved values": forward.kept,
         "x": x * copied,
         "y": y * (1 + copied),
-        "states": 2 * state,  # the initial one for backward, and the final one
+        "states": state,  # the final one
     }
-    in_forward = kept | {"states": 3 * state}  # with the zeros for the state that was not given
     in_backward = kept | {
         "gradient of y": y * copied,
-        "gradients of states": 2 * state,
+        "gradients of states": state,
         "gradient of x": x,
         "gradients of weights": parameters,
     }
     # A call holds the most while the kernels work in scratch, or after that, when its result is copied.
     return MemoryPlan(
-        _larger(in_forward | {"y": y, "scratch": forward.scratch}, in_forward),
+        _larger(kept | {"y": y, "scratch": forward.scratch}, kept),
         kept,
         _larger(in_backward | {"scratch": backward.scratch}, in_backward | {"gradient of x": x * (1 + copied)}),
         forward.estimated,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .stack import LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
+from .stack import Backward, Forward, LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
 
 __all__ = ["EXACT", "Arithmetic", "backward_layer", "forward_layer"]
 
@@ -129,8 +129,9 @@ def backward_layer(
     dy: Array | None,
     dstate: State,
     wanted: Wanted | None = None,
+    need_x: bool = True,
     arithmetic: Arithmetic = EXACT,
-) -> tuple[Array, State, dict[str, Array]]:
+) -> tuple[Array | None, State, dict[str, Array]]:
     """Gradients of one layer-direction: of x (T, B, I), of the initial state, and of the wanted weights (None: all)."""
     cell, H = sizes.cell, sizes.hidden_size
     math = cell.math(arithmetic)
@@ -187,7 +188,7 @@ def backward_layer(
         gradients[name] = sum_of_outer(rows, ones)[:, 0]
     if wanted is not None:
         gradients = {key: value for key, value in gradients.items() if key in wanted}
-    return product(dx_gates, weights["w_ih"].T), tuple(carried), gradients
+    return product(dx_gates, weights["w_ih"].T) if need_x else None, tuple(carried), gradients
 
 
 # The backend `reference`: the functions above over a stack, in float64.
@@ -205,48 +206,26 @@ def pack(stack: Stack, weights: Sequence[Weights], training: bool) -> list[dict[
     return [{key: np.array(value, np.float64) for key, value in one.items()} for one in weights]
 
 
-def forward(
-    stack: Stack,
-    packed: Sequence[Weights],
-    x: Array,
-    state: State,
-    lengths: Array | None,
-    resets: Array | None,
-    masks: Sequence[Array] | None,
-    y: Array,
-    training: bool,
-) -> tuple[State, Any]:
+def forward(stack: Stack, packed: Sequence[Weights], call: Forward) -> tuple[State, Any]:
     """See `backends`."""
-    exact = np.empty(y.shape, np.float64)
+    x, state = call.x.astype(np.float64), stack.filled(call.state, call.x.shape[1])
+    exact = call._replace(x=x, state=_to_float64(state), y=np.empty(call.y.shape))
     with np.errstate(all="ignore"):
-        final, saved = forward_by_layer(
-            forward_layer, stack, packed, *_to_float64(x, state), lengths, resets, masks, exact
-        )
-        y[...] = exact
-        return tuple(s.astype(stack.dtype) for s in final), saved
+        final, saved = forward_by_layer(forward_layer, stack, packed, exact)
+        call.y[...] = exact.y
+        return tuple(s.astype(stack.dtype) for s in final), saved if call.save else None
 
 
 def backward(
-    stack: Stack,
-    packed: Sequence[Weights],
-    saved: Any,
-    lengths: Array | None,
-    resets: Array | None,
-    masks: Sequence[Array] | None,
-    dy: Array | None,
-    dstate: State,
-    need_x: bool,
-    wanted: Sequence[Wanted] | None = None,
+    stack: Stack, packed: Sequence[Weights], saved: Any, call: Forward, asked: Backward
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`."""
+    dstate = _to_float64(stack.filled(asked.dstate, call.x.shape[1]))
+    exact = asked._replace(dy=None if asked.dy is None else asked.dy.astype(np.float64), dstate=dstate)
     with np.errstate(all="ignore"):
-        exact_dy = None if dy is None else dy.astype(np.float64)
-        exact_dstate = tuple(d.astype(np.float64) for d in dstate)
-        dx, initial, gradients = backward_by_layer(
-            backward_layer, stack, packed, saved, lengths, resets, masks, exact_dy, exact_dstate, wanted
-        )
+        dx, initial, gradients = backward_by_layer(backward_layer, stack, packed, saved, call, exact)
         return (
-            dx.astype(stack.dtype) if need_x and dx is not None else None,
+            None if dx is None else dx.astype(stack.dtype),
             tuple(s.astype(stack.dtype) for s in initial),
             [{key: value.astype(stack.dtype) for key, value in one.items()} for one in gradients],
         )
@@ -287,5 +266,5 @@ def linear_backward(
     return dx, dweight, exact.sum(0).astype(x.dtype) if "bias" in wanted else None
 
 
-def _to_float64(x: Array, state: State) -> tuple[Array, State]:
-    return x.astype(np.float64), tuple(s.astype(np.float64) for s in state)
+def _to_float64(state: State) -> State:
+    return tuple(one.astype(np.float64) for one in state)

@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .cells import Cell
 
-__all__ = ["BIASES", "LayerSizes", "Stack", "backward_by_layer", "cuts", "forward_by_layer"]
+__all__ = [
+    "BIASES",
+    "Backward",
+    "Forward",
+    "GivenState",
+    "LayerSizes",
+    "Stack",
+    "State",
+    "Weights",
+    "backward_by_layer",
+    "cuts",
+    "forward_by_layer",
+]
 
 BIASES = ("b_ih", "b_hh")
 
@@ -20,6 +32,28 @@ Array = NDArray[Any]
 Wanted = Collection[str]  # the names of the weights of a layer-direction that get a gradient
 Weights = Mapping[str, Array]  # of one layer-direction: w_ih, w_hh and, where it has them, b_ih, b_hh, w_hr, extras
 State = tuple[Array, ...]  # one array a state, h first
+GivenState = tuple[Array | None, ...]  # None in place of one: zeros
+
+
+class Forward(NamedTuple):
+    """What a forward is asked for. Only y is written to."""
+
+    x: Array  # (T, B, I)
+    state: GivenState | None  # of `Stack.state_shapes(B)`; None: zeros
+    y: Array  # (T, B, D*P), to be filled
+    save: str | None = None  # what to keep for backward: "gates"; None: nothing
+    lengths: Array | None = None  # int64 (B,)
+    resets: Array | None = None  # bool (T, B)
+    masks: Sequence[Array] | None = None  # one scaled (T, B, D*P) for each layer but the last; only with `save`
+
+
+class Backward(NamedTuple):
+    """What a backward is asked for."""
+
+    dy: Array | None  # (T, B, D*P); None: zeros
+    dstate: GivenState | None  # of the final state; None: zeros
+    need_x: bool = True
+    wanted: Sequence[Wanted] | None = None  # for each layer-direction the weights that get a gradient; None: all
 
 
 @dataclass(frozen=True)
@@ -112,6 +146,13 @@ class Stack:
         sizes = [self.state_size] + [self.hidden_size] * (len(self.cell.states) - 1)
         return tuple((count, batch, size) for size in sizes)
 
+    def filled(self, state: GivenState | None, batch: int, dtype: np.dtype[Any] | None = None) -> State:
+        """A state with zeros for what is None; in `dtype`, by default that of the stack."""
+        shapes = self.state_shapes(batch)
+        given = state or (None,) * len(shapes)
+        dtype = dtype or self.dtype
+        return tuple([np.zeros(shape, dtype) if one is None else one for one, shape in zip(given, shapes, strict=True)])
+
 
 def cuts(resets: Array | None, lengths: Array | None, reverse: bool) -> Array | None:
     """Where a direction starts from zeros instead of the state that reaches it, bool (T, B).
@@ -133,30 +174,22 @@ BackwardLayer = Callable[..., tuple[Array | None, State, dict[str, Array]]]
 
 
 def forward_by_layer(
-    forward_layer: ForwardLayer,
-    stack: Stack,
-    weights: Sequence[Weights],
-    x: Array,
-    state: State,
-    lengths: Array | None,
-    resets: Array | None,
-    masks: Sequence[Array] | None,
-    y: Array,
+    forward_layer: ForwardLayer, stack: Stack, weights: Sequence[Weights], call: Forward
 ) -> tuple[State, list[Any]]:
     """Run a stack with `forward_layer(sizes, weights, x, state, lengths, cut, y) -> (state, saved)`.
 
-    Shapes: x (T, B, I), state as `Stack.state_shapes`, lengths int64 (B,), resets bool (T, B), masks one (T, B, D*P)
-    for each layer but the last, already scaled. y (T, B, D*P) receives the output of the last layer; `forward_layer`
-    writes its direction's columns of its own y (T, B, P), zeros past a row's end. Returns the final state and what
-    `backward_by_layer` wants.
+    `forward_layer` writes its direction's columns of its own y (T, B, P), zeros past a row's end. Returns the final
+    state and what `backward_by_layer` wants.
     """
+    x = call.x
+    state = stack.filled(call.state, x.shape[1], x.dtype)
     final = tuple(np.empty_like(s) for s in state)
     saved: list[Any] = []
     directions = len(stack.directions)
     sizes = stack.layers
     for layer in range(stack.num_layers):
         last = layer == stack.num_layers - 1
-        output = y if last else np.empty((*x.shape[:2], stack.output_size), x.dtype)
+        output = call.y if last else np.empty((*x.shape[:2], stack.output_size), x.dtype)
         for direction, reverse in enumerate(stack.directions):
             index = layer * directions + direction
             columns = output[:, :, direction * stack.state_size : (direction + 1) * stack.state_size]
@@ -165,14 +198,14 @@ def forward_by_layer(
                 weights[index],
                 x,
                 tuple(s[index] for s in state),
-                lengths,
-                cuts(resets, lengths, reverse),
+                call.lengths,
+                cuts(call.resets, call.lengths, reverse),
                 columns,
             )
             saved.append((x, kept))
             for all_layers, one in zip(final, new, strict=True):
                 all_layers[index] = one
-        x = output * masks[layer] if masks is not None and not last else output
+        x = output * call.masks[layer] if call.masks is not None and not last else output
     return final, saved
 
 
@@ -181,20 +214,18 @@ def backward_by_layer(
     stack: Stack,
     weights: Sequence[Weights],
     saved: Sequence[Any],
-    lengths: Array | None,
-    resets: Array | None,
-    masks: Sequence[Array] | None,
-    dy: Array | None,
-    dstate: State,
-    wanted: Sequence[Wanted] | None = None,
+    call: Forward,
+    asked: Backward,
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """Mirror of `forward_by_layer`, with
 
-    `backward_layer(sizes, weights, x, saved, lengths, cut, dy, dstate, wanted) -> (dx, dstate, gradients)`.
+    `backward_layer(sizes, weights, x, saved, lengths, cut, dy, dstate, wanted, need_x) -> (dx, dstate, gradients)`.
 
-    dy (T, B, D*P) or None for zeros. Returns dx (T, B, I), the gradients of the initial state, and those of the
-    wanted weights (None: all) of each layer-direction.
+    Returns dx (T, B, I), None unless asked for, the gradients of the initial state, and those of the wanted weights of
+    each layer-direction.
     """
+    dy = asked.dy
+    dstate = stack.filled(asked.dstate, call.x.shape[1], call.x.dtype)
     initial = tuple(np.empty_like(s) for s in dstate)
     directions = len(stack.directions)
     sizes = stack.layers
@@ -210,14 +241,15 @@ def backward_by_layer(
                 weights[index],
                 x,
                 kept,
-                lengths,
-                cuts(resets, lengths, reverse),
+                call.lengths,
+                cuts(call.resets, call.lengths, reverse),
                 None if dy is None else dy[:, :, direction * stack.state_size : (direction + 1) * stack.state_size],
                 tuple(s[index] for s in dstate),
-                None if wanted is None else wanted[index],
+                None if asked.wanted is None else asked.wanted[index],
+                asked.need_x or layer > 0,
             )
             dx = part if dx is None or part is None else dx + part
             for all_layers, one in zip(initial, new, strict=True):
                 all_layers[index] = one
-        dy = dx * masks[layer - 1] if masks is not None and layer > 0 and dx is not None else dx
+        dy = dx * call.masks[layer - 1] if call.masks is not None and layer > 0 and dx is not None else dx
     return dx, initial, gradients

@@ -21,7 +21,7 @@ from .cells import CELLS
 from .functional import Grads, dropout_masks
 from .layers import Recurrent, parameter_names
 from .reference import EXACT, Arithmetic
-from .stack import Stack, State, Weights, backward_by_layer, forward_by_layer
+from .stack import Backward, Forward, Stack, State, Weights, backward_by_layer, forward_by_layer
 
 __all__ = [
     "Inputs",
@@ -324,19 +324,15 @@ def _evaluate(problem: Problem, dtype: Any, arithmetic: Arithmetic, positive: by
     """Forward and backward of the reference in a dtype and an arithmetic."""
     stack, drawn = problem.stack, inputs(problem)
     weights = [{name: w.astype(dtype) for name, w in one.items()} for one in drawn.weights]
-    x, masks, state, dy, dstate = _cast(drawn, dtype)
-    y = np.empty((*x.shape[:2], stack.output_size), dtype)
+    call, asked = _cast(problem, drawn, dtype)
+    y = call.y
     with np.errstate(all="ignore"):
-        final, saved = forward_by_layer(
-            partial(reference.forward_layer, arithmetic=arithmetic),
-            stack, weights, x, state, drawn.lengths, drawn.resets, masks, y,
-        )  # fmt: skip
+        forward_layer = partial(reference.forward_layer, arithmetic=arithmetic)
+        final, saved = forward_by_layer(forward_layer, stack, weights, call)
         if positive is not None:
             take_signs(stack, saved, y, positive)
-        dx, initial, gradients = backward_by_layer(
-            partial(reference.backward_layer, arithmetic=arithmetic),
-            stack, weights, saved, drawn.lengths, drawn.resets, masks, dy, dstate,
-        )  # fmt: skip
+        backward_layer = partial(reference.backward_layer, arithmetic=arithmetic)
+        dx, initial, gradients = backward_by_layer(backward_layer, stack, weights, saved, call, asked)
     assert dx is not None
     names = parameter_names(stack, problem.bias)
     parameters = {
@@ -351,17 +347,19 @@ def _evaluate(problem: Problem, dtype: Any, arithmetic: Arithmetic, positive: by
     )  # fmt: skip
 
 
-def _cast(drawn: Inputs, dtype: Any) -> tuple[Array, list[Array] | None, State, Array | None, State]:
-    """x, masks, state, dy and dstate in a dtype, dstate None as zeros."""
-    state = tuple(one.astype(dtype) for one in drawn.state)
+def _cast(problem: Problem, drawn: Inputs, dtype: Any) -> tuple[Forward, Backward]:
+    """What is asked for, in a dtype."""
+
+    def cast(array: Any) -> Any:
+        return None if array is None else array.astype(dtype)
+
+    masks = None if drawn.masks is None else [cast(mask) for mask in drawn.masks]
+    y = np.empty((problem.T, problem.B, problem.stack.output_size), dtype)
+    dstate = None if drawn.dstate is None else tuple(map(cast, drawn.dstate))
     return (
-        drawn.x.astype(dtype),
-        None if drawn.masks is None else [mask.astype(dtype) for mask in drawn.masks],
-        state,
-        None if drawn.dy is None else drawn.dy.astype(dtype),
-        tuple(np.zeros_like(one) for one in state) if drawn.dstate is None else
-        tuple(one.astype(dtype) for one in drawn.dstate),
-    )  # fmt: skip
+        Forward(cast(drawn.x), tuple(map(cast, drawn.state)), y, "gates", drawn.lengths, drawn.resets, masks),
+        Backward(cast(drawn.dy), dstate),
+    )
 
 
 def take_signs(stack: Stack, saved: Sequence[Any], y: Array, positive: bytes) -> None:
@@ -398,9 +396,8 @@ def _derivative(problem: Problem, drawn: Inputs, leaves: Mapping[str, Array]) ->
     weights: list[Weights] = [{key: leaves[f"d{name}"] for key, name in one.items()} for one in names]
     state = tuple(leaves[f"d{name}"] for name in stack.cell.states)
     y = np.empty((problem.T, problem.B, stack.output_size), np.clongdouble)
-    final, _ = forward_by_layer(
-        reference.forward_layer, stack, weights, leaves["dx"], state, drawn.lengths, drawn.resets, drawn.masks, y
-    )
+    call = Forward(leaves["dx"], state, y, None, drawn.lengths, drawn.resets, drawn.masks)
+    final, _ = forward_by_layer(reference.forward_layer, stack, weights, call)
     steps = [] if drawn.dy is None else [(drawn.dy, y)]
     ends = [] if drawn.dstate is None else list(zip(drawn.dstate, final, strict=True))
     return sum((np.sum(d * value.imag) for d, value in (*steps, *ends)), np.longdouble(0)) / STEP

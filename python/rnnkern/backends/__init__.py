@@ -6,14 +6,11 @@ A backend is a module with these names; arrays are time-major, C-contiguous and 
     unavailable()         None, or why it cannot run here, with the command that mends it
     pack(stack, weights, training) -> packed
         weights: a mapping for each layer-direction (w_ih, w_hh, b_ih, b_hh, w_hr, extras); copies what it keeps
-    forward(stack, packed, x, state, lengths, resets, masks, y, training) -> (final state, saved)
-        x (T, B, I); state a tuple of `stack.state_shapes(B)`; lengths int64 (B,) or None; resets bool (T, B) or None;
-        masks one scaled (T, B, D*P) for each layer but the last, or None; fills y (T, B, D*P);
-        saved is what backward needs, None unless training
-    backward(stack, packed, saved, lengths, resets, masks, dy, dstate, need_x, wanted=None)
-            -> (dx or None, dstate, gradients)
-        dy (T, B, D*P) or None; gradients: a dict like weights for each layer-direction, of the names that `wanted` has
-        for it, None standing for all; the others cost no time
+    forward(stack, packed, call) -> (final state, saved)
+        call is a `stack.Forward`, of which y is filled; saved is what backward needs, None where `call.save` is
+    backward(stack, packed, saved, call, asked) -> (dx or None, dstate, gradients)
+        asked is a `stack.Backward`; gradients: a dict like weights for each layer-direction, of the names that are
+        wanted; the others cost no time
     linear_forward(x, weight, bias, y)                 x (rows, inputs), weight (outputs, inputs), y (rows, outputs)
     linear_backward(x, weight, dy, need_x, wanted=("weight", "bias")) -> (dx, dweight, dbias), None where not wanted
 
@@ -23,6 +20,10 @@ A backend that runs exact arrays sooner than Python has looked at them also has:
         call(x, state, lengths, resets, out) is friendly of the same, which takes whatever a caller may pass
     stream(packed, batch, arguments) -> steps
         with what `functional.Steps` has; arguments(x_t, out) -> (x_t, y) are the friendly checks of a step
+
+A backend that packs and runs a training forward in one crossing also has:
+
+    train(stack, weights, call) -> (packed, final state, saved)
 
 A backend that can say how it runs a training call before it does also has:
 

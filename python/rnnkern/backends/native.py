@@ -16,7 +16,7 @@ from urllib.request import url2pathname
 import numpy as np
 from numpy.typing import NDArray
 
-from ..stack import Stack, Wanted
+from ..stack import Backward, Forward, Stack, State, Wanted
 
 _native: Any
 try:
@@ -43,11 +43,11 @@ __all__ = [
     "pack",
     "plan",
     "stream",
+    "train",
     "unavailable",
 ]
 
 Array = NDArray[Any]
-State = tuple[Array, ...]
 
 name = "native"
 
@@ -87,9 +87,9 @@ def _source() -> str:
     return f"--editable {path}" if origin.get("dir_info", {}).get("editable") else path
 
 
-def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -> Any:
-    """See `backends`."""
-    return _native.pack(
+def _stack_arguments(stack: Stack, weights: Sequence[Mapping[str, Array]]) -> tuple[Any, ...]:
+    """What the compiled module is told of a stack and its weights."""
+    return (
         stack.cell.name,
         stack.format,
         stack.input_size,
@@ -99,41 +99,34 @@ def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -
         stack.directions,
         stack.weight_names["b_ih" in weights[0]],
         weights,
-        training,
     )
 
 
-def forward(
-    stack: Stack,
-    packed: Any,
-    x: Array,
-    state: State,
-    lengths: Array | None,
-    resets: Array | None,
-    masks: Sequence[Array] | None,
-    y: Array,
-    training: bool,
-) -> tuple[State, Any]:
+def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -> Any:
     """See `backends`."""
-    final, saved = packed.forward(x, state, lengths, resets, masks, y)
+    return _native.pack(*_stack_arguments(stack, weights), training)
+
+
+def train(stack: Stack, weights: Sequence[Mapping[str, Array]], call: Forward) -> tuple[Any, State, Any]:
+    """See `backends`."""
+    packed, final, saved = _native.train(
+        *_stack_arguments(stack, weights), call.x, call.state, call.lengths, call.resets, call.masks, call.y
+    )
+    return packed, final, saved
+
+
+def forward(stack: Stack, packed: Any, call: Forward) -> tuple[State, Any]:
+    """See `backends`."""
+    final, saved = packed.forward(call.x, call.state, call.lengths, call.resets, call.masks, call.y)
     return final, saved
 
 
 def backward(
-    stack: Stack,
-    packed: Any,
-    saved: Any,
-    lengths: Array | None,
-    resets: Array | None,
-    masks: Sequence[Array] | None,
-    dy: Array | None,
-    dstate: State,
-    need_x: bool,
-    wanted: Sequence[Wanted] | None = None,
+    stack: Stack, packed: Any, saved: Any, call: Forward, asked: Backward
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
-    """See `backends`; lengths, resets and masks are those that `saved` already holds."""
-    flags = None if wanted is None else [[name in one for name in packed.names] for one in wanted]
-    dx, dinitial, gradients = packed.backward(saved, dy, dstate, need_x, flags)
+    """See `backends`; what `call` says is in `saved`."""
+    flags = None if asked.wanted is None else [[name in one for name in packed.names] for one in asked.wanted]
+    dx, dinitial, gradients = packed.backward(saved, asked.dy, asked.dstate, asked.need_x, flags)
     return dx, dinitial, gradients
 
 

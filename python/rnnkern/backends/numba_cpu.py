@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..stack import LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
+from ..stack import Backward, Forward, LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
 
 __all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "plan", "unavailable"]
 
@@ -216,7 +216,7 @@ def _backward_layer(
     dy: Array | None,
     dstate: State,
     wanted: Wanted | None,
-    skipped: Array | None,
+    need_x: bool,
 ) -> tuple[Array | None, State, dict[str, Array]]:
     from .numba_cpu_kernels import backward_kernel, backward_slots
 
@@ -275,44 +275,24 @@ def _backward_layer(
     for e, name in enumerate(cell.extras):
         if name in wanted:
             gradients[name] = dextra[:, e].sum(0)
-    dinput = None if x is skipped else (dx.reshape(T * B, G * H) @ packed.w_ih).reshape(T, B, I)
+    dinput = None if not need_x else (dx.reshape(T * B, G * H) @ packed.w_ih).reshape(T, B, I)
     return dinput, _final_state(sizes, dstates, dh), gradients
 
 
-def forward(
-    stack: Stack,
-    packed: Sequence[Any],  # of _Packed
-    x: Array,
-    state: State,
-    lengths: Array | None,
-    resets: Array | None,
-    masks: Sequence[Array] | None,
-    y: Array,
-    training: bool,
-) -> tuple[State, Any]:
+def forward(stack: Stack, packed: Sequence[Any], call: Forward) -> tuple[State, Any]:
     """See `backends`."""
     with np.errstate(all="ignore"):
-        run = partial(_forward_layer, training=training)
-        final, saved = forward_by_layer(run, stack, packed, x, state, lengths, resets, masks, y)
-        return final, saved if training else None
+        run = partial(_forward_layer, training=call.save is not None)
+        final, saved = forward_by_layer(run, stack, packed, call)
+        return final, saved if call.save else None
 
 
 def backward(
-    stack: Stack,
-    packed: Sequence[Any],  # of _Packed
-    saved: Any,
-    lengths: Array | None,
-    resets: Array | None,
-    masks: Sequence[Array] | None,
-    dy: Array | None,
-    dstate: State,
-    need_x: bool,
-    wanted: Sequence[Wanted] | None = None,
+    stack: Stack, packed: Sequence[Any], saved: Any, call: Forward, asked: Backward
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`."""
     with np.errstate(all="ignore"):
-        run = partial(_backward_layer, skipped=None if need_x else saved[0][0])
-        return backward_by_layer(run, stack, packed, saved, lengths, resets, masks, dy, dstate, wanted)
+        return backward_by_layer(_backward_layer, stack, packed, saved, call, asked)
 
 
 def plan(

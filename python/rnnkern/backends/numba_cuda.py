@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..stack import LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
+from ..stack import Backward, Forward, LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
 
 __all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "unavailable"]
 
@@ -207,7 +207,7 @@ def _backward_layer(
     dy: Array | None,
     dstate: State,
     wanted: Wanted | None,
-    skipped: Array | None,
+    need_x: bool,
 ) -> tuple[Array | None, State, dict[str, Array]]:
     from . import numba_cuda_kernels as device
 
@@ -216,7 +216,7 @@ def _backward_layer(
     shapes = sizes.weight_shapes("b_ih" in packed.names, packed.forward_projection is not None)
     wanted = packed.names if wanted is None else wanted
     if saved is None:  # no step, no row
-        nothing = None if x is skipped else np.zeros_like(x)
+        nothing = None if not need_x else np.zeros_like(x)
         zeros = {key: np.zeros(shape, dtype) for key, shape in shapes.items() if key in wanted}
         return nothing, tuple(part.copy() for part in dstate), zeros
     rows, early = T * B, (G - L) * H
@@ -272,47 +272,27 @@ def _backward_layer(
         extras = zip(cell.extras, sum_of_outer(dextra, ones).reshape(E, H), strict=True)
         gradients |= {name: one for name, one in extras if name in wanted}
     dinput = None
-    if x is not skipped:
+    if need_x:
         on_device = _zeros((rows, I), dtype)
         launch(product, rows * I, dx, 0, 0, packed.backward_x, on_device, 0, 0)
         dinput = on_device.copy_to_host().reshape(T, B, I)
     return dinput, _state(sizes, dh, dothers), gradients
 
 
-def forward(
-    stack: Stack,
-    packed: Sequence[Any],  # of _Packed
-    x: Array,
-    state: State,
-    lengths: Array | None,
-    resets: Array | None,
-    masks: Sequence[Array] | None,
-    y: Array,
-    training: bool,
-) -> tuple[State, Any]:
+def forward(stack: Stack, packed: Sequence[Any], call: Forward) -> tuple[State, Any]:
     """See `backends`."""
     with _small_launches():
-        run = partial(_forward_layer, training=training)
-        final, saved = forward_by_layer(run, stack, packed, x, state, lengths, resets, masks, y)
-        return final, saved if training else None
+        run = partial(_forward_layer, training=call.save is not None)
+        final, saved = forward_by_layer(run, stack, packed, call)
+        return final, saved if call.save else None
 
 
 def backward(
-    stack: Stack,
-    packed: Sequence[Any],  # of _Packed
-    saved: Any,
-    lengths: Array | None,
-    resets: Array | None,
-    masks: Sequence[Array] | None,
-    dy: Array | None,
-    dstate: State,
-    need_x: bool,
-    wanted: Sequence[Wanted] | None = None,
+    stack: Stack, packed: Sequence[Any], saved: Any, call: Forward, asked: Backward
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`."""
     with _small_launches():
-        run = partial(_backward_layer, skipped=None if need_x else saved[0][0])
-        return backward_by_layer(run, stack, packed, saved, lengths, resets, masks, dy, dstate, wanted)
+        return backward_by_layer(_backward_layer, stack, packed, saved, call, asked)
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from .. import backends
 from ..backends.native import native_module
-from ..stack import Stack, State
+from ..stack import Backward, Forward, Stack, State
 
 __all__ = ["Call", "Compiled", "ThroughPython"]
 
@@ -106,7 +106,7 @@ def _bytes(call: Call, x: Any) -> tuple[int, int, int]:
 
 def _handler(call: Call, name: str, results: Sequence[jax.ShapeDtypeStruct], **options: bool) -> Any:
     # Only a vmap over weights, and one over gradients, still reach this: each element is then a call of its own.
-    function = jax.ffi.ffi_call(f"rnnkern_{name}", results, vmap_method="sequential")
+    function = jax.ffi.ffi_call(f"rnnkern_xla_{name}", results, vmap_method="sequential")
     return partial(
         function,
         isa=call.isa,
@@ -162,7 +162,7 @@ def _infer(call: Call, *arguments: Any) -> list[Any]:
 def _backward(call: Call, *arguments: Any) -> list[Any]:
     *residuals, dy, dstate = arguments
     _, _, backward = _run(call, True, *residuals)
-    dx, dinitial, gradients = backward(_numpy(dy), tuple(map(_numpy, dstate)), call.need_x)
+    dx, dinitial, gradients = backward(Backward(_numpy(dy), tuple(map(_numpy, dstate)), call.need_x))
     ordered = (one[key] for one, shapes in zip(gradients, call.weight_shapes, strict=True) for key in shapes)
     return [*([dx] if call.need_x else []), *dinitial, *ordered]
 
@@ -181,9 +181,9 @@ def _run(
     arrays = map(_numpy, weights)
     packed = backend.pack(stack, [{key: next(arrays) for key in one} for one in call.weight_shapes], training)
     y = np.empty((steps, batch, stack.output_size), stack.dtype)
-    given = tuple(map(_numpy, state))
-    final, saved = backend.forward(stack, packed, x, given, lengths, resets, None, y, training)
-    return y, final, partial(backend.backward, stack, packed, saved, lengths, resets, None)
+    forward = Forward(x, tuple(map(_numpy, state)), y, "gates" if training else None, lengths, resets)
+    final, saved = backend.forward(stack, packed, forward)
+    return y, final, partial(backend.backward, stack, packed, saved, forward)
 
 
 def _numpy(array: Any) -> Array:

@@ -13,7 +13,6 @@
 
 namespace {
 
-namespace abi = rnnkern::abi;
 namespace ffi = xla::ffi;
 
 using Numbers = ffi::Span<const std::int64_t>;
@@ -21,12 +20,12 @@ using Bytes = ffi::BufferR1<ffi::U8>;
 using Lengths = ffi::BufferR1<ffi::S32>;  // [B], or [0] for none: JAX has 64-bit integers only on request
 using Resets = ffi::BufferR2<ffi::PRED>;  // [T, B], or [0, 0] for none
 
-const abi::Functions* functions = nullptr;  // set once, before any handler is registered
+const rnnkern_functions* functions = nullptr;  // set once, before any handler is registered
 
 // What all handlers are told of their stack.
 struct Stack {
   std::string isa, cell;
-  abi::Stack value{};
+  rnnkern_stack value{};
 
   // sizes: input, hidden, proj, layers; reverse: one for each direction
   Stack(std::string_view isa_name, std::string_view cell_name, Numbers sizes, Numbers reverse, bool biased,
@@ -60,27 +59,27 @@ std::vector<void*> data_of(const std::vector<ffi::AnyBuffer>& buffers) {
   return data;
 }
 
-abi::Arrays part(const std::vector<void*>& data, std::size_t begin, std::size_t end) {
+rnnkern_arrays part(const std::vector<void*>& data, std::size_t begin, std::size_t end) {
   return {data.data() + begin, static_cast<std::int64_t>(end - begin)};
 }
 
 template <class Buffer>
-abi::Memory memory(const Buffer& buffer) {
+rnnkern_memory memory(const Buffer& buffer) {
   return {buffer.untyped_data(), static_cast<std::int64_t>(buffer.size_bytes())};
 }
 
 template <class Call>
-ffi::Error run(bool (*function)(const abi::Stack&, const Call&, abi::Message&) noexcept, const Stack& stack,
+ffi::Error run(bool (*function)(const rnnkern_stack*, const Call*, rnnkern_message*), const Stack& stack,
                const Call& call) {
-  abi::Message message{};
-  if (function(stack.value, call, message)) return ffi::Error::Success();
+  rnnkern_message message{};
+  if (function(&stack.value, &call, &message)) return ffi::Error::Success();
   return ffi::Error::InvalidArgument(std::string("rnnkern: ") + message.text);
 }
 
 // The arguments that forward and backward share.
 struct Rows {
   std::vector<std::int64_t> lengths;
-  abi::Forward call{};
+  rnnkern_forward call{};
 
   Rows(const ffi::AnyBuffer& x, const Lengths& given_lengths, const Resets& resets, const Bytes& packed)
       : lengths(given_lengths.typed_data(), given_lengths.typed_data() + given_lengths.element_count()) {
@@ -98,7 +97,7 @@ ffi::Error pack(ffi::RemainingArgs weights, ffi::Result<Bytes> packed, std::stri
                 Numbers sizes, Numbers reverse, bool biased, bool training) {
   const std::vector<void*> data = data_of(weights);
   const Stack stack(isa, cell, sizes, reverse, biased, weights.get<ffi::AnyBuffer>(0)->element_type());
-  return run(functions->pack, stack, abi::Pack{training, part(data, 0, data.size()), memory(*packed)});
+  return run(functions->pack, stack, rnnkern_pack{training, part(data, 0, data.size()), memory(*packed)});
 }
 
 // x, lengths, resets, packed, states -> y, last states, and in training what is kept
@@ -132,7 +131,7 @@ ffi::Error backward(ffi::AnyBuffer x, Lengths lengths, Resets resets, Bytes pack
   rows.call.y = y.untyped_data();
   rows.call.training = true;
   rows.call.kept = memory(kept);
-  abi::Backward call{};
+  rnnkern_backward call{};
   call.forward = &rows.call;
   call.dy = dy.untyped_data();
   call.dlast = part(given, count, 2 * count);
@@ -158,15 +157,15 @@ auto rows_binding() { return ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<Lengths>
 
 // Takes the address of the module's rnnkern_abi. False where the module is of another version than this file.
 extern "C" bool rnnkern_connect(decltype(rnnkern_abi)* lookup) {
-  functions = lookup(abi::kVersion);
+  functions = lookup(RNNKERN_ABI_VERSION);
   return functions != nullptr;
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnkern_pack, pack,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnkern_xla_pack, pack,
                               with_stack(ffi::Ffi::Bind().RemainingArgs().Ret<Bytes>()).Attr<bool>("training"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnkern_forward, forward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnkern_xla_forward, forward,
                               with_stack(rows_binding().RemainingArgs().Ret<ffi::AnyBuffer>().RemainingRets()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    rnnkern_backward, backward,
+    rnnkern_xla_backward, backward,
     with_stack(rows_binding().Arg<ffi::AnyBuffer>().Arg<Bytes>().Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets())
         .Attr<bool>("need_x"));

@@ -28,7 +28,7 @@ from ..backends.native import native_module, unavailable
 
 __all__ = ["HANDLERS", "cache_directory", "registered"]
 
-HANDLERS = ("rnnkern_pack", "rnnkern_forward", "rnnkern_backward")
+HANDLERS = ("rnnkern_xla_pack", "rnnkern_xla_forward", "rnnkern_xla_backward")
 
 _SOURCE = Path(__file__).with_name("handlers.cpp")
 _INCLUDE = Path(__file__).parents[1] / "include"

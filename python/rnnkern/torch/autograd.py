@@ -87,7 +87,7 @@ def _again(
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated, or are many at once, of the same call in torch's own operations."""
     create_graph, tensors = torch.is_grad_enabled(), (x, *state, *weights)
-    ends, cuts = [None if one is None else torch.from_numpy(one) for one in rows[:2]]
+    ends, cuts = [None if one is None else torch.tensor(one) for one in rows[:2]]
     with torch.enable_grad():
         results = run_plain(kernels, x, state, weights, ends, cuts, rows.masks)
     seen = [(one, d) for one, d in zip(results, gradients, strict=True) if d is not None]

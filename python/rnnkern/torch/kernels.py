@@ -19,8 +19,8 @@ from ..arguments import Signature
 from ..backends.native import native_module
 from ..cells import CELLS
 from ..config import num_threads
-from ..functional import dropout_masks
-from ..stack import Stack, State
+from ..functional import dropout_masks, no_steps, train
+from ..stack import Backward, Forward, Stack, State
 
 __all__ = [
     "DTYPES",
@@ -74,7 +74,7 @@ class Tape(NamedTuple):
 
     packed: Any
     saved: Any  # of the backend; None where x has no elements
-    rows: Rows
+    call: Forward
     places: tuple[int, int]  # the addresses of x and y, whose memory `saved` refers to
 
 
@@ -142,15 +142,6 @@ class Kernels:
         self.backend = backend
         self.keys = keys  # the weights of a layer-direction, in torch's order
         self.flops = signature.stack.flops  # of a row of one step
-        self._zeros = 0, signature.zeros(0)
-
-    def zeros(self, batch: int) -> State:
-        """A state of zeros, to be read; kept until another batch size comes."""
-        known, zeros = self._zeros
-        if known != batch:
-            zeros = self.signature.zeros(batch)
-            self._zeros = batch, zeros
-        return zeros
 
     def pack(self, arrays: Sequence[dict[str, Array]], training: bool) -> Any:
         """The backend's copy of what `arrays` returned."""
@@ -192,32 +183,38 @@ class Kernels:
 
     def infer(self, arrays: Sequence[dict[str, Array]], x: Tensor, state: Sequence[Tensor], rows: Rows) -> list[Tensor]:
         """y and the final state."""
-        training = rows.masks is not None  # weights packed for inference take no masks
-        return self.run(self.pack(arrays, training), x, state, rows, training)[0]
+        if rows.masks is not None:  # weights packed for inference take no masks
+            return self.forward(arrays, x, state, rows)[0]
+        return self.run(self.pack(arrays, False), x, state, rows)
+
+    def run(self, packed: Any, x: Tensor, state: Sequence[Tensor], rows: Rows) -> list[Tensor]:
+        """What `infer` gives, with weights packed for inference."""
+        call, stack = self.call(x, state, rows, None), self.signature.stack
+        final = self.backend.forward(stack, packed, call)[0] if call.x.size else no_steps(stack, call)
+        return self.results(call, final)
 
     def forward(
         self, arrays: Sequence[dict[str, Array]], x: Tensor, state: Sequence[Tensor], rows: Rows
     ) -> tuple[list[Tensor], Tape]:
         """What `infer` gives, and the tape."""
-        packed = self.pack(arrays, True)
-        results, saved = self.run(packed, x, state, rows, True)
-        return results, Tape(packed, saved, rows, (x.data_ptr(), results[0].data_ptr()))
+        call = self.call(x, state, rows, "gates")
+        packed, final, saved = train(self.backend, self.signature.stack, arrays, call)
+        results = self.results(call, final)
+        return results, Tape(packed, saved, call, (x.data_ptr(), results[0].data_ptr()))
 
-    def run(
-        self, packed: Any, x: Tensor, state: Sequence[Tensor], rows: Rows, training: bool
-    ) -> tuple[list[Tensor], Any]:
-        """y (T, B, D*P) with the final state, and what the backend saved; x (T, B, I), no state is zeros."""
+    def call(self, x: Tensor, state: Sequence[Tensor], rows: Rows, save: str | None) -> Forward:
+        """The request to the backend; x (T, B, I), no state is zeros."""
         signature, inputs = self.signature, array_of(x)
         steps, batch, _ = inputs.shape
-        initial = tuple([array_of(one) for one in state]) if state else self.zeros(batch)
         self._make_way(steps * batch)
-        y, saved = np.empty((steps, batch, signature.output_size), signature.dtype), None
-        if inputs.size:
-            final, saved = self.backend.forward(signature.stack, packed, inputs, initial, *rows, y, training)
-        else:
-            final = tuple([one.copy() for one in initial])
+        y = np.empty((steps, batch, signature.output_size), signature.dtype)
+        return Forward(inputs, tuple([array_of(one) for one in state]) if state else None, y, save, *rows)
+
+    @staticmethod
+    def results(call: Forward, final: State) -> list[Tensor]:
+        """y (T, B, D*P) with the final state, as tensors."""
         from_numpy = torch.from_numpy
-        return [from_numpy(y), *[from_numpy(one) for one in final]], saved
+        return [from_numpy(call.y), *[from_numpy(one) for one in final]]
 
     def again(
         self, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], rows: Rows
@@ -244,19 +241,17 @@ class Kernels:
                 return self.backward(tape, x, gradients, need_x, need_state, need_weights)
         steps, batch, _ = x.shape
         dy, *dfinal = [None if one is None else array_of(one) for one in gradients]
-        dstate = tuple([zero if one is None else one for one, zero in zip(dfinal, self.zeros(batch), strict=True)])
-        from_numpy = torch.from_numpy
+        stack, from_numpy = self.signature.stack, torch.from_numpy
         if tape.saved is None:
             return [
                 torch.zeros_like(x) if need_x else None,
-                *[from_numpy(one.copy()) for one in dstate if need_state],
+                *[from_numpy(one.copy()) for one in stack.filled(tuple(dfinal), batch) if need_state],
                 *[x.new_zeros(shape) for shape in self.weight_shapes()],
             ]
         self._make_way(steps * batch)
         wanted = None if all(need_weights) else self._wanted(need_weights)
-        dx, dinitial, slopes = self.backend.backward(
-            self.signature.stack, tape.packed, tape.saved, *tape.rows, dy, dstate, need_x, wanted
-        )
+        asked = Backward(dy, tuple(dfinal), need_x, wanted)
+        dx, dinitial, slopes = self.backend.backward(stack, tape.packed, tape.saved, tape.call, asked)
         found = [None if dx is None else from_numpy(dx)]
         if need_state:
             found += [from_numpy(one) for one in dinitial]

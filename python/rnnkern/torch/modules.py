@@ -330,7 +330,7 @@ class Layers(torch.nn.RNNBase):
             if grad and any(map(_requires_grad, (x, *state))):
                 raise RuntimeError("input, hx: expected none that requires its gradient, for the module is frozen")
             kernels, packed = frozen
-            return kernels.run(packed, x, state, kernels.rows(x, lengths, resets, None, 0.0), False)[0]
+            return kernels.run(packed, x, state, kernels.rows(x, lengths, resets, None, 0.0))
         kernels, arrays = self._prepared(weights)
         if grad and any(map(_requires_grad, floats)):
             return apply(kernels, (arrays, state, lengths, resets, seed, dropout), x, *state, *weights)

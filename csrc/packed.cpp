@@ -1,0 +1,292 @@
+#include "packed.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "dispatch.h"
+#include "gil.h"
+#include "kernel_table.h"
+#include "team.h"
+
+namespace rnnkern {
+namespace {
+
+// A call expected to be shorter than this keeps the GIL: giving it up costs 0.1 us, and to get it back from a thread at
+// work in Python may take its whole turn, 5 ms.
+constexpr std::int64_t kKeepsGil = 10'000;  // ns
+
+template <class Array>
+States pointers_of(const std::vector<Array>& arrays) {
+  States states{};
+  for (std::size_t s = 0; s < arrays.size(); ++s) states[s] = arrays[s].is_none() ? nullptr : bytes_of(arrays[s]);
+  return states;
+}
+
+// The elements of a state; None is None for each.
+std::vector<py::object> state_elements(const py::object& state, const char* name, std::size_t count) {
+  return state.is_none() ? std::vector<py::object>(count, py::none()) : elements(state, name, count);
+}
+
+// The states after a call without rows: those before it.
+void pass_on(const std::vector<py::object>& from, const std::vector<py::array>& to) {
+  for (std::size_t s = 0; s < to.size(); ++s)
+    if (from[s].is_none())
+      fill_with_zeros(to[s]);
+    else
+      copy(from[s], to[s]);
+}
+
+}  // namespace
+
+void launch(Task task, Stack& stack, const Plan& plan) {
+  std::int64_t stop = 0;
+  stack.stop = &stop;
+  if (plan.expected_ns < kKeepsGil) {
+    stack.poll = nullptr;
+    run_team(task, &stack, plan.threads, plan.expected_ns, Joining::at_places);
+    return;
+  }
+  {
+    WithoutGil gil;
+    stack.poll = WithoutGil::poll;
+    stack.poll_context = &gil;
+    run_team(task, &stack, plan.threads, plan.expected_ns, Joining::at_places);
+  }
+  if (stop != 0) throw py::error_already_set();
+}
+
+States bytes_of(const std::vector<py::object>& arrays) { return pointers_of(arrays); }
+States bytes_of(const std::vector<py::array>& arrays) { return pointers_of(arrays); }
+
+py::tuple tuple_of(const std::vector<py::array>& arrays) {
+  py::tuple tuple(arrays.size());
+  for (std::size_t i = 0; i < arrays.size(); ++i) tuple[i] = arrays[i];
+  return tuple;
+}
+
+WeightFormat format_of(const std::string& name) {
+  if (name == "float32") return WeightFormat::float32;
+  if (name == "float64") return WeightFormat::float64;
+  if (name == "bfloat16") return WeightFormat::bfloat16;
+  throw py::value_error(std::string("format: expected float32, float64 or bfloat16, got ").append(name));
+}
+
+Packed::Packed(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
+               std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
+               const py::object& weights, bool training)
+    : Network(active(), cell, format_of(format), input_size, hidden_size, proj_size, num_layers, std::move(directions)),
+      dtype_(element_bytes() == 8 ? py::dtype::of<double>() : py::dtype::of<float>()),
+      training_(training),
+      names_(names),
+      biased_(names.size() == weight_count(true)) {
+  if (names.size() != weight_count(biased_) || !std::ranges::all_of(names, py::isinstance<py::str>))
+    throw py::value_error("names: expected " + std::to_string(weight_count(biased_)) + " strings");
+  if (training && format_of(format) == WeightFormat::bfloat16)
+    throw py::value_error(std::string("format: expected float32 or float64 for training, got ").append(format));
+  const auto given = elements(weights, "weights", layer_directions());
+  for (std::size_t i = 0; i < given.size(); ++i) pack_next(i, given[i]);
+}
+
+void Packed::pack_next(std::size_t i, const py::object& weights) {
+  const Name name{"weights", i};
+  if (!py::isinstance<py::dict>(weights)) throw py::type_error(name.text() + ": expected a dict of arrays");
+  const auto dict = py::reinterpret_borrow<py::dict>(weights);
+  if (dict.size() != names_.size())
+    throw py::value_error(name.text() + ": expected " + std::to_string(names_.size()) + " arrays");
+  std::vector<py::object> given;
+  for (const py::handle key : names_) {
+    PyObject* object = in_python(PyDict_GetItemWithError, dict.ptr(), key.ptr());
+    if (object == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if (object == nullptr)
+      throw py::value_error(name.text() + ": expected an array named '" + key.cast<std::string>() + "', got none");
+    given.push_back(py::reinterpret_borrow<py::object>(object));
+  }
+  const std::vector<Shape> shapes = weight_shapes(i);
+  std::vector<const void*> data;
+  for (std::size_t k = 0; k < given.size(); ++k)
+    data.push_back(bytes_of(checked(given[k], {"weights", i, k}, dtype_, shapes[k])));
+  packed_.emplace_back(packed_bytes(i, training_));
+  add(packed_.back().data);
+  const auto pointers = weights_at(data.data(), biased_);
+  if (packing_ns(i, training_) < kKeepsGil) {
+    pack(i, pointers, training_, packed_.back().data);
+  } else {
+    const WithoutGil gil;
+    pack(i, pointers, training_, packed_.back().data);
+  }
+}
+
+// Of the weights of layer-direction i, in the order of LayerWeights.
+std::vector<Shape> Packed::weight_shapes(std::size_t i) const {
+  const LayerSizes of = sizes(i);
+  const std::int64_t rows = times(entry().gates, of.hidden);
+  std::vector<Shape> shapes{{rows, of.inputs}, {rows, of.outputs}};
+  shapes.reserve(weight_count(biased_));
+  if (biased_) shapes.insert(shapes.end(), 2, Shape{rows});
+  if (of.projected) shapes.push_back({of.outputs, of.hidden});
+  shapes.insert(shapes.end(), static_cast<std::size_t>(entry().extras), Shape{of.hidden});
+  return shapes;
+}
+
+std::vector<py::array> Packed::new_states(std::int64_t B) const {
+  std::vector<py::array> arrays;
+  arrays.reserve(state_count());
+  for (std::size_t s = 0; s < state_count(); ++s) arrays.push_back(new_array(dtype_, state_shape(s, B)));
+  return arrays;
+}
+
+std::vector<py::object> Packed::checked_states(const std::vector<py::object>& given, const char* name,
+                                               std::int64_t B) const {
+  std::vector<py::object> arrays;
+  arrays.reserve(given.size());
+  for (std::size_t s = 0; s < given.size(); ++s)
+    arrays.push_back(given[s].is_none() ? given[s] : checked(given[s], {name, s}, dtype_, state_shape(s, B)));
+  return arrays;
+}
+
+std::int64_t Packed::nbytes() const {
+  std::int64_t total = 0;
+  for (const auto& one : packed_) total += one.owner.nbytes();
+  return total;
+}
+
+// What `saved` refers to and the caller holds too is what the kernels need: its shape may be set at any time.
+void Packed::check(const Saved& saved) const {
+  const std::int64_t T = saved.steps, B = saved.batch;
+  checked(saved.x, "x", dtype_, {T, B, input_size()});
+  checked(saved.y, "y", dtype_, {T, B, output_size()});
+  if (!saved.lengths.is_none()) checked(saved.lengths, "lengths", py::dtype::of<std::int64_t>(), {B});
+  if (!saved.resets.is_none()) checked(saved.resets, "resets", py::dtype::of<bool>(), {T, B});
+  for (std::size_t i = 0; i < saved.masks.size(); ++i)
+    checked(saved.masks[i], {"masks", i}, dtype_, {T, B, output_size()});
+}
+
+ForwardCall Packed::call_of(const Saved& saved, std::vector<const void*>& masks) const {
+  for (const auto& one : saved.masks) masks.push_back(bytes_of(one));
+  ForwardCall call{};
+  call.steps = saved.steps, call.batch = saved.batch;
+  if (!saved.lengths.is_none()) call.lengths = static_cast<const std::int64_t*>(bytes_of(saved.lengths));
+  if (!saved.resets.is_none()) call.resets = static_cast<const std::uint8_t*>(bytes_of(saved.resets));
+  if (!masks.empty()) call.masks = masks.data();
+  call.x = bytes_of(saved.x), call.y = bytes_of(saved.y);
+  call.initial = bytes_of(saved.initial);
+  call.training = training_;
+  if (saved.kept) call.kept = saved.kept->data;
+  return call;
+}
+
+py::tuple Packed::forward(const py::object& x, const py::object& state, const py::object& lengths,
+                          const py::object& resets, const py::object& masks, const py::object& y) const {
+  const auto initial = state_elements(state, "state", state_count());
+  Saved saved;
+  saved.packed_id = id_;
+  if (!masks.is_none()) saved.masks = elements(masks, "masks", layer_count() - 1);
+  if (!training_ && !saved.masks.empty())
+    throw py::value_error("masks: expected None with weights that were not packed for training");
+  if (!py::isinstance<py::array>(x))
+    throw py::type_error("x: expected an array of shape (T, B, " + std::to_string(input_size()) + ")");
+  const auto& given = fields_of(x);
+  if (given.nd != 3) throw py::value_error("x: expected 3 dimensions (T, B, I), got " + std::to_string(given.nd));
+  const std::int64_t T = saved.steps = given.dimensions[0], B = saved.batch = given.dimensions[1];
+  saved.x = x, saved.lengths = lengths, saved.resets = resets, saved.y = y;
+  check(saved);
+  checked(y, "y", dtype_, {T, B, output_size()}, true);
+  saved.initial = checked_states(initial, "state", B);
+  const std::vector<py::array> last = new_states(B);
+  if (T == 0 || B == 0) {
+    pass_on(saved.initial, last);
+  } else {
+    if (training_) {
+      // The tape must not see what the caller does to its state later.
+      for (std::size_t s = 0; s < state_count(); ++s)
+        if (!saved.initial[s].is_none()) saved.initial[s] = copy_of(saved.initial[s], dtype_, state_shape(s, B));
+      if (const std::int64_t bytes = kept_bytes(*this, T, B, !saved.masks.empty()); bytes > 0)
+        saved.kept.emplace(bytes);
+    }
+    std::vector<const void*> mask_data;
+    ForwardCall call = call_of(saved, mask_data);
+    call.last = bytes_of(last);
+    run<PythonHost>(*this, call);
+  }
+  return py::make_tuple(tuple_of(last), training_ ? py::cast(std::move(saved)) : py::none());
+}
+
+py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x,
+                           const Wanted& wanted) const {
+  if (saved.packed_id != id_) throw py::value_error("saved: expected what forward of these weights returned");
+  const auto dlast_objects = state_elements(dlast, "dlast", state_count());
+  const std::int64_t T = saved.steps, B = saved.batch;
+  check(saved);
+  const auto dfinal = checked_states(dlast_objects, "dlast", B);
+  if (!dy.is_none()) checked(dy, "dy", dtype_, {T, B, output_size()});
+  const py::object dx = need_x ? py::object(new_array(dtype_, {T, B, input_size()})) : py::none();
+  const std::vector<py::array> dinitial = new_states(B);
+  if (wanted && wanted->size() != layer_directions())
+    throw py::value_error("wanted: expected one for each of " + std::to_string(layer_directions()) +
+                          " layer-directions");
+  std::vector<Gradients> gradients;
+  for (std::size_t i = 0; i < layer_directions(); ++i) gradients.push_back(zero_gradients(i, wanted));
+  if (T == 0 || B == 0) {
+    pass_on(dfinal, dinitial);
+  } else {
+    std::vector<const void*> mask_data;
+    const ForwardCall call = call_of(saved, mask_data);
+    BackwardCall slopes{dy.is_none() ? nullptr : bytes_of(dy),
+                        bytes_of(dfinal),
+                        need_x ? bytes_of(dx) : nullptr,
+                        bytes_of(dinitial),
+                        {}};
+    for (const auto& arrays : gradients) {
+      std::vector<void*> data;
+      for (const auto& one : arrays) data.push_back(one ? bytes_of(*one) : nullptr);
+      slopes.gradients.push_back(weights_at(data.data(), biased_));
+    }
+    run<PythonHost>(*this, call, &slopes);
+  }
+  py::list found;
+  for (const auto& one : gradients) found.append(dict_of(one));
+  return py::make_tuple(dx, tuple_of(dinitial), found);
+}
+
+// Zeros for the wanted gradients of layer-direction i.
+Packed::Gradients Packed::zero_gradients(std::size_t i, const Wanted& wanted) const {
+  const std::vector<Shape> shapes = weight_shapes(i);
+  if (wanted && (*wanted)[i].size() != shapes.size())
+    throw py::value_error(Name{"wanted", i}.text() + ": expected " + std::to_string(shapes.size()) + " flags");
+  Gradients gradients(shapes.size());
+  for (std::size_t k = 0; k < shapes.size(); ++k) {
+    if (wanted && !(*wanted)[i][k]) continue;
+    gradients[k] = new_array(dtype_, shapes[k]);
+    fill_with_zeros(*gradients[k]);
+  }
+  return gradients;
+}
+
+py::dict Packed::dict_of(const Gradients& gradients) const {
+  py::dict dict;
+  for (std::size_t k = 0; k < gradients.size(); ++k)
+    if (gradients[k]) dict[names_[k]] = *gradients[k];
+  return dict;
+}
+
+py::dict Packed::plan(std::int64_t steps, std::int64_t batch, bool backward) const {
+  if (!training_) throw py::value_error("plan: expected weights that were packed for training");
+  const std::int64_t kept = kept_bytes(*this, steps, batch, false);
+  Stack stack{};
+  stack.steps = steps;
+  stack.batch = batch;
+  std::vector<Layer> layers = this->layers();
+  for (std::size_t i = 0; i < layers.size(); ++i)
+    if (saved_bytes(i, steps, batch) > 0) layers[i].saved = &layers[i];  // forward works in it instead of in scratch
+  const Plan plan = complete(stack, layers, backward);
+  const std::int64_t scratch = kernels().scratch_bytes(stack, backward) + (backward ? between_bytes(stack) : 0);
+  py::dict described;
+  described["threads"] = plan.threads;
+  described["split"] = plan.split == Split::rows ? "rows" : "units";
+  described["block_steps"] = plan.block_steps;
+  described["kept"] = backward || kept == 0 ? 0 : Buffer::with_room(kept);
+  described["scratch"] = Scratch::beside_stack(scratch);
+  return described;
+}
+
+}  // namespace rnnkern

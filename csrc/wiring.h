@@ -1,0 +1,154 @@
+// One call of a stack over plain memory, and where each of its layer-directions finds its rows, states and weights in
+// it. The binding and abi.cpp share it: they differ in whose memory the kernels work in, and in how they are waited
+// for.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "kernel_table.h"
+#include "network.h"
+#include "plan.h"
+
+namespace rnnkern {
+
+// T and B are at least 1. Shapes are those of docs/conventions.md.
+struct ForwardCall {
+  std::int64_t steps, batch;
+  const std::int64_t* lengths;  // [B], null: none
+  const std::uint8_t* resets;   // [T, B], null: none
+  const void* const* masks;     // [L-1] of [T, B, D*P], dropout scale of each output; null: no dropout
+  const void* x;
+  States initial;  // null in place of one: zeros
+  void* y;
+  States last;
+  bool training;  // as the weights were packed
+  void* kept;     // kept_bytes() for backward, best aligned to 64 bytes; in training only
+};
+
+struct BackwardCall {
+  const void* dy;  // null: zeros
+  States dlast;    // null in place of one: zeros
+  void* dx;        // null: not wanted
+  States dinitial;
+  std::vector<LayerWeights<void*>> gradients;  // of each layer-direction; null: not wanted; else zeroed by the caller
+};
+
+// Hands out the parts of `kept`: what the steps of each layer-direction save, the output of each layer but the last,
+// and with dropout that output times its mask.
+class Kept {
+ public:
+  Kept(const Network& network, std::int64_t T, std::int64_t B, bool masked, void* data)
+      : output_bytes_(aligned(network.output_bytes(T, B))), data_(static_cast<char*>(data)) {
+    for (std::size_t i = 0; i < network.layer_directions(); ++i) {
+      saved_.push_back(bytes_);
+      bytes_ += aligned(network.saved_bytes(i, T, B));
+    }
+    saved_.push_back(bytes_);
+    outputs_ = bytes_, masked_ = bytes_ + between(network) * output_bytes_;
+    bytes_ = masked ? masked_ + between(network) * output_bytes_ : masked_;
+  }
+
+  std::int64_t bytes() const { return bytes_; }
+  void* saved(std::size_t i) const { return saved_[i] < saved_[i + 1] ? data_ + saved_[i] : nullptr; }
+  void* output(std::size_t layer) const { return at(outputs_, layer); }
+  void* masked(std::size_t layer) const { return at(masked_, layer); }
+
+ private:
+  static std::int64_t aligned(std::int64_t bytes) { return (bytes + 63) & ~std::int64_t{63}; }
+  static std::int64_t between(const Network& network) { return static_cast<std::int64_t>(network.layer_count()) - 1; }
+  void* at(std::int64_t start, std::size_t layer) const {
+    return data_ + start + static_cast<std::int64_t>(layer) * output_bytes_;
+  }
+
+  std::int64_t output_bytes_, outputs_ = 0, masked_ = 0, bytes_ = 0;
+  std::vector<std::int64_t> saved_;  // where what each layer-direction saves begins, and where the last ends
+  char* data_;
+};
+
+// The bytes of what a training forward leaves for its backward.
+inline std::int64_t kept_bytes(const Network& network, std::int64_t T, std::int64_t B, bool masked) {
+  network.check_size(T, B);
+  return Kept(network, T, B, masked, nullptr).bytes();
+}
+
+// Says where each layer-direction of a forward finds its rows and states: y of a layer is x of the one above. Without
+// `kept` the outputs of the layers below the last take turns in `between`.
+inline void connect(const Network& network, std::vector<Layer>& layers, const ForwardCall& call, const Kept* kept,
+                    void* between) {
+  const std::int64_t width = network.output_size();
+  const auto output = [&](std::size_t layer) {
+    if (layer + 1 == network.layer_count()) return call.y;
+    if (kept) return kept->output(layer);
+    return network.offset(between, layer % 2 ? call.steps * call.batch * width : 0);
+  };
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    Layer& one = layers[i];
+    const std::size_t layer = i / network.directions();
+    one.x = layer == 0 ? call.x : call.masks ? kept->masked(layer - 1) : output(layer - 1);
+    one.x_stride = one.sizes.inputs;
+    one.y = network.columns(output(layer), i);
+    one.y_stride = width;
+    one.saved = kept ? kept->saved(i) : nullptr;
+    for (std::size_t s = 0; s < network.state_count(); ++s) {
+      one.initial[s] = network.state_of(call.initial, s, i, call.batch);
+      one.last[s] = network.state_of(call.last, s, i, call.batch);
+    }
+  }
+}
+
+// Adds where each layer-direction of a backward finds its gradients. Between layers the gradient of one layer's input
+// is that of the output below it; these take turns in `between`.
+inline void connect(const Network& network, std::vector<Layer>& layers, const ForwardCall& call,
+                    const BackwardCall& slopes, void* between) {
+  const std::int64_t width = network.output_size();
+  const auto input_gradient = [&](std::size_t layer) {
+    return layer == 0 ? slopes.dx : network.offset(between, layer % 2 ? 0 : call.steps * call.batch * width);
+  };
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    Layer& one = layers[i];
+    const std::size_t layer = i / network.directions();
+    const void* dy = layer + 1 == network.layer_count() ? slopes.dy : input_gradient(layer + 1);
+    one.dy = dy ? network.columns(const_cast<void*>(dy), i) : nullptr;
+    one.dy_stride = width;
+    one.dx = input_gradient(layer);
+    one.add_to_dx = i % network.directions() > 0;
+    one.gradients = slopes.gradients[i];
+    for (std::size_t s = 0; s < network.state_count(); ++s) {
+      one.dlast[s] = network.state_of(slopes.dlast, s, i, call.batch);
+      one.dinitial[s] = network.state_of(slopes.dinitial, s, i, call.batch);
+    }
+  }
+}
+
+// Runs a forward, or with `slopes` the backward of one that has run. A Host has the memory to work in, Scratch, and
+// launch(task, stack, plan), which fills in who is asked whether to give up.
+template <class Host>
+void run(const Network& network, const ForwardCall& call, const BackwardCall* slopes = nullptr) {
+  if (call.lengths) Network::check_lengths(call.lengths, call.steps, call.batch);
+  std::vector<Layer> layers = network.layers();
+  std::optional<Kept> kept;
+  std::vector<void*> masked;
+  if (call.training) {
+    kept.emplace(network, call.steps, call.batch, call.masks != nullptr, call.kept);
+    for (std::size_t i = 0; i < layers.size(); ++i) layers[i].saved = kept->saved(i);
+    for (std::size_t layer = 0; call.masks && layer + 1 < network.layer_count(); ++layer)
+      masked.push_back(kept->masked(layer));
+  }
+  const bool backward = slopes != nullptr;
+  Stack stack{};
+  stack.steps = call.steps, stack.batch = call.batch;
+  stack.lengths = call.lengths, stack.resets = call.resets;
+  stack.masks = call.masks, stack.masked = masked.data();
+  const Plan plan = network.complete(stack, layers, backward);
+  const std::int64_t own = network.kernels().scratch_bytes(stack, backward);
+  const typename Host::Scratch scratch(own + (kept && !backward ? 0 : network.between_bytes(stack)));
+  void* const between = static_cast<char*>(scratch.data()) + own;
+  connect(network, layers, call, kept ? &*kept : nullptr, between);
+  if (backward) connect(network, layers, call, *slopes, between);
+  stack.scratch = scratch.data();
+  Host::launch(backward ? network.kernels().backward : network.kernels().forward, stack, plan);
+}
+
+}  // namespace rnnkern
