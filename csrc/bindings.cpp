@@ -269,7 +269,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
         py::arg("dweight"), py::arg("dbias"));
   m.def("activation", &activation, py::arg("name"), py::arg("x"), "One of the kernels' activations, for tests.");
   m.def("measure", &measure, py::arg("name"), py::arg("cell"), py::arg("repeats"), py::arg("elements"),
-        py::arg("threads"), py::arg("runs"), "Times a loop that only the machine limits, for rnnkern.bench.limits.");
+        py::arg("threads"), py::arg("runs"), "Times a loop that only the machine limits, for rnnkern.limits.");
   m.def("cells", &cell_descriptions, "What the compiled module knows of each cell.");
   m.def(
       "isas",

@@ -1,5 +1,5 @@
 // Loops that one limit of the machine alone slows down: multiply-adds, reads, a step that waits for the one before, the
-// barrier. `rnnkern bench` times them to know how fast a workload could be at best; see python/rnnkern/bench/limits.py.
+// barrier. `rnnkern bench` times them to know how fast a workload could be at best; see python/rnnkern/limits.py.
 #pragma once
 
 #include "cells.h"

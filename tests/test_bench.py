@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rnnkern import cli
+from rnnkern import cli, limits
 from rnnkern.backends.native import native_module
-from rnnkern.bench import limits, peers, report, runner
-from rnnkern.bench.limits import Level, Limits, Step
+from rnnkern.bench import peers, report, runner
 from rnnkern.bench.workloads import QUICK, SUITE, WORKLOADS, Workload, assert_right, named, numbers
 from rnnkern.cells import CELLS
+from rnnkern.limits import Level, Limits, Step
 
 TINY = named("gru-i4-h8-b2-t10")
 needs_native = pytest.mark.skipif(native_module() is None, reason="the compiled module is missing")
@@ -43,47 +43,48 @@ def bound(best: limits.Floor) -> tuple[str, Any]:
 
 def test_floor_of_arithmetic() -> None:
     """T B 2 G H (I + H) = 11,520 operations; three times as many in training; and the elementwise parts."""
-    assert limits.flops(TINY, False) == 11_520
-    assert bound(limits.floor(TINY, machine(), 1, False)) == ("arithmetic", 11.52 + 13.44)
-    assert bound(limits.floor(TINY, machine(), 1, True)) == ("arithmetic", 3 * 11.52 + 13.44)
+    assert limits.flops(TINY.work, False) == 11_520
+    assert bound(limits.floor(TINY.work, machine(), 1, False)) == ("arithmetic", 11.52 + 13.44)
+    assert bound(limits.floor(TINY.work, machine(), 1, True)) == ("arithmetic", 3 * 11.52 + 13.44)
     slow = {"gru": Step(latency=1e-6, unit=1e-8)}  # T B H = 160 units
-    assert bound(limits.floor(TINY, machine(forward=slow), 1, False)) == ("arithmetic", 11.52 + 1.6 + 13.44)
+    assert bound(limits.floor(TINY.work, machine(forward=slow), 1, False)) == ("arithmetic", 11.52 + 1.6 + 13.44)
 
 
 def test_floor_of_latency() -> None:
     """T steps of the cell and log2(H) = 3 additions; in training those of backward too; two products wait twice."""
     fast = machine(flops=1e12)
-    assert bound(limits.floor(TINY, fast, 1, False)) == ("latency", 10 * 1.003 + 13.44)
-    assert bound(limits.floor(TINY, fast, 1, True)) == ("latency", 20 * 1.003 + 13.44)
+    assert bound(limits.floor(TINY.work, fast, 1, False)) == ("latency", 10 * 1.003 + 13.44)
+    assert bound(limits.floor(TINY.work, fast, 1, True)) == ("latency", 20 * 1.003 + 13.44)
     twice = replace(TINY, cell="gru_reset_before")
-    assert bound(limits.floor(twice, fast, 1, False)) == ("latency", 10 * 1.006 + 13.44)
+    assert bound(limits.floor(twice.work, fast, 1, False)) == ("latency", 10 * 1.006 + 13.44)
 
 
 def test_floor_of_bytes() -> None:
     """T reads of 4 G H H = 768 bytes from L1, or from memory where L1 does not hold them."""
     quick = {"gru": Step(latency=0.0, unit=0.0)}
     fast = machine(flops=1e12, forward=quick, multiply_add_latency=0.0)
-    assert bound(limits.floor(TINY, fast, 1, False)) == ("bytes", 7.68 + 13.44)
+    assert bound(limits.floor(TINY.work, fast, 1, False)) == ("bytes", 7.68 + 13.44)
     small = replace(fast, levels=(replace(fast.levels[0], bytes=767), fast.levels[1]))
-    assert bound(limits.floor(TINY, small, 1, False)) == ("bytes", 76.8 + 13.44)
+    assert bound(limits.floor(TINY.work, small, 1, False)) == ("bytes", 76.8 + 13.44)
 
 
 def test_floor_of_two_threads() -> None:
     """Rows are shared without a barrier; half of the weights fit into each L1. A single row gains nothing."""
     weights = 1.344 / 2  # us: both cores read their half at 1e9 bytes a second
-    assert bound(limits.floor(TINY, machine(), 2, False)) == ("latency", 10 * 1.003 + weights)
+    assert bound(limits.floor(TINY.work, machine(), 2, False)) == ("latency", 10 * 1.003 + weights)
     alone = replace(TINY, B=1)
-    assert limits.floor(alone, machine(), 2, False).seconds <= limits.floor(alone, machine(), 1, False).seconds
+    two, one = (limits.floor(alone.work, machine(), threads, False) for threads in (2, 1))
+    assert two.seconds <= one.seconds
     free = machine(barrier=0.0, flops=1e8)  # units shared: half the arithmetic of a row
-    assert bound(limits.floor(alone, free, 2, False)) == ("arithmetic", 57.6 / 2 + weights)
+    assert bound(limits.floor(alone.work, free, 2, False)) == ("arithmetic", 57.6 / 2 + weights)
 
 
 def test_floor_of_stacks() -> None:
     """Layers follow one another like a wave; a second direction adds work, no waiting."""
     fast = machine(flops=1e12, levels=(Level("L1", 1000, False, 1e10, 2e10), machine().levels[1]))
     weights = 4 * 24 * (4 + 8 + 2) + 4 * 24 * (8 + 8 + 2)
-    assert bound(limits.floor(replace(TINY, layers=2), fast, 1, False)) == ("latency", 11 * 1.003 + weights / 100)
-    assert bound(limits.floor(replace(TINY, directions=2), fast, 1, False)) == ("latency", 10 * 1.003 + 26.88)
+    assert bound(limits.floor(replace(TINY, layers=2).work, fast, 1, False)) == ("latency", 11 * 1.003 + weights / 100)
+    assert bound(limits.floor(replace(TINY, directions=2).work, fast, 1, False)) == ("latency", 10 * 1.003 + 26.88)
 
 
 @needs_native
@@ -248,7 +249,7 @@ def some_results(**more: dict[str, Any]) -> report.Results:
             for threads in (1, 2):
                 torch = entry(3e-4) if threads == 1 else {"missing": "torch is not <installed>"}
                 times = {"native": entry(1e-4 / threads), "torch": torch, "numba": entry(4e-4)} | more
-                floor = limits.floor(named(name), machine(), threads, mode == "training")
+                floor = limits.floor(named(name).work, machine(), threads, mode == "training")
                 fewer = report.row(named(name), mode, threads, times, floor, fewer)
                 results["rows"].append(fewer)
     return results

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 import rnnkern as rk
-from rnnkern import backends, planning
+from rnnkern import backends, limits, planning
 from rnnkern.backends import numba_cuda
-from rnnkern.bench import limits
 from rnnkern.cells import CELLS
 
 # Values that a step saves of an element of y; none where y itself is all that backward needs.
@@ -170,9 +169,9 @@ def test_an_explanation_says_what_a_call_does() -> None:
     """Its text has the figures of its fields; the floors are those of the benchmarks."""
     layer = rk.LSTM(64, 128, num_layers=2, seed=0)
     one = rk.explain(layer, (100, 32, 64), limits=MACHINE)
-    workload = limits.Workload("lstm", 64, 128, 32, 100, layers=2)
-    assert one.flops == limits.flops(workload, False)
-    assert one.floors == tuple(limits.floor(workload, MACHINE, rk.num_threads(), both) for both in (False, True))
+    work = limits.Work(layer._signature.stack, 100, 32)
+    assert one.flops == limits.flops(work, False)
+    assert one.floors == tuple(limits.floor(work, MACHINE, rk.num_threads(), both) for both in (False, True))
     assert one.memory == rk.memory_plan(layer, (100, 32, 64))
     assert str(one).startswith("LSTM(64, 128, num_layers=2), x (100, 32, 64)\nforward ")
     for figure in (one.forward.block_steps, one.backward.block_steps, one.weights, one.memory.peak):
@@ -239,7 +238,7 @@ def test_the_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch, capsys: p
             raise RuntimeError("other programs kept a core busy")
         return replace(MACHINE, cores=threads)
 
-    monkeypatch.setattr(limits, "measure", measure)
+    monkeypatch.setattr(planning, "measure", measure)
     planning._measured.cache_clear()
     layer = rk.RNN(3, 4, seed=0)
     try:

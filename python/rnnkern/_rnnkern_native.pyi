@@ -92,7 +92,7 @@ def linear_forward(x: typing.Any, weight: typing.Any, bias: typing.Any, y: typin
     ...
 def measure(name: str, cell: str, repeats: typing.SupportsInt | typing.SupportsIndex, elements: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, runs: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, list[tuple[float, int]]]:
     """
-    Times a loop that only the machine limits, for rnnkern.bench.limits.
+    Times a loop that only the machine limits, for rnnkern.limits.
     """
 def most_threads(cores: typing.SupportsInt | typing.SupportsIndex, quota: typing.SupportsFloat | typing.SupportsIndex) -> int:
     """

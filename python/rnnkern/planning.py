@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,9 +14,7 @@ from .arguments import describe, integer
 from .backends.native import native_module
 from .config import num_threads
 from .layers import Recurrent
-
-if TYPE_CHECKING:
-    from .bench.limits import Floor, Limits
+from .limits import Floor, Limits, Work, floor, measure
 
 __all__ = ["Division", "Explanation", "MemoryPlan", "explain", "memory_plan"]
 
@@ -165,7 +162,7 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
     layer, shape
         As for `memory_plan`.
     limits
-        What `rnnkern.bench.limits.measure` returned. None measures the machine, which takes a few seconds, once in a
+        What `rnnkern.limits.measure` returned. None measures the machine, which takes a few seconds, once in a
         process for each instruction set and number of threads; a line on stderr says so.
 
     Returns
@@ -173,7 +170,7 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
     Explanation
         The threads, what they divide among them and the steps in a block, for forward and backward; the additions and
         multiplications; bytes of weights and `memory_plan`; and `floors`, the shortest times of a forward alone and of
-        both calls, by `rnnkern.bench.limits.floor`. There are none for float64 and projections, nor where other
+        both calls, by `rnnkern.limits.floor`. There are none for float64 and projections, nor where other
         programs kept the machine busy while it was measured.
 
     Raises
@@ -277,12 +274,8 @@ def _larger(one: Mapping[str, int], other: Mapping[str, int]) -> Mapping[str, in
 
 def _floors(layer: Recurrent, steps: int, batch: int, limits: Limits | None) -> tuple[tuple[Floor, Floor] | None, str]:
     """The floors of forward and of both calls, or why there are none."""
-    # Here, since who only trains need not wait for the import.
-    from .bench.limits import Limits, floor
-    from .bench.workloads import Workload
-
     if limits is not None and not isinstance(limits, Limits):
-        raise TypeError(f"limits: expected None or what rnnkern.bench.limits.measure returned, got {describe(limits)}")
+        raise TypeError(f"limits: expected None or what rnnkern.limits.measure returned, got {describe(limits)}")
     stack = layer._signature.stack
     if stack.dtype != np.float32 or stack.proj_size:
         return None, "the machine is measured for float32 without projections"
@@ -294,17 +287,13 @@ def _floors(layer: Recurrent, steps: int, batch: int, limits: Limits | None) -> 
             limits = _measured(native.isa(), num_threads())
         except RuntimeError as error:
             return None, str(error)
-    workload = Workload(
-        stack.cell.name, stack.input_size, stack.hidden_size, batch, steps, stack.num_layers, len(stack.directions)
-    )
-    forward, both = (floor(workload, limits, num_threads(), training) for training in (False, True))
+    work = Work(stack, steps, batch)
+    forward, both = (floor(work, limits, num_threads(), training) for training in (False, True))
     return (forward, both), ""
 
 
 @cache
 def _measured(isa: str, threads: int) -> Limits:
-    from .bench.limits import measure
-
     sys.stderr.write(
         f"rnnkern.explain: a few seconds to measure this machine with {isa} and {threads} threads, once; "
         "with `limits=` it need not\n"

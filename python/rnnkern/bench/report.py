@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from .limits import Floor, flops
+from ..limits import Floor, flops
 from .plots import plots
 from .workloads import Workload
 
@@ -83,7 +83,7 @@ def row(
         **asdict(workload),
         "mode": mode,
         "threads": threads,
-        "flops": flops(workload, mode == "training"),
+        "flops": flops(workload.work, mode == "training"),
         "floor": None if floor is None else asdict(floor),
         "peers": peers,
         "best": best,

@@ -25,9 +25,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .. import __version__
+from .. import __version__, limits
 from ..config import num_threads, set_num_threads, show_config
-from . import limits, report
+from . import report
 from .peers import PACKAGES, PEERS, Missing, Prepared
 from .workloads import QUICK, WORKLOADS, Workload, assert_right, named, numbers
 
@@ -130,7 +130,7 @@ def _rows(
             times = {mode: {name: {"missing": why} for name in options.peers} for mode in MODES}
             workers[threads] = Worker(threads)
         for mode in MODES:
-            floor = limits.floor(workload, machine, threads, mode == "training") if machine else None
+            floor = limits.floor(workload.work, machine, threads, mode == "training") if machine else None
             fewer[mode] = report.row(workload, mode, threads, times[mode] | left_out, floor, fewer.get(mode))
             yield fewer[mode]
 

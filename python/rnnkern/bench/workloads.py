@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..cells import CELLS
 from ..layers import Recurrent
+from ..limits import Work
 from ..testing import Problem, assert_accurate, inputs, layer_of
 
 __all__ = ["QUICK", "SUITE", "WORKLOADS", "Numbers", "Workload", "assert_right", "named"]
@@ -60,6 +61,11 @@ class Workload:
             bidirectional=self.directions == 2,
             loss="steps",
         )
+
+    @property
+    def work(self) -> Work:
+        """What its flops and its floor are computed from."""
+        return Work(self.checked.stack, self.T, self.B)
 
     @property
     def rows(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""How fast this machine could be: its rates, measured, and the shortest time of a workload that follows from them."""
+"""How fast this machine could be: its rates, measured, and the shortest time of a call that follows from them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from math import ceil, log2
 from pathlib import Path
 from typing import Any
 
-from ..backends.native import native_module
-from ..cells import CELLS
-from .workloads import Workload
+from .backends.native import native_module
+from .cells import CELLS
+from .stack import Stack
 
-__all__ = ["Floor", "Level", "Limits", "Step", "floor", "flops", "measure"]
+__all__ = ["Floor", "Level", "Limits", "Step", "Work", "floor", "flops", "measure"]
 
 FLOAT = 4  # bytes
 SECONDS, RUNS = 0.004, 7  # a run is long beside a clock tick and the start of a team; the fastest of the runs counts
@@ -56,22 +56,31 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a call has to do: T steps of B rows through a stack."""
+
+    stack: Stack
+    steps: int
+    batch: int
+
+
+@dataclass(frozen=True)
 class Floor:
-    """The shortest time of a workload, and what it is bound by: latency, bytes or arithmetic."""
+    """The shortest time of a call, and what it is bound by: latency, bytes or arithmetic."""
 
     seconds: float
     bound: str
 
 
-def flops(workload: Workload, training: bool) -> int:
+def flops(work: Work, training: bool) -> int:
     """Additions and multiplications of the products: T B sum over layer-directions of 2 G H (I + H).
 
     Backward has two products for each one of forward: the gradients of its left and of its right side.
     """
-    return workload.T * workload.B * workload.checked.stack.flops * (3 if training else 1)
+    return work.steps * work.batch * work.stack.flops * (3 if training else 1)
 
 
-def floor(workload: Workload, limits: Limits, threads: int, training: bool) -> Floor:
+def floor(work: Work, limits: Limits, threads: int, training: bool) -> Floor:
     """No program can be faster than the largest of three, plus one read of the weights.
 
     - latency: the steps wait for each other, T + L - 1 of them since layers may follow one another like a wave. Each
@@ -86,29 +95,29 @@ def floor(workload: Workload, limits: Limits, threads: int, training: bool) -> F
     Cores divide either rows, then each reads all weights, or units, then each keeps its share of the weights but waits
     at a barrier a step. The faster one counts, or fewer cores where that is faster still.
     """
-    plans = [_plan(workload, limits, training, 1, by_rows=True)]
+    plans = [_plan(work, limits, training, 1, by_rows=True)]
     for cores in range(2, min(threads, limits.cores) + 1):
-        plans += [_plan(workload, limits, training, cores, by_rows) for by_rows in (True, False)]
+        plans += [_plan(work, limits, training, cores, by_rows) for by_rows in (True, False)]
     return min(plans, key=lambda plan: plan.seconds)
 
 
-def _plan(workload: Workload, limits: Limits, training: bool, cores: int, by_rows: bool) -> Floor:
-    stack = workload.checked.stack
-    cell, H, T = stack.cell, workload.H, workload.T
+def _plan(work: Work, limits: Limits, training: bool, cores: int, by_rows: bool) -> Floor:
+    stack, T, B = work.stack, work.steps, work.batch
+    cell, H = stack.cell, stack.hidden_size
     gates, count = len(cell.gates), len(stack.layers)
     passes = [limits.forward[cell.name], *[limits.backward[cell.name]] * training]
-    share = ceil(workload.B / cores) / workload.B if by_rows else 1 / cores
+    share = ceil(B / cores) / B if by_rows else 1 / cores
 
     chain = (2 if cell.late_gates else 1) * ceil(log2(H)) * limits.multiply_add_latency
     meeting = 0.0 if by_rows else limits.barrier * (2 if cell.late_gates else 1)
-    latency = (T + workload.layers - 1) * sum(one.latency + chain + meeting for one in passes)
+    latency = (T + stack.num_layers - 1) * sum(one.latency + chain + meeting for one in passes)
 
     recurrent = FLOAT * gates * H * H
     own = recurrent if by_rows else recurrent / cores
     stream = T * count * len(passes) * _read(limits, own, recurrent, cores)
 
-    elementwise = T * workload.B * count * H * sum(one.unit for one in passes)
-    arithmetic = share * (flops(workload, training) / limits.flops + elementwise)
+    elementwise = T * B * count * H * sum(one.unit for one in passes)
+    arithmetic = share * (flops(work, training) / limits.flops + elementwise)
 
     weights = FLOAT * sum(gates * H * (sizes.input_size + H + 2) for sizes in stack.layers)
     bounds = {"latency": latency, "bytes": stream, "arithmetic": arithmetic}
