@@ -41,12 +41,12 @@ void run_linear(Linear& call, const py::dtype& dtype, bool backward) {
   const LinearKernels& kernels = dtype.itemsize() == 4 ? table.linear_f32 : table.linear_f64;
   const double flops = 2.0 * static_cast<double>(call.rows) * static_cast<double>(call.inputs) *
                        static_cast<double>(call.outputs) * (backward ? 2 : 1);
-  const int threads = flops < 1e6 ? 1 : num_threads();
-  const Scratch scratch(kernels.scratch_bytes(call, threads));
+  const Section section = divide_linear(flops, num_threads());
+  const Scratch scratch(kernels.scratch_bytes(call, section.threads));
   call.scratch = scratch.data();
   const WithoutGil gil;
-  run_team(backward ? kernels.backward : kernels.forward, &call, threads,
-           static_cast<std::int64_t>(flops / 30 / threads), Joining::at_start);
+  run_team(backward ? kernels.backward : kernels.forward, &call, section.threads, section.expected_ns,
+           Joining::at_start);
 }
 
 struct LinearArrays {
@@ -296,8 +296,8 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", [](int count) { set_num_threads(count); }, py::arg("count"));
   m.def("limit_caller", &limit_caller, py::arg("count"));
-  m.def("most_threads", &most_threads, py::arg("cores"), py::arg("quota"),
-        "The threads that a process may use on cores, under a quota of CPUs' worth of time.");
+  m.def("most_threads", &most_threads, py::arg("siblings"), py::arg("quota"),
+        "The threads of a process whose CPUs share cores with these, under a quota of CPUs' worth of time.");
   m.def(
       "decide",
       [](int threads, std::int64_t expected_ns, std::int64_t since_last, int cpus, int runnable, int awake) {

@@ -6,9 +6,9 @@
 #include <cstddef>
 #include <cstdio>
 #include <fstream>
-#include <set>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "policy.h"
 
@@ -23,19 +23,20 @@ namespace {
 
 #ifdef __linux__
 
-// Cores with at least one CPU that this process may run on; 0 if that cannot be found out.
-int allowed_cores() {
+// Of each CPU that this process may run on, those that share its core, such as "0,64"; empty if that cannot be found
+// out.
+std::vector<std::string> siblings_of_cpus() {
+  std::vector<std::string> siblings;
   cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 0;
-  std::set<std::string> cores;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return siblings;
   for (std::size_t cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
     if (!CPU_ISSET(cpu, &allowed)) continue;
     const std::string name = "cpu" + std::to_string(cpu);
-    std::string core;  // the CPUs that share its core, such as "0,64"
+    std::string core;
     std::getline(std::ifstream("/sys/devices/system/cpu/" + name + "/topology/thread_siblings_list"), core);
-    cores.insert(core.empty() ? name : core);
+    siblings.push_back(core.empty() ? name : core);
   }
-  return static_cast<int>(cores.size());
+  return siblings;
 }
 
 // CPUs' worth of time per period that the cgroup in this folder grants; infinite where it sets no limit.
@@ -71,7 +72,7 @@ double cgroup_quota() {
 
 #else
 
-int allowed_cores() { return 0; }
+std::vector<std::string> siblings_of_cpus() { return {}; }
 double cgroup_quota() { return INFINITY; }
 
 #endif
@@ -79,9 +80,10 @@ double cgroup_quota() { return INFINITY; }
 }  // namespace
 
 int usable_cores() {
-  int cores = allowed_cores();
-  if (cores == 0) cores = static_cast<int>(std::thread::hardware_concurrency());
-  return most_threads(cores, cgroup_quota());
+  std::vector<std::string> siblings = siblings_of_cpus();
+  if (siblings.empty())
+    for (unsigned cpu = 0; cpu < std::thread::hardware_concurrency(); ++cpu) siblings.push_back(std::to_string(cpu));
+  return most_threads(siblings, cgroup_quota());
 }
 
 #ifdef __linux__

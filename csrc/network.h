@@ -13,7 +13,7 @@
 
 #include "dispatch.h"
 #include "kernel_table.h"
-#include "plan.h"
+#include "policy.h"
 #include "team.h"
 
 namespace rnnkern {
@@ -91,13 +91,10 @@ class Network {
     for (std::size_t i = 0; i < layer_directions(); ++i) total += packed_bytes(i, training);
     return total;
   }
-  std::int64_t packing_ns(std::size_t i, bool training) const { return packed_bytes(i, training) / 4; }
   void pack(std::size_t i, const LayerWeights<const void*>& weights, bool training, void* to) const {
-    constexpr std::int64_t worth_help = 10'000;  // ns
-    const std::int64_t expected_ns = packing_ns(i, training);
-    const int threads = expected_ns < worth_help ? 1 : num_threads();
+    const Section section = divide_packing(packed_bytes(i, training), num_threads());
     PackCall call{sizes(i), weights, training, to};
-    run_team(kernels_.pack, &call, threads, expected_ns / threads, Joining::at_start);
+    run_team(kernels_.pack, &call, section.threads, section.expected_ns, Joining::at_start);
   }
 
   // Arrays of the weights of a layer-direction: w_ih, w_hh, b_ih, b_hh, w_hr, extras, without those it does not have.

@@ -108,7 +108,7 @@ void Packed::pack_next(std::size_t i, const py::object& weights) {
   packed_.emplace_back(packed_bytes(i, training_));
   add(packed_.back().data);
   const auto pointers = weights_at(data.data(), biased_);
-  if (packing_ns(i, training_) < kKeepsGil) {
+  if (packing_ns(packed_bytes(i, training_)) < kKeepsGil) {
     pack(i, pointers, training_, packed_.back().data);
   } else {
     const WithoutGil gil;

@@ -13,7 +13,7 @@
 
 #include "checks.h"
 #include "network.h"
-#include "plan.h"
+#include "policy.h"
 #include "wiring.h"
 
 namespace rnnkern {

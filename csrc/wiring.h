@@ -9,7 +9,7 @@
 
 #include "kernel_table.h"
 #include "network.h"
-#include "plan.h"
+#include "policy.h"
 
 namespace rnnkern {
 

@@ -386,9 +386,15 @@ def test_the_number_of_helpers_that_a_call_asks_for(monkeypatch):
     monkeypatch.setattr(native, "supply", lambda: (16, 16))
     monkeypatch.setattr(native, "num_threads", lambda: 16)
     assert config.show_config("dicts")["threads_now"].endswith("a long call would ask 0 helpers")
-    quotas = [(1, np.inf, 1), (128, np.inf, 128), (128, 2.0, 2), (128, 1.5, 2), (4, 0.1, 1), (2, 64.0, 2)]
-    for cores, quota, threads in quotas:
-        assert native.most_threads(cores, quota) == threads
+    alone = [[str(cpu) for cpu in range(count)] for count in (1, 2, 4, 128)]
+    paired = [f"{cpu % 64},{cpu % 64 + 64}" for cpu in range(128)]  # two threads to each of 64 cores
+    quotas = [
+        *[(alone[0], np.inf, 1), (alone[3], np.inf, 128), (alone[3], 2.0, 2), (alone[3], 1.5, 2), (alone[2], 0.1, 1)],
+        *[(alone[1], 64.0, 2), (paired, np.inf, 64), (paired, 8.0, 8), (paired[:3], np.inf, 3), ([], np.inf, 1)],
+        *[(paired[5::64], np.inf, 1)],  # affinity to both threads of one core
+    ]
+    for siblings, quota, threads in quotas:
+        assert native.most_threads(siblings, quota) == threads
     retreats = [0]
     while len(retreats) < 8:
         retreats.append(native.next_retreat(retreats[-1]))

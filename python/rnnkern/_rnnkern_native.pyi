@@ -94,9 +94,9 @@ def measure(name: str, cell: str, repeats: typing.SupportsInt | typing.SupportsI
     """
     Times a loop that only the machine limits, for rnnkern.limits.
     """
-def most_threads(cores: typing.SupportsInt | typing.SupportsIndex, quota: typing.SupportsFloat | typing.SupportsIndex) -> int:
+def most_threads(siblings: collections.abc.Sequence[str], quota: typing.SupportsFloat | typing.SupportsIndex) -> int:
     """
-    The threads that a process may use on cores, under a quota of CPUs' worth of time.
+    The threads of a process whose CPUs share cores with these, under a quota of CPUs' worth of time.
     """
 def next_retreat(before: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
