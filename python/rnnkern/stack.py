@@ -99,6 +99,12 @@ class Stack:
         return self.stored or self.dtype.name
 
     @cached_property
+    def description(self) -> tuple[str, str, int, int, int, int, tuple[bool, ...]]:
+        """What compiled code is told: cell, format, sizes and directions."""
+        sizes = self.input_size, self.hidden_size, self.proj_size, self.num_layers
+        return self.cell.name, self.format, *sizes, self.directions
+
+    @cached_property
     def weight_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Of a layer-direction, in the order of `LayerSizes.weight_shapes`: without biases, and with them."""
         without, with_biases = [tuple(self.layers[0].weight_shapes(bias, self.proj_size > 0)) for bias in (False, True)]

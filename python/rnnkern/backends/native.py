@@ -87,37 +87,23 @@ def _source() -> str:
     return f"--editable {path}" if origin.get("dir_info", {}).get("editable") else path
 
 
-def _stack_arguments(stack: Stack, weights: Sequence[Mapping[str, Array]]) -> tuple[Any, ...]:
-    """What the compiled module is told of a stack and its weights."""
-    return (
-        stack.cell.name,
-        stack.format,
-        stack.input_size,
-        stack.hidden_size,
-        stack.proj_size,
-        stack.num_layers,
-        stack.directions,
-        stack.weight_names["b_ih" in weights[0]],
-        weights,
-    )
-
-
 def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -> Any:
     """See `backends`."""
-    return _native.pack(*_stack_arguments(stack, weights), training)
+    return _native.pack(*stack.description, stack.weight_names["b_ih" in weights[0]], weights, training)
 
 
 def train(stack: Stack, weights: Sequence[Mapping[str, Array]], call: Forward) -> tuple[Any, State, Any]:
     """See `backends`."""
-    packed, final, saved = _native.train(
-        *_stack_arguments(stack, weights), call.x, call.state, call.lengths, call.resets, call.masks, call.y
-    )
+    x, state, y, _, lengths, resets, masks = call
+    names = stack.weight_names["b_ih" in weights[0]]
+    packed, final, saved = _native.train(*stack.description, names, weights, x, state, lengths, resets, masks, y)
     return packed, final, saved
 
 
 def forward(stack: Stack, packed: Any, call: Forward) -> tuple[State, Any]:
     """See `backends`."""
-    final, saved = packed.forward(call.x, call.state, call.lengths, call.resets, call.masks, call.y)
+    x, state, y, _, lengths, resets, masks = call
+    final, saved = packed.forward(x, state, lengths, resets, masks, y)
     return final, saved
 
 
