@@ -103,12 +103,15 @@ py::object FrozenCall::infer(py::handle x, py::handle state, py::handle out) con
 
   const py::object y =
       out.is_none() ? new_array(dtype, rows_of(packed_.output_size())) : py::reinterpret_borrow<py::object>(out);
-  std::vector<py::array> last;
-  last.reserve(states);
-  for (std::size_t s = 0; s < states; ++s) last.push_back(new_array(dtype, state_shape(s)));
-  call.x = bytes_of(x), call.y = bytes_of(y), call.last = bytes_of(last);
+  py::tuple last(states);
+  for (std::size_t s = 0; s < states; ++s) {
+    py::array array = new_array(dtype, state_shape(s));
+    call.last[s] = bytes_of(array);
+    PyTuple_SET_ITEM(last.ptr(), static_cast<Py_ssize_t>(s), array.release().ptr());
+  }
+  call.x = bytes_of(x), call.y = bytes_of(y);
   rnnkern::run<PythonHost>(packed_, call);
-  return py::make_tuple(y, states > 1 ? py::object(tuple_of(last)) : py::object(last[0]));
+  return py::make_tuple(y, states > 1 ? py::object(last) : py::object(last[0]));
 }
 
 Steps::Steps(const py::object& packed, std::int64_t batch, py::object arguments)
