@@ -394,6 +394,25 @@ def test_optimizers_go_on_from_their_state(
         np.testing.assert_array_equal(value, resumed[key])
 
 
+@pytest.mark.parametrize(("optimizer", "options"), [(one, options) for one, _, options in OPTIMIZERS[1:3]])
+def test_parameters_of_one_optimizer_do_not_meet(
+    optimizer: Any, options: dict[str, Any], random: np.random.Generator
+) -> None:
+    """Those that it updates as one vector, of either dtype and of no elements, become what each becomes alone."""
+    shapes = [((5,), "f4"), ((0, 3), "f4"), ((2, 3), "f4"), ((7,), "f8"), ((), "f8"), ((150, 140), "f8"), ((4,), "f8")]
+    together = {str(i): np.array(random.standard_normal(shape), dtype) for i, (shape, dtype) in enumerate(shapes)}
+    alone = [{key: array.copy()} for key, array in together.items()]
+    ours, theirs = optimizer(together, **options), [optimizer(one, **options) for one in alone]
+    for _ in range(3):
+        grads = {key: np.array(random.standard_normal(one.shape), one.dtype) for key, one in together.items()}
+        ours.step(grads)
+        for one, parameter in zip(theirs, alone, strict=True):
+            one.step({key: grads[key] for key in parameter})
+    for one in alone:
+        for key, value in one.items():
+            np.testing.assert_array_equal(together[key], value, strict=True)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_gradient_that_is_not_finite_stops_the_step(bad: float, dtype: str) -> None:
