@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -340,7 +341,8 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
             mean: Array = (y.sum(axis=0, dtype=np.float64) / _ends(y, lengths)).astype(y.dtype)
             return mean
         h = state[0] if isinstance(state, tuple) else state
-        return np.hstack(h[-(1 + self.layer_.bidirectional) :])
+        last: Array = h[-(1 + self.layer_.bidirectional) :].swapaxes(0, 1)  # (B, D, H)
+        return last.reshape(len(last), -1)
 
     def _unpool(self, gradient: Any, y: Array, state: Any, lengths: Array | None) -> tuple[Array | None, Any]:
         """Gradients of y and of the state from that of `_pool`'s result."""
@@ -350,7 +352,7 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
         h = state[0] if isinstance(state, tuple) else state
         dh = np.zeros_like(h)
         directions = 1 + self.layer_.bidirectional
-        dh[-directions:] = np.split(gradient, directions, axis=1)
+        dh[-directions:] = gradient.reshape(len(gradient), directions, -1).swapaxes(0, 1)
         return None, (dh, None) if isinstance(state, tuple) else dh
 
     def _predict(self, X: Any) -> Array:
@@ -812,7 +814,10 @@ def _batches(lengths: Array, rows: Array, size: int, generator: np.random.Genera
     for start in range(0, len(rows), BATCHES_SORTED_TOGETHER * size):
         some = rows[start : start + BATCHES_SORTED_TOGETHER * size]
         some = some[np.argsort(lengths[some], kind="stable")]
-        batches += np.array_split(some, math.ceil(len(some) / size))
+        count = math.ceil(len(some) / size)
+        shortest, longer = divmod(len(some), count)  # the first `longer` have one more
+        ends = [index * shortest + min(index, longer) for index in range(count + 1)]
+        batches += [some[slice(*pair)] for pair in pairwise(ends)]
     for index in generator.permutation(len(batches)):
         yield batches[index]
 
