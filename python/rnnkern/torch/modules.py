@@ -208,13 +208,13 @@ class Layers(torch.nn.RNNBase):
 
     def _prepared(self, weights: list[Tensor]) -> tuple[Kernels, list[dict[str, Any]]]:
         """The kernels and the memory of the weights, found again where one has moved."""
-        options = self._stack(), weights[0].dtype
-        places = [(one.data_ptr(), one.shape) for one in weights if one.is_contiguous()]
-        seen = self._seen
-        if seen is None or seen[0] != options or seen[1] != places:
-            kernels = kernels_of(*options[0], options[1])
+        options = _options(self), weights[0].dtype
+        places = [*map(_address, weights), *map(_shape, weights)]
+        seen, contiguous = self._seen, all(map(_is_contiguous, weights))
+        if seen is None or not contiguous or seen[0] != options or seen[1] != places:
+            kernels = kernels_of(*self._stack(), weights[0].dtype)
             arrays = kernels.arrays(weights)
-            if len(places) < len(weights):  # copies
+            if not contiguous:  # copies
                 return kernels, arrays
             self._seen = seen = options, places, (kernels, arrays)
         return seen[2]
@@ -389,7 +389,12 @@ def _dispatches(kind: type[Any]) -> bool:
     return kind is not Tensor and kind is not Parameter and kind.__torch_dispatch__ is not _NO_DISPATCH
 
 
-_requires_grad = attrgetter("requires_grad")
+# What is asked at each call, without a frame of Python for each tensor or attribute.
+_requires_grad, _shape = attrgetter("requires_grad"), attrgetter("shape")
+_address, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
+_options = attrgetter(  # on which `_stack` depends
+    "mode", "reset_after", "input_size", "hidden_size", "proj_size", "num_layers", "bidirectional", "bias", "backend"
+)
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
 
