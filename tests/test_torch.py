@@ -660,6 +660,17 @@ def test_storages_are_resized_after_a_call_and_hold_other_values_then(training):
         assert torch.equal(module(x, h)[0], expected)
 
 
+def test_a_storage_of_results_is_resized_in_a_clone():
+    """That of a result is memory of NumPy, which torch says."""
+    module = rt.GRU(3, 4)
+    y, h = module(torch.rand(5, 2, 3))
+    (y.sum() + h.sum()).backward()
+    for one in (y.detach(), h.detach(), module.weight_ih_l0.grad):
+        with pytest.raises(RuntimeError, match=r"resize storage that is not resizable"):
+            one.untyped_storage().resize_(0)
+        one.clone().untyped_storage().resize_(0)
+
+
 @pytest.mark.parametrize("kind", [rt.GRU, rt.LSTM])
 def test_gradients_come_in_batches(kind):
     """`is_grads_batched` and `jacobian(vectorize=True)`, as one by one."""
@@ -774,6 +785,28 @@ def test_an_exported_program_has_one_node():
     assert torch.equal(program.module()(x)[0], model(x)[0])
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_of_a_replaced_model_has_one_node(strict):
+    """As torch.export takes torch's own, which torch.compile does not."""
+    model, x = torch.nn.Sequential(torch.nn.LSTM(3, 4)).eval(), torch.rand(5, 2, 3)
+    rt.replace(model)
+    program = torch.export.export(model, (x,), strict=strict)
+    assert sum("rnnkern" in str(node.target) for node in program.graph.nodes) == 1
+    assert torch.equal(program.module()(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 2]])
+def test_an_exporter_to_onnx_that_sees_our_node_is_told_why(lengths, monkeypatch):
+    """As where torch.onnx.export tries a second time what was refused to it."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with (
+        torch._subclasses.fake_tensor.FakeTensorMode(),
+        pytest.raises(NotImplementedError, match=r"lengths, .*rnnkern.onnx.export"),
+    ):
+        rt.GRU(3, 4, reset_after=False)(torch.rand(5, 2, 3), lengths=lengths)
+
+
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("cell", MODULES)
 def test_the_operators_pass_opcheck(cell, name):
@@ -808,11 +841,14 @@ def test_backward_passes_opcheck(cell, need_x):
 
 X = torch.rand(5, 2, 3)
 STATE = torch.rand(1, 2, 4)
+RAGGED = torch.nested.nested_tensor_from_jagged(X[0], torch.tensor([0, 1, 2]))
 BAD_CALLS = {
     "rank": (rt.GRU, (X[None],), {}, ValueError, r"input: expected shape \(T, B, 3\) or \(T, 3\), got \(1, 5, 2, 3\)"),
     "size": (rt.GRU, (X[..., :2],), {}, ValueError, r"input: expected shape"),
     "dtype": (rt.GRU, (X.double(),), {}, TypeError, r"input: expected torch.float32, .* got torch.float64"),
     "integers": (rt.GRU, (X.long(),), {}, NotImplementedError, r"input: expected one of torch.float32 and .*int64"),
+    "sparse": (rt.GRU, (X.to_sparse(),), {}, NotImplementedError, r"input: expected a dense .* torch.sparse_coo"),
+    "nested": (rt.GRU, (RAGGED,), {}, NotImplementedError, r"input: expected a dense Tensor, with lengths .* a nested"),
     "device": (rt.GRU, (X.to("meta"),), {}, NotImplementedError, r"input: expected one on cpu, .* got meta"),
     "state": (rt.GRU, (X, STATE[:, :1]), {}, ValueError, r"hx: expected torch.float32 of shape \(1, 2, 4\), got .*1"),
     "state_dtype": (rt.GRU, (X, STATE.double()), {}, ValueError, r"hx: expected torch.float32 .* got torch.float64"),

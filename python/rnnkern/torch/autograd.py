@@ -148,6 +148,11 @@ def _forward_shapes(
     training: bool,
     *stack: Any,
 ) -> list[Tensor]:
+    if torch.onnx.is_in_onnx_export():  # what torch.nn has never comes here
+        raise NotImplementedError(
+            "lengths, resets, reset_after=False: expected none while torch exports to ONNX, for torch.nn has none; "
+            "rnnkern.onnx.export(module, path, lengths=True) exports a module"
+        )
     sizes = kernels_of(*stack, x.dtype).signature.stack
     steps, batch, _ = x.shape
     shapes = [(steps, batch, sizes.output_size), *sizes.state_shapes(batch)]

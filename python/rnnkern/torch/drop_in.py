@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch.compiler import is_compiling
 
 from . import modules
 from .uncompiled import uncompiled
@@ -26,9 +27,10 @@ class _BreaksGraphs(modules.Layers):
 
     @uncompiled(inner=False)
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        if callable(get_eval_frame_callback()):  # within what torch.compile returned, between two graphs
+        # Within what torch.compile returned, between two graphs; a strict torch.export goes on to trace.
+        if not is_compiling() and callable(get_eval_frame_callback()):
             return _between_graphs(self, arguments, options)
-        return super().forward(*arguments, **options)
+        return modules.Layers.forward(self, *arguments, **options)
 
 
 @uncompiled()

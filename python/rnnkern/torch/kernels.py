@@ -213,8 +213,7 @@ class Kernels:
     @staticmethod
     def results(call: Forward, final: State) -> list[Tensor]:
         """y (T, B, D*P) with the final state, as tensors."""
-        from_numpy = torch.from_numpy
-        return [from_numpy(call.y), *[from_numpy(one) for one in final]]
+        return [torch.from_numpy(call.y), *map(torch.from_numpy, final)]
 
     def again(
         self, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], rows: Rows

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.fx import Proxy
-from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -96,10 +96,7 @@ class Layers(torch.nn.RNNBase):
             options = {"lengths": lengths, "resets": resets} if lengths is not None or resets is not None else {}
             tracer = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), options)
-        if torch.compiler.is_compiling():
-            exports = torch.onnx.is_in_onnx_export()
-        else:
-            exports = torch._C._get_tracing_state() is not None
+        exports = torch.onnx.is_in_onnx_export() if is_compiling() else torch._C._get_tracing_state() is not None
         if exports:
             return self._run_torch(input, hx, lengths, resets)
         if torch.is_autocast_enabled("cpu"):
@@ -108,26 +105,26 @@ class Layers(torch.nn.RNNBase):
         if isinstance(input, PackedSequence):
             return self._run_packed(weights, input, hx, lengths, resets)
         x = self._checked(input, weights[0])
-        dimensions = x.dim()
-        if dimensions not in (2, 3) or x.shape[-1] != self.input_size:
+        shape = x.shape
+        if len(shape) not in (2, 3) or shape[-1] != self.input_size:
             leading = "B, T" if self.batch_first else "T, B"
             raise ArgumentError(
-                f"input: expected shape ({leading}, {self.input_size}) or (T, {self.input_size}), got {tuple(x.shape)}"
+                f"input: expected shape ({leading}, {self.input_size}) or (T, {self.input_size}), got {tuple(shape)}"
             )
         if resets is not None:
             resets = torch.as_tensor(resets)
-            if resets.shape != x.shape[:-1]:
-                raise ArgumentError(f"resets: expected bool of shape {tuple(x.shape[:-1])}, got {tuple(resets.shape)}")
-        if dimensions == 2:
+            if resets.shape != shape[:-1]:
+                raise ArgumentError(f"resets: expected bool of shape {tuple(shape[:-1])}, got {tuple(resets.shape)}")
+        if len(shape) == 2:
             if lengths is not None:
                 raise ArgumentError("lengths: expected None with unbatched input")
-            unbatched_state = [one.unsqueeze(1) for one in self._state(hx, (), x)]
+            unbatched_state = [one.unsqueeze(1) for one in self._state(hx, x)]
             cuts = None if resets is None else resets.unsqueeze(1)
             y, *final = self._run(weights, x.unsqueeze(1), unbatched_state, None, cuts)
             return y.squeeze(1), self._as_hx([one.squeeze(1) for one in final])
         if self.batch_first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
-        state = self._state(hx, (x.shape[1],), x)
+        state = self._state(hx, x)
         y, *final = self._run(weights, x, state, None if lengths is None else torch.as_tensor(lengths), resets)
         return y.transpose(0, 1) if self.batch_first else y, self._as_hx(final)
 
@@ -202,7 +199,7 @@ class Layers(torch.nn.RNNBase):
         """As they are now; parameters, or what stands in their place."""
         parameters, names = self._parameters, self._flat_weights_names
         try:
-            return [parameters[name] for name in names]
+            return [*map(parameters.__getitem__, names)]
         except KeyError:
             return [getattr(self, name) for name in names]
 
@@ -237,7 +234,11 @@ class Layers(torch.nn.RNNBase):
         dtype = weight.dtype
         if not isinstance(x, Tensor):
             raise TypeError(f"input: expected a Tensor or a PackedSequence, got {describe(x)}")
-        if x.dtype is not dtype or dtype not in DTYPES or not (x.is_cpu and weight.is_cpu):
+        dense = x.layout is torch.strided and not x.is_nested
+        if not dense or x.dtype is not dtype or dtype not in DTYPES or not (x.is_cpu and weight.is_cpu):
+            if not dense:
+                kind = "a nested" if x.is_nested else f"one of layout {x.layout}"
+                raise NotImplementedError(f"input: expected a dense Tensor, with lengths for ragged rows, got {kind}")
             _check_kind("parameters", weight.device, dtype)
             _check_kind("input", x.device, x.dtype)
             if x.dtype is not dtype:
@@ -246,8 +247,8 @@ class Layers(torch.nn.RNNBase):
                 raise NotImplementedError(f"input: expected one on {weight.device}, as the parameters, got {x.device}")
         return x
 
-    def _state(self, hx: Any, batch: tuple[int, ...], x: Tensor) -> Sequence[Tensor]:
-        """The initial state as a sequence, empty for None."""
+    def _state(self, hx: Any, x: Tensor) -> Sequence[Tensor]:
+        """The initial state for x, (T, B, I) or (T, I), as a sequence, empty for None."""
         if hx is None:
             return ()
         names = CELLS[self.cell].states
@@ -256,7 +257,7 @@ class Layers(torch.nn.RNNBase):
         elif not isinstance(hx, tuple | list) or len(hx) != len(names):
             raise TypeError(f"hx: expected a tuple ({', '.join(names)}), got {describe(hx)}")
         dtype = x.dtype
-        for name, one, shape in zip(names, hx, self._state_shapes(batch), strict=True):
+        for name, one, shape in zip(names, hx, self._state_shapes(x.shape[1:-1]), strict=True):
             if not isinstance(one, Tensor):
                 raise TypeError(f"{name}: expected {dtype} of shape {shape}, got {describe(one)}")
             if one.dtype is not dtype or one.shape != shape:
@@ -286,7 +287,7 @@ class Layers(torch.nn.RNNBase):
         if data.shape[-1] != self.input_size:
             raise ArgumentError(f"input: expected data of {self.input_size} columns, got shape {tuple(data.shape)}")
         x, ends = pad_packed_sequence(PackedSequence(data, sizes))
-        state = self._state(hx, (x.shape[1],), x)
+        state = self._state(hx, x)
         if order is not None:
             state = [one.index_select(1, order) for one in state]
         y, *final = self._run(weights, x, state, ends, None)
@@ -303,7 +304,7 @@ class Layers(torch.nn.RNNBase):
         resets: Tensor | None,
     ) -> Sequence[Tensor]:
         """y (T, B, D*P) and the final state, of x (T, B, I)."""
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         if not compiling:
             x = unwrap_if_dead(x)  # torch.nn takes what a transform of torch.func has left behind
             floats = (x, *state, *weights)
@@ -382,11 +383,8 @@ def torchs(module: Layers) -> Any:
 
 def _is_dispatched(x: Tensor, weight: Tensor) -> bool:
     """A call is to be seen as one operation: by a mode such as FakeTensorMode, by such tensors, or on meta."""
-    return torch._C._len_torch_dispatch_stack() > 0 or x.is_meta or _dispatches(type(x)) or _dispatches(type(weight))
-
-
-def _dispatches(kind: type[Any]) -> bool:
-    return kind is not Tensor and kind is not Parameter and kind.__torch_dispatch__ is not _NO_DISPATCH
+    plain = x.__torch_dispatch__ is _NO_DISPATCH and weight.__torch_dispatch__ is _NO_DISPATCH
+    return not plain or x.is_meta or torch._C._len_torch_dispatch_stack() > 0
 
 
 # What is asked at each call, without a frame of Python for each tensor or attribute.
