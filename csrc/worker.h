@@ -13,7 +13,7 @@ struct Worker {
   void (*wait)(void* team) noexcept;  // returns once all `count` threads have called it; does nothing if count is 1
 
   // For tasks that helpers may join on the way. Such a task counts the places where they can, from 0 and alike on all
-  // threads. A helper works from place `joins_at` on and passes by what comes before; -1: it is there from the start.
+  // threads. A helper works from place `joins_at` on and skips what comes before; -1: it is there from the start.
   // While worker 0 is alone and helpers may still come, it asks at each place for the new count; then null.
   std::int64_t joins_at;
   int (*admit)(void* team, std::int64_t place) noexcept;
