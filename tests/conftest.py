@@ -98,7 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # What comes round, alone or listed with more: each value is in some test of a grid. All else is a test's own.
 COMES_ROUND = {"cell", "backend", "native", "dtype", "layout"}
 
-# Numba takes six seconds to compile a cell in a dtype: one cell of each shape of a step comes in float32, one in both.
+# Numba takes half a second to compile a cell in a dtype: one of each shape of a step comes in float32, one in both.
 COMPILED, COMPILED_IN_BOTH = ("rnn_tanh", "lstm", "gru", "gru_reset_before"), "lstm"
 
 

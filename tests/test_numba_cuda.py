@@ -65,6 +65,7 @@ def check_linear(dtype: str) -> None:
 def main() -> None:
     """What the simulator is to run."""
     assert backends.get("numba_cuda").unavailable() is None
+    sys.setswitchinterval(1e-5)  # seconds: the simulator polls its threads, which wait for the interpreter meanwhile
     check_layers(PROBLEMS)
     for dtype in ("float32", "float64"):
         check_linear(dtype)
