@@ -11,51 +11,46 @@ namespace {
 
 template <class Cell, class T>
 struct BackwardScratch {
-  T* carry_h;   // [B, stride P]: gradient of h after the step at hand, without dy
-  T* carry_c;   // [B, padded H]
-  T* dx_gates;  // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
-  T* dr_gates;  // the same, recurrent side; dx_gates where the cell has but one
-  T* dextra;    // [block rows, extras * H]
-  T* dh;        // [block rows, padded P]: gradient of the projected h
-  T* hidden;    // [block rows, padded H]: h before the projection, or the scaled h of a late product
-  T* zeros;     // [padded H]
+  T* carry[Cell::states];  // [B, stride]: gradients of the states after the step at hand, without dy
+  T* dx_gates;             // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
+  T* dr_gates;             // the same, recurrent side; dx_gates where the cell has but one
+  T* dextra;               // [block rows, extras * H]
+  T* dh;                   // [block rows, stride P]: gradient of the projected h
+  T* hidden;               // [block rows, padded H]: h before the projection, or the scaled h of a late product
+  T* zeros;                // [padded H]
   std::int64_t gate_stride;
   // Of one worker.
-  const T **left, **right;                         // [block rows]: of a sum of outer products
-  T** outputs;                                     // [block rows]
-  T* buffer;                                       // kOuterBuffer
-  const T **step_h_prev, **step_c_prev, **inputs;  // [B], of a step
+  const T **left, **right;                 // [block rows]: of a sum of outer products
+  T** outputs;                             // [block rows]
+  T* buffer;                               // kOuterBuffer
+  const T **prev[Cell::states], **inputs;  // [B], of a step
   std::int64_t* batch_index;
 
   BackwardScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
-    std::int64_t H = 0, padded_h = 0, stride_p = 0;
-    bool projected = false;
-    for (int i = 0; i < stack.layer_count * stack.directions; ++i) {
-      const Layer& layer = stack.layers[i];
-      H = layer.sizes.hidden;
-      padded_h = padded<T>(H);
-      stride_p = scratch_stride<T>(layer.sizes.outputs);
-      projected |= layer.sizes.projected;
-    }
+    const LayerSizes& sizes = stack.layers[0].sizes;  // inputs apart those of all
+    const StateShape<Cell, T> shape(sizes);
+    const std::int64_t H = sizes.hidden, padded_h = padded<T>(H);
     const std::int64_t B = stack.batch, rows = stack.block_steps * B;
     gate_stride = scratch_stride<T>(Cell::gates * H);
-    carry_h = arena.take<T>(B * stride_p);
-    carry_c = arena.take<T>(Cell::states > 1 ? B * padded_h : 0);
+    for (int s = 0; s < Cell::states; ++s) carry[s] = arena.take<T>(B * shape.stride[s]);
     dx_gates = arena.take<T>(rows * gate_stride);
     dr_gates = Cell::separate_recurrent ? arena.take<T>(rows * gate_stride) : dx_gates;
     dextra = arena.take<T>(rows * Cell::extras * H);
-    dh = arena.take<T>(projected ? rows * stride_p : 0);
-    hidden = arena.take<T>(projected || Cell::late_gates > 0 ? rows * padded_h : 0);
+    dh = arena.take<T>(sizes.projected ? rows * shape.stride[0] : 0);
+    hidden = arena.take<T>(sizes.projected || Cell::late_gates > 0 ? rows * padded_h : 0);
     zeros = arena.take<T>(padded_h);
     for (int i = 0; i < stack.max_threads; ++i) {
       const auto left_rows = arena.take<const T*>(rows), right_rows = arena.take<const T*>(rows);
       const auto output_rows = arena.take<T*>(rows);
       const auto columns = arena.take<T>(kOuterBuffer<T>);
-      const auto h_rows = arena.take<const T*>(B), c_rows = arena.take<const T*>(B), step = arena.take<const T*>(B);
+      const T** prev_rows[Cell::states];
+      for (auto& one : prev_rows) one = arena.take<const T*>(B);
+      const auto step = arena.take<const T*>(B);
       const auto indices = arena.take<std::int64_t>(B);
       if (i != worker_index) continue;
       left = left_rows, right = right_rows, outputs = output_rows, buffer = columns;
-      step_h_prev = h_rows, step_c_prev = c_rows, inputs = step, batch_index = indices;
+      inputs = step, batch_index = indices;
+      for (int s = 0; s < Cell::states; ++s) prev[s] = prev_rows[s];
     }
   }
 };
@@ -77,7 +72,7 @@ class BackwardLoop : protected Context<Cell, T> {
         H_(layer.sizes.hidden),
         P_(layer.sizes.outputs),
         padded_h_(padded<T>(H_)),
-        stride_p_(scratch_stride<T>(P_)) {}
+        shape_(layer.sizes) {}
 
   // Returns where the call has come to.
   const Base& run() noexcept {
@@ -110,7 +105,7 @@ class BackwardLoop : protected Context<Cell, T> {
 
   const T* initial(int state, std::int64_t b) const noexcept {
     const T* from = static_cast<const T*>(layer_.initial[state]);
-    return from ? from + b * (state == 0 ? P_ : H_) : s_.zeros;
+    return from ? from + b * shape_.units[state] : s_.zeros;
   }
   const T* output(std::int64_t t, std::int64_t b) const noexcept {
     return static_cast<const T*>(layer_.y) + (t * stack.batch + b) * layer_.y_stride;
@@ -119,10 +114,17 @@ class BackwardLoop : protected Context<Cell, T> {
     return static_cast<const T*>(layer_.dy) + (t * stack.batch + b) * layer_.dy_stride;
   }
 
-  // h and c of row b when it entered step t.
-  const T* previous_h(std::int64_t t, std::int64_t b) const noexcept {
+  // Saved values are [T, B, saved, padded H].
+  const T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<const T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
+  }
+
+  // A state of row b when it entered step t.
+  const T* previous(int state, std::int64_t t, std::int64_t b) const noexcept {
     if (this->cut(layer_.reverse, t, b)) return s_.zeros;
-    return is_first(t, b) ? initial(0, b) : output(before(t), b);
+    if (is_first(t, b)) return initial(state, b);
+    if (Cell::kept[state] == kInOutput) return output(before(t), b);
+    return saved_row(before(t), b) + Cell::kept[state] * padded_h_;
   }
 
   // Lists the block's active rows in the order of backward, the same for every block size; row(t, b, index in block).
@@ -160,7 +162,7 @@ class BackwardLoop : protected Context<Cell, T> {
 
     if constexpr (Cell::separate_recurrent) list(end, s_.left, in_gates(s_.dr_gates));
     if (to.w_hh) {
-      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous_h(t, b); });
+      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous(0, t, b); });
       add_outer_products(rows, s_.left, s_.right, own_early.begin, own_early.end, P_, static_cast<T*>(to.w_hh),
                          s_.buffer);
     }
@@ -178,7 +180,7 @@ class BackwardLoop : protected Context<Cell, T> {
     }
     if (to.w_hr) {
       list(end, s_.left,
-           [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* { return s_.dh + row * stride_p_; });
+           [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* { return s_.dh + row * shape_.stride[0]; });
       list(end, s_.right, hidden);
       const Range projected = share(P_, worker.index, worker.count);
       add_outer_products(rows, s_.left, s_.right, projected.begin, projected.end, H_, static_cast<T*>(to.w_hr),
@@ -217,7 +219,8 @@ class BackwardLoop : protected Context<Cell, T> {
   const Layer& layer_;
   const BackwardScratch<Cell, T>& s_;
   const PackedWeights<Cell, AsStates<T>> packed_;
-  const std::int64_t H_, P_, padded_h_, stride_p_;
+  const std::int64_t H_, P_, padded_h_;
+  const StateShape<Cell, T> shape_;
   std::int64_t block_first_ = 0;
 };
 
@@ -226,7 +229,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   using Loop = BackwardLoop<BackwardLayer, Cell, T>;
   using Base = Context<Cell, T>;
   using Base::stack, Base::worker, Base::lanes;
-  using Loop::layer_, Loop::s_, Loop::packed_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::stride_p_;
+  using Loop::layer_, Loop::s_, Loop::packed_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_;
   friend Loop;
   using V = Vec<T>;
   using Layout = PackedLayout<Cell, AsStates<T>>;
@@ -236,38 +239,12 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
 
  private:
   void enter() noexcept {
-    const Range own = this->rows_to_own();
-    for (std::int64_t b = own.begin; b < own.end; ++b) {
-      const T* dh = static_cast<const T*>(layer_.dlast[0]);
-      copy_row(s_.carry_h + b * stride_p_, dh ? dh + b * P_ : nullptr, P_, stride_p_);
-      if constexpr (Cell::states > 1) {
-        const T* dc = static_cast<const T*>(layer_.dlast[1]);
-        copy_row(s_.carry_c + b * padded_h_, dc ? dc + b * H_ : nullptr, H_, padded_h_);
-      }
-    }
+    enter_states<Cell, T>(this->rows_to_own(), shape_, layer_.dlast, s_.carry);
     if (worker.index == 0) std::memset(s_.zeros, 0, static_cast<std::size_t>(padded_h_) * sizeof(T));
     this->wait();
   }
 
-  void leave() noexcept {
-    const Range own = this->rows_to_own();
-    for (std::int64_t b = own.begin; b < own.end; ++b) {
-      copy_row(static_cast<T*>(layer_.dinitial[0]) + b * P_, s_.carry_h + b * stride_p_, P_, P_);
-      if constexpr (Cell::states > 1)
-        copy_row(static_cast<T*>(layer_.dinitial[1]) + b * H_, s_.carry_c + b * padded_h_, H_, H_);
-    }
-  }
-
-  // Saved values are [T, B, saved, padded H].
-  const T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
-  }
-
-  const T* previous_c(std::int64_t t, std::int64_t b) const noexcept {
-    if (this->cut(layer_.reverse, t, b)) return s_.zeros;
-    if (this->is_first(t, b)) return this->initial(1, b);
-    return saved_row(this->before(t), b) + (Cell::saved - 1) * padded_h_;  // the last of the saved values
-  }
+  void leave() noexcept { leave_states<Cell, T>(this->rows_to_own(), shape_, s_.carry, layer_.dinitial); }
 
   int valid(std::int64_t unit, std::int64_t units) const noexcept {
     return units - unit < lanes ? static_cast<int>(units - unit) : lanes;
@@ -281,8 +258,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     std::int64_t rows = 0;
     for (std::int64_t b = own.begin; b < own.end; ++b) {
       if (t >= this->length(b)) continue;
-      if constexpr (!Cell::projects) s_.step_h_prev[rows] = this->previous_h(t, b);
-      if constexpr (Cell::states > 1) s_.step_c_prev[rows] = previous_c(t, b);
+      for (int s = Cell::projects; s < Cell::states; ++s) s_.prev[s][rows] = this->previous(s, t, b);
       s_.batch_index[rows++] = b;
     }
     add_elementwise(rows);
@@ -304,7 +280,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
                                 panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                                   for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) {
                                     const std::int64_t b = s_.batch_index[i];
-                                    T* to = s_.carry_h + b * stride_p_ + unit;
+                                    T* to = carry(0, b) + unit;
                                     const V before = layer_.sizes.projected ? sum[v] : sum[v] + load<V>(to);
                                     store(to, this->cut(layer_.reverse, t, b) ? zero<V>() : before);
                                   });
@@ -312,12 +288,13 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     if (layer_.sizes.projected) this->wait_if_units();
   }
 
+  T* carry(int state, std::int64_t b) const noexcept { return s_.carry[state] + b * shape_.stride[state]; }
   T* gate_row(T* gates, std::int64_t i) const noexcept { return gates + (row0_ + s_.batch_index[i]) * s_.gate_stride; }
 
   // dh of a row: what the later steps and the output ask of h.
   RNNKERN_INLINE V output_gradient(std::int64_t b, std::int64_t unit, int count) const noexcept {
-    const V carry = load<V>(s_.carry_h + b * stride_p_ + unit);
-    return layer_.dy ? carry + load_some<V>(this->output_gradient_row(t_, b) + unit, count) : carry;
+    const V later = load<V>(carry(0, b) + unit);
+    return layer_.dy ? later + load_some<V>(this->output_gradient_row(t_, b) + unit, count) : later;
   }
 
   void add_elementwise(std::int64_t rows) noexcept {
@@ -327,10 +304,10 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
       for (std::int64_t i = own.begin; i < own.end; ++i) {
         const std::int64_t b = s_.batch_index[i];
         for (std::int64_t unit = 0; unit < P_; unit += lanes)
-          store(s_.dh + (row0_ + b) * stride_p_ + unit, output_gradient(b, unit, valid(unit, P_)));
+          store(s_.dh + (row0_ + b) * shape_.stride[0] + unit, output_gradient(b, unit, valid(unit, P_)));
       }
       this->wait_if_units();
-      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * stride_p_;
+      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * shape_.stride[0];
       product<AsStates<T>, Plain>(rows, s_.inputs, P_, packed_.weights(packed_.at.w_hr_t), nullptr, H_, panels,
                                   [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                                     for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
@@ -347,10 +324,9 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   }
 
   RNNKERN_INLINE void load_step(std::int64_t i, std::int64_t unit, int count, V* saved, V* prev) const noexcept {
-    const T* row = saved_row(t_, s_.batch_index[i]) + unit;
+    const T* row = this->saved_row(t_, s_.batch_index[i]) + unit;
     for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(row + v * padded_h_);
-    if constexpr (!Cell::projects) prev[0] = load_some<V>(s_.step_h_prev[i] + unit, count);
-    if constexpr (Cell::states > 1) prev[1] = load_some<V>(s_.step_c_prev[i] + unit, count);
+    for (int s = Cell::projects; s < Cell::states; ++s) prev[s] = load_some<V>(s_.prev[s][i] + unit, count);
   }
 
   void backward_vector(std::int64_t i, std::int64_t unit, int count, V dh) const noexcept {
@@ -362,16 +338,16 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h_ + unit);
     if constexpr (Cell::saved == 0) h = load_some<V>(this->output(t_, b) + unit, count);
     dnew[0] = dh;
-    if constexpr (Cell::states > 1) dnew[1] = load<V>(s_.carry_c + b * padded_h_ + unit);
+    for (int s = 1; s < Cell::states; ++s) dnew[s] = load<V>(carry(s, b) + unit);
     Cell::backward(saved, extra, prev, h, dnew, dx, dr, dprev, dextra);
 
     store_gates(gate_row(s_.dx_gates, i) + unit, dx, count);
     if constexpr (Cell::separate_recurrent) store_gates(gate_row(s_.dr_gates, i) + unit, dr, count);
     for (int e = 0; e < Cell::extras; ++e)
       store_some<V>(s_.dextra + (row0_ + b) * Cell::extras * H_ + e * H_ + unit, dextra[e], count);
-    if (!layer_.sizes.projected) store(s_.carry_h + b * stride_p_ + unit, dprev[0]);
-    if constexpr (Cell::states > 1)
-      store(s_.carry_c + b * padded_h_ + unit, this->cut(layer_.reverse, t_, b) ? zero<V>() : dprev[1]);
+    if (!layer_.sizes.projected) store(carry(0, b) + unit, dprev[0]);
+    for (int s = 1; s < Cell::states; ++s)
+      store(carry(s, b) + unit, this->cut(layer_.reverse, t_, b) ? zero<V>() : dprev[s]);
     T* hidden = s_.hidden + (row0_ + b) * padded_h_ + unit;
     if constexpr (Cell::late_gates > 0) store(hidden, Cell::scaled(saved, prev));
     if constexpr (Cell::projects)
@@ -383,12 +359,12 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     if constexpr (Cell::late_gates > 0) {
       V saved[kSlots<Cell>], prev[kMaxStates], dx[Cell::gates];
       load_step(i, unit, count, saved, prev);
-      T* carry = s_.carry_h + s_.batch_index[i] * stride_p_ + unit;
+      T* dh = carry(0, s_.batch_index[i]) + unit;
       T* gates = gate_row(s_.dx_gates, i) + unit;
-      V dprev = load<V>(carry);
+      V dprev = load<V>(dh);
       for (int gate = 0; gate < Layout::early; ++gate) dx[gate] = load_some<V>(gates + gate * H_, count);
       Cell::prepare_backward(saved, prev, &dscaled, dx, &dprev);
-      store(carry, dprev);
+      store(dh, dprev);
       for (int gate = 0; gate < Layout::early; ++gate) store_some<V>(gates + gate * H_, dx[gate], count);
     }
   }

@@ -3,7 +3,8 @@
 // A cell's constants: gates (rows of the weights, in order), states (h first), saved values a step (what backward
 // needs beside y; 0: y alone suffices), extras (vectors of H elements beside matrices and biases), late_gates (last
 // gates whose recurrent product waits for `prepare`), projects (a projection may follow), separate_recurrent (dr is
-// not dx). The functions mirror python/rnnkern/cells.py argument by argument; `h` in backward is the new h.
+// not dx), kept (for each state where backward finds it: in y, or in a slot of the saved values). The functions mirror
+// python/rnnkern/cells.py argument by argument; `h` in backward is the new h.
 #pragma once
 
 #include "activations.h"
@@ -11,8 +12,10 @@
 namespace rnnkern {
 namespace {
 
+constexpr int kInOutput = -1;
+
 struct CellDefaults {
-  static constexpr int extras = 0, late_gates = 0;
+  static constexpr int extras = 0, late_gates = 0, kept[] = {kInOutput};
   static constexpr bool projects = false, separate_recurrent = false;
 };
 
@@ -69,7 +72,7 @@ struct RnnSigmoid : CellDefaults {
 // Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000; gates i f g o.
 struct Lstm : CellDefaults {
   static constexpr const char* name = "lstm";
-  static constexpr int gates = 4, states = 2, saved = 5;  // saved: i f g o c
+  static constexpr int gates = 4, states = 2, saved = 5, kept[] = {kInOutput, 4};  // saved: i f g o c
   static constexpr bool projects = true;
 
   template <class V>
@@ -105,7 +108,8 @@ struct Lstm : CellDefaults {
 // Gers and Schmidhuber 2000: the gates see the cell state through peepholes, o the new one; gates i f g o.
 struct LstmPeephole : CellDefaults {
   static constexpr const char* name = "lstm_peephole";
-  static constexpr int gates = 4, states = 2, saved = 5, extras = 3;  // saved: i f g o c; extras: p_i p_f p_o
+  static constexpr int gates = 4, states = 2, saved = 5, kept[] = {kInOutput, 4};  // saved: i f g o c
+  static constexpr int extras = 3;                                                 // p_i p_f p_o
   static constexpr bool projects = true;
 
   template <class V>

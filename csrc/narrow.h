@@ -89,16 +89,16 @@ class Narrow : public Loop {
     for (int l = 0; l < lanes; ++l) rows[l] = row(smaller(vector * lanes + l, stack.batch - 1));
   }
 
-  // This worker's part of a state, from and to rows of H.
-  void enter_state(const void* given, T* base) const noexcept {
-    const T* from = static_cast<const T*>(given);
-    for_elements(base, [&](T& element, std::int64_t b, std::int64_t unit) {
+  // This worker's part of the states, from and to rows of H.
+  void enter_states(const void* const* given, T* const* states) const noexcept {
+    for_elements(states, [&](int s, T& element, std::int64_t b, std::int64_t unit) {
+      const T* from = static_cast<const T*>(given[s]);
       element = from && b < stack.batch ? from[b * H() + unit] : T{0};
     });
   }
-  void leave_state(T* base, void* to) const noexcept {
-    for_elements(base, [&](T& element, std::int64_t b, std::int64_t unit) {
-      if (b < stack.batch) static_cast<T*>(to)[b * H() + unit] = element;
+  void leave_states(T* const* states, void* const* to) const noexcept {
+    for_elements(states, [&](int s, T& element, std::int64_t b, std::int64_t unit) {
+      if (b < stack.batch) static_cast<T*>(to[s])[b * H() + unit] = element;
     });
   }
 
@@ -127,11 +127,12 @@ class Narrow : public Loop {
 
  private:
   template <class Body>
-  void for_elements(T* base, Body&& body) const noexcept {
+  void for_elements(T* const* states, Body&& body) const noexcept {
     const Range own = vectors();
-    for (std::int64_t vector = own.begin; vector < own.end; ++vector)
-      for (std::int64_t unit = 0; unit < H(); ++unit)
-        for (int l = 0; l < lanes; ++l) body(state(base, vector)[unit * lanes + l], vector * lanes + l, unit);
+    for (int s = 0; s < Cell::states; ++s)
+      for (std::int64_t vector = own.begin; vector < own.end; ++vector)
+        for (std::int64_t unit = 0; unit < H(); ++unit)
+          for (int l = 0; l < lanes; ++l) body(s, state(states[s], vector)[unit * lanes + l], vector * lanes + l, unit);
   }
 };
 
@@ -143,19 +144,20 @@ constexpr int kNarrowSteps = Cell::gates == 1   ? 8
 
 template <class Cell, class T>
 struct NarrowScratch {
-  T* h[2];   // [vectors, H, lanes]: the state before and after a step
-  T* c;      // [vectors, H, lanes]
-  T* gates;  // [vectors, block_steps, G * H, lanes]: the input's share
-  T* x;      // of one worker: [I, kNarrowSteps, lanes]
+  T* state[2][Cell::states];  // [vectors, H, lanes]: before and after a step; the same memory where no product reads it
+  T* gates;                   // [vectors, block_steps, G * H, lanes]: the input's share
+  T* x;                       // of one worker: [I, kNarrowSteps, lanes]
 
   NarrowScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
     std::int64_t inputs = 0;
     for (int i = 0; i < stack.layer_count * stack.directions; ++i)
       if (stack.layers[i].sizes.inputs > inputs) inputs = stack.layers[i].sizes.inputs;
-    const std::int64_t state = padded<T>(stack.batch) * stack.layers[0].sizes.hidden;
-    for (T*& one : h) one = arena.take<T>(state);
-    c = arena.take<T>(Cell::states > 1 ? state : 0);
-    gates = arena.take<T>(stack.block_steps * Cell::gates * state);
+    const std::int64_t elements = padded<T>(stack.batch) * stack.layers[0].sizes.hidden;
+    for (int s = 0; s < Cell::states; ++s) {
+      state[0][s] = arena.take<T>(elements);
+      state[1][s] = s == 0 ? arena.take<T>(elements) : state[0][s];
+    }
+    gates = arena.take<T>(stack.block_steps * Cell::gates * elements);
     for (int i = 0; i < stack.max_threads; ++i) {
       T* const buffer = arena.take<T>(inputs * kNarrowSteps<Cell> * kLanes<T>);
       if (i == worker_index) x = buffer;
@@ -180,15 +182,11 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
 
  private:
   void enter() noexcept {
-    this->enter_state(layer_.initial[0], s_.h[0]);
-    if constexpr (Cell::states > 1) this->enter_state(layer_.initial[1], s_.c);
+    this->enter_states(layer_.initial, s_.state[0]);
     this->wait();
   }
 
-  void leave() noexcept {
-    this->leave_state(s_.h[now_], layer_.last[0]);
-    if constexpr (Cell::states > 1) this->leave_state(s_.c, layer_.last[1]);
-  }
+  void leave() noexcept { this->leave_states(s_.state[now_], layer_.last); }
 
   T* gates_of(std::int64_t vector, std::int64_t step) const noexcept {
     return s_.gates + (vector * stack.block_steps + step) * gates * H_ * lanes;
@@ -226,14 +224,13 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   void step(std::int64_t t) noexcept {
     const Range own = vectors();
     for (std::int64_t vector = own.begin; vector < own.end; ++vector) {
-      T *h = state(s_.h[now_], vector), *c = state(s_.c, vector), *next = state(s_.h[1 - now_], vector);
-      if (stack.resets) cut_rows(vector, t, h, c);
+      if (stack.resets) cut_rows(vector, t);
       const T* x = gates_of(vector, time(t) - block_first_);
       T* const saved = layer_.saved && Cell::saved > 0 ? this->saved(t, vector) : nullptr;
-      step_units(x, h, c, next, saved, this->active(vector, t));
+      step_units(x, vector, saved, this->active(vector, t));
       const int rows = rows_of(vector);
       T* const y = output(t, vector * lanes);
-      lanes_to_rows(next, H_, rows, y, layer_.y_stride);
+      lanes_to_rows(state(s_.state[1 - now_][0], vector), H_, rows, y, layer_.y_stride);
       if (!stack.lengths) continue;
       for (int l = 0; l < rows; ++l)
         if (t >= this->length(vector * lanes + l))
@@ -242,34 +239,33 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   }
 
   // Rows that enter step t from zeros.
-  void cut_rows(std::int64_t vector, std::int64_t t, T* h, T* c) const noexcept {
+  void cut_rows(std::int64_t vector, std::int64_t t) const noexcept {
     for (int l = 0; l < rows_of(vector); ++l) {
       const std::int64_t b = vector * lanes + l;
       if (t >= this->length(b) || !this->cut(layer_.reverse, t, b)) continue;
-      for (std::int64_t unit = 0; unit < H_; ++unit) {
-        h[unit * lanes + l] = 0;
-        if constexpr (Cell::states > 1) c[unit * lanes + l] = 0;
-      }
+      for (T* const one : s_.state[now_])
+        for (std::int64_t unit = 0; unit < H_; ++unit) state(one, vector)[unit * lanes + l] = 0;
     }
   }
 
-  void step_units(const T* x, const T* h, T* c, T* h_next, T* to_saved, Mask<V> active) const noexcept {
+  void step_units(const T* x, std::int64_t vector, T* to_saved, Mask<V> active) const noexcept {
+    T *before[Cell::states], *after[Cell::states];
+    for (int s = 0; s < Cell::states; ++s)
+      before[s] = state(s_.state[now_][s], vector), after[s] = state(s_.state[1 - now_][s], vector);
     for (std::int64_t unit = 0; unit < H_; ++unit) {
       V r[gates][1], input[gates], extra[kMaxExtras], prev[kMaxStates], next[kMaxStates], saved[kSlots<Cell>];
       for (int gate = 0; gate < gates; ++gate) {
         r[gate][0] = set<V>(packed_.values(packed_.at.b_early)[gate * lanes + unit]);
         input[gate] = load<V>(x + (gate * H_ + unit) * lanes);
       }
-      this->add_products(packed_.weights(packed_.at.w_early) + unit, gates * lanes, lanes, H_, h, r);
+      this->add_products(packed_.weights(packed_.at.w_early) + unit, gates * lanes, lanes, H_, before[0], r);
       for (int e = 0; e < Cell::extras; ++e)
         extra[e] = set<V>(packed_.values(packed_.at.extras)[e * padded<T>(H_) + unit]);
-      prev[0] = load<V>(h + unit * lanes);
-      if constexpr (Cell::states > 1) prev[1] = load<V>(c + unit * lanes);
+      for (int s = 0; s < Cell::states; ++s) prev[s] = load<V>(before[s] + unit * lanes);
       Cell::forward(input, &r[0][0], extra, prev, next, saved);
       if (to_saved)
         for (int v = 0; v < Cell::saved; ++v) store(to_saved + (v * H_ + unit) * lanes, saved[v]);
-      store(h_next + unit * lanes, select<V>(active, next[0], prev[0]));
-      if constexpr (Cell::states > 1) store(c + unit * lanes, select<V>(active, next[1], prev[1]));
+      for (int s = 0; s < Cell::states; ++s) store(after[s] + unit * lanes, select<V>(active, next[s], prev[s]));
     }
   }
 
@@ -292,9 +288,9 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
 
   // Of one vector of rows in a step, [.., lanes] each.
   struct Step {
-    T dy[lanes * lanes], h[lanes * lanes], h_prev[lanes * lanes], c_prev[lanes * lanes];  // [H]
-    T dx[gates * lanes * lanes], dr[gates * lanes * lanes];                               // [G * H]
-    T dextra[(Cell::extras ? Cell::extras : 1) * lanes * lanes];                          // [extras * H]
+    T dy[lanes * lanes], h[lanes * lanes], prev[Cell::states][lanes * lanes];  // [H]
+    T dx[gates * lanes * lanes], dr[gates * lanes * lanes];                    // [G * H]
+    T dextra[(Cell::extras ? Cell::extras : 1) * lanes * lanes];               // [extras * H]
   };
 
  public:
@@ -302,16 +298,12 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
 
  private:
   void enter() noexcept {
-    this->enter_state(layer_.dlast[0], s_.carry_h);
-    if constexpr (Cell::states > 1) this->enter_state(layer_.dlast[1], s_.carry_c);
+    this->enter_states(layer_.dlast, s_.carry);
     if (worker.index == 0) std::memset(s_.zeros, 0, static_cast<std::size_t>(padded_h_) * sizeof(T));
     this->wait();
   }
 
-  void leave() noexcept {
-    this->leave_state(s_.carry_h, layer_.dinitial[0]);
-    if constexpr (Cell::states > 1) this->leave_state(s_.carry_c, layer_.dinitial[1]);
-  }
+  void leave() noexcept { this->leave_states(s_.carry, layer_.dinitial); }
 
   void step(std::int64_t t, std::int64_t step_in_block) noexcept {
     const Range own = vectors();
@@ -343,46 +335,42 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
     if (layer_.dy) gather(s.dy, [&](std::int64_t b) { return this->output_gradient_row(t, b); });
     if constexpr (Cell::saved == 0) gather(s.h, [&](std::int64_t b) { return this->output(t, b); });
     const bool alike = !stack.lengths && !stack.resets;  // all rows come from the same step
-    if constexpr (!Cell::projects) {
-      if (alike && !this->is_first(t, 0))
-        gather(s.h_prev, [&](std::int64_t b) { return this->output(this->before(t), b); });
-      else
-        gather(s.h_prev, [&](std::int64_t b) { return previous_h_or_zeros(t, b); });
+    for (int state = Cell::projects; state < Cell::states; ++state) {
+      T* const to = s.prev[state];
+      const bool before = alike && !this->is_first(t, 0);
+      if (Cell::kept[state] != kInOutput && before)
+        std::memcpy(to, saved_state(state, this->before(t), vector), static_cast<std::size_t>(H_) * lanes * sizeof(T));
+      else if (Cell::kept[state] != kInOutput)
+        gather_saved(to, state, t, vector);
+      else if (before)
+        gather(to, [&](std::int64_t b) { return this->output(this->before(t), b); });
+      else  // past the end of a row there need not be a step before
+        gather(to, [&](std::int64_t b) { return t < this->length(b) ? this->previous(state, t, b) : s_.zeros; });
     }
-    if constexpr (Cell::states > 1) {
-      if (alike && !this->is_first(t, 0))
-        std::memcpy(s.c_prev, saved_c(this->before(t), vector), static_cast<std::size_t>(H_) * lanes * sizeof(T));
-      else
-        gather_c(s.c_prev, t, vector);
-    }
   }
 
-  // Past the end of a row there need not be a step before.
-  const T* previous_h_or_zeros(std::int64_t t, std::int64_t b) const noexcept {
-    return t < this->length(b) ? this->previous_h(t, b) : s_.zeros;
+  const T* saved_state(int state, std::int64_t t, std::int64_t vector) const noexcept {
+    return this->saved(t, vector) + Cell::kept[state] * H_ * lanes;
   }
 
-  const T* saved_c(std::int64_t t, std::int64_t vector) const noexcept {
-    return this->saved(t, vector) + (Cell::saved - 1) * H_ * lanes;  // the last of the saved values
-  }
-
-  void gather_c(T* to, std::int64_t t, std::int64_t vector) const noexcept {
+  void gather_saved(T* to, int state, std::int64_t t, std::int64_t vector) const noexcept {
     for (int l = 0; l < lanes; ++l) {
       const std::int64_t b = vector * lanes + l;
       const T* from = s_.zeros;
       std::int64_t step = 1;
       if (l < rows_of(vector) && t < this->length(b) && !this->cut(layer_.reverse, t, b)) {
         if (this->is_first(t, b))
-          from = this->initial(1, b);
+          from = this->initial(state, b);
         else
-          from = saved_c(this->before(t), vector) + l, step = lanes;
+          from = saved_state(state, this->before(t), vector) + l, step = lanes;
       }
       for (std::int64_t unit = 0; unit < H_; ++unit) to[unit * lanes + l] = from[unit * step];
     }
   }
 
   void add_elementwise(Step& s, std::int64_t t, std::int64_t vector, Mask<V> active, Mask<V> passes) const noexcept {
-    T *carry_h = state(s_.carry_h, vector), *carry_c = state(s_.carry_c, vector);
+    T* carry[Cell::states];
+    for (int one = 0; one < Cell::states; ++one) carry[one] = state(s_.carry[one], vector);
     const T* from_saved = Cell::saved > 0 ? this->saved(t, vector) : nullptr;
     for (std::int64_t unit = 0; unit < H_; ++unit) {
       const std::int64_t at = unit * lanes;
@@ -391,21 +379,20 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
       V* dr = Cell::separate_recurrent ? separate : dx;
       for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(from_saved + v * H_ * lanes + at);
       for (int e = 0; e < Cell::extras; ++e) extra[e] = set<V>(packed_.values(packed_.at.extras)[e * padded_h_ + unit]);
-      if constexpr (!Cell::projects) prev[0] = load<V>(s.h_prev + at);
-      if constexpr (Cell::states > 1) prev[1] = load<V>(s.c_prev + at);
+      for (int one = Cell::projects; one < Cell::states; ++one) prev[one] = load<V>(s.prev[one] + at);
       if constexpr (Cell::saved == 0) h = load<V>(s.h + at);
-      const V carry = load<V>(carry_h + at);
-      dnew[0] = layer_.dy ? carry + load<V>(s.dy + at) : carry;
-      if constexpr (Cell::states > 1) dnew[1] = load<V>(carry_c + at);
+      for (int one = 0; one < Cell::states; ++one) dnew[one] = load<V>(carry[one] + at);
+      const V dh = dnew[0];
+      if (layer_.dy) dnew[0] = dh + load<V>(s.dy + at);
       Cell::backward(saved, extra, prev, h, dnew, dx, dr, dprev, dextra);
 
       for (int gate = 0; gate < gates; ++gate) store(s.dx + gate * H_ * lanes + at, dx[gate]);
       if constexpr (Cell::separate_recurrent)
         for (int gate = 0; gate < gates; ++gate) store(s.dr + gate * H_ * lanes + at, dr[gate]);
       for (int e = 0; e < Cell::extras; ++e) store(s.dextra + e * H_ * lanes + at, dextra[e]);
-      store(carry_h + at, select<V>(active, dprev[0], carry));
-      if constexpr (Cell::states > 1)
-        store(carry_c + at, select<V>(active, select<V>(passes, dprev[1], zero<V>()), dnew[1]));
+      store(carry[0] + at, select<V>(active, dprev[0], dh));
+      for (int one = 1; one < Cell::states; ++one)
+        store(carry[one] + at, select<V>(active, select<V>(passes, dprev[one], zero<V>()), dnew[one]));
     }
   }
 
@@ -417,7 +404,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
         V sums[n][1] = {};
         this->add_products(packed_.weights(packed_.at.w_early_t) + first, lanes, 1, gates * H_, dr, sums);
         for (int i = 0; i < n; ++i) {
-          T* to = state(s_.carry_h, vector) + (first + i) * lanes;
+          T* to = state(s_.carry[0], vector) + (first + i) * lanes;
           const V past = load<V>(to);
           store(to, select<V>(active, select<V>(passes, sums[i][0] + past, zero<V>()), past));
         }

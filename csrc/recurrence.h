@@ -102,49 +102,82 @@ void copy_row(T* to, const T* from, std::int64_t count, std::int64_t padded_coun
   std::memset(to + count, 0, static_cast<std::size_t>(padded_count - count) * sizeof(T));
 }
 
+// The states of a row: h, of as many units as y has, and others of H units.
+template <class Cell, class T>
+struct StateShape {
+  std::int64_t units[Cell::states], stride[Cell::states];  // stride: between rows of working memory
+
+  explicit StateShape(const LayerSizes& sizes) noexcept {
+    for (int s = 0; s < Cell::states; ++s) {
+      units[s] = s == 0 ? sizes.outputs : sizes.hidden;
+      stride[s] = scratch_stride<T>(units[s]);
+    }
+  }
+};
+
 // Values of a saved row while the step works: the input's share of the gates is overwritten by what is saved.
 template <class Cell>
 constexpr int kSlots = Cell::saved > Cell::gates ? Cell::saved : Cell::gates;
 
+// Rows of the states from or to memory of the user, where null stands for zeros.
+template <class Cell, class T>
+void enter_states(Range own, const StateShape<Cell, T>& shape, const void* const* given, T* const* states) noexcept {
+  for (int s = 0; s < Cell::states; ++s)
+    for (std::int64_t b = own.begin; b < own.end; ++b) {
+      const T* from = static_cast<const T*>(given[s]);
+      copy_row(states[s] + b * shape.stride[s], from ? from + b * shape.units[s] : nullptr, shape.units[s],
+               shape.stride[s]);
+    }
+}
+template <class Cell, class T>
+void leave_states(Range own, const StateShape<Cell, T>& shape, const T* const* states, void* const* to) noexcept {
+  for (int s = 0; s < Cell::states; ++s)
+    for (std::int64_t b = own.begin; b < own.end; ++b)
+      copy_row(static_cast<T*>(to[s]) + b * shape.units[s], states[s] + b * shape.stride[s], shape.units[s],
+               shape.units[s]);
+}
+
 template <class Cell, class T>
 struct ForwardScratch {
-  T* h[2];    // [B, stride P]: the state before and after a step
-  T* c;       // [B, padded H]
-  T* hidden;  // [B, padded H]: h before the projection, or the scaled h of a late product
-  T* zeros;   // [padded H]
-  T* gates;   // [block_steps, B, slots, padded H]
+  T* state[2][Cell::states];  // [B, stride]: before and after a step; the same memory where no product reads it
+  T* hidden;                  // [B, padded H]: h before the projection, or the scaled h of a late product
+  T* zeros;                   // [padded H]
+  T* gates;                   // [block_steps, B, slots, padded H]
   // Of one worker: rows of a block, rows of a step.
   const T** block_inputs;
   T** block_gates;
-  const T **h_prev, **c_prev, **hidden_rows;
+  const T **prev[Cell::states], **hidden_rows;
   T** step_gates;
   std::int64_t* batch_index;
 
   ForwardScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
-    std::int64_t padded_h = 0, stride_p = 0;
+    const StateShape<Cell, T> shape(stack.layers[0].sizes);
+    const std::int64_t padded_h = padded<T>(stack.layers[0].sizes.hidden);
     bool own_gates = false, two_products = Cell::late_gates > 0;
     for (int i = 0; i < stack.layer_count * stack.directions; ++i) {
       const Layer& layer = stack.layers[i];
-      padded_h = padded<T>(layer.sizes.hidden);
-      stride_p = scratch_stride<T>(layer.sizes.outputs);
       own_gates |= layer.saved == nullptr;
       two_products |= layer.sizes.projected;
     }
     const std::int64_t B = stack.batch, rows = stack.block_steps * B;
-    for (T*& one : h) one = arena.take<T>(B * stride_p);
-    c = arena.take<T>(Cell::states > 1 ? B * padded_h : 0);
+    for (int s = 0; s < Cell::states; ++s) {
+      state[0][s] = arena.take<T>(B * shape.stride[s]);
+      state[1][s] = s == 0 ? arena.take<T>(B * shape.stride[s]) : state[0][s];
+    }
     hidden = arena.take<T>(two_products ? B * padded_h : 0);
     zeros = arena.take<T>(padded_h);
     gates = arena.take<T>(own_gates ? rows * kSlots<Cell> * padded_h : 0);
     for (int i = 0; i < stack.max_threads; ++i) {
       const auto inputs = arena.take<const T*>(rows);
       const auto gate_rows = arena.take<T*>(rows);
-      const auto h_rows = arena.take<const T*>(B), c_rows = arena.take<const T*>(B);
+      const T** prev_rows[Cell::states];
+      for (auto& one : prev_rows) one = arena.take<const T*>(B);
       const auto hidden_of_rows = arena.take<const T*>(B);
       const auto step_rows = arena.take<T*>(B);
       const auto indices = arena.take<std::int64_t>(B);
       if (i != worker_index) continue;
-      block_inputs = inputs, block_gates = gate_rows, h_prev = h_rows, c_prev = c_rows;
+      block_inputs = inputs, block_gates = gate_rows;
+      for (int s = 0; s < Cell::states; ++s) prev[s] = prev_rows[s];
       hidden_rows = hidden_of_rows, step_gates = step_rows, batch_index = indices;
     }
   }
@@ -219,31 +252,17 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
         H_(layer.sizes.hidden),
         P_(layer.sizes.outputs),
         padded_h_(padded<T>(H_)),
-        stride_p_(scratch_stride<T>(P_)),
+        shape_(layer.sizes),
         keep_(layer.saved != nullptr && Cell::saved > 0) {}
 
  private:
   void enter() noexcept {
-    const Range own = this->rows_to_own();
-    for (std::int64_t b = own.begin; b < own.end; ++b) {
-      const T* h = static_cast<const T*>(layer_.initial[0]);
-      copy_row(s_.h[0] + b * stride_p_, h ? h + b * P_ : nullptr, P_, stride_p_);
-      if constexpr (Cell::states > 1) {
-        const T* c = static_cast<const T*>(layer_.initial[1]);
-        copy_row(s_.c + b * padded_h_, c ? c + b * H_ : nullptr, H_, padded_h_);
-      }
-    }
+    enter_states<Cell, T>(this->rows_to_own(), shape_, layer_.initial, s_.state[0]);
     if (worker.index == 0) std::memset(s_.zeros, 0, static_cast<std::size_t>(padded_h_) * sizeof(T));
     this->wait();
   }
 
-  void leave() noexcept {
-    const Range own = this->rows_to_own();
-    for (std::int64_t b = own.begin; b < own.end; ++b) {
-      copy_row(static_cast<T*>(layer_.last[0]) + b * P_, s_.h[now_] + b * stride_p_, P_, P_);
-      if constexpr (Cell::states > 1) copy_row(static_cast<T*>(layer_.last[1]) + b * H_, s_.c + b * padded_h_, H_, H_);
-    }
-  }
+  void leave() noexcept { leave_states<Cell, T>(this->rows_to_own(), shape_, s_.state[now_], layer_.last); }
 
   T* gates(std::int64_t t, std::int64_t b) const noexcept {
     if (keep_) return static_cast<T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
@@ -281,8 +300,9 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
     const std::int64_t rows = list_rows(t);
     using Early = typename Layout::Early;
     const Panels panels = this->panels(Early::template panels<T>(H_), now_ == 1);
-    product<Format, Early>(rows, s_.h_prev, P_, packed_.weights(packed_.at.w_early), packed_.values(packed_.at.b_early),
-                           H_, panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+    product<Format, Early>(rows, s_.prev[0], P_, packed_.weights(packed_.at.w_early),
+                           packed_.values(packed_.at.b_early), H_, panels,
+                           [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                              for (int sub = 0; sub < Early::subs; ++sub) {
                                const std::int64_t unit = (panel * Early::subs + sub) * lanes;
                                if (unit >= padded_h_) break;
@@ -326,18 +346,18 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
   // Lists the active rows of step t and carries the state of the others over it; their y is zero.
   std::int64_t list_rows(std::int64_t t) noexcept {
     const Range own = this->rows();
-    const T* h = s_.h[now_];
     std::int64_t rows = 0;
     for (std::int64_t b = own.begin; b < own.end; ++b) {
       if (t >= this->length(b)) {
         if (this->by_units() && b % worker.count != worker.index) continue;
-        std::memcpy(s_.h[1 - now_] + b * stride_p_, h + b * stride_p_, static_cast<std::size_t>(P_) * sizeof(T));
+        const std::int64_t row = b * shape_.stride[0];  // of h, the others stay where they are
+        std::memcpy(s_.state[1 - now_][0] + row, s_.state[now_][0] + row, static_cast<std::size_t>(P_) * sizeof(T));
         std::memset(output(t, b), 0, static_cast<std::size_t>(P_) * sizeof(T));
         continue;
       }
       const bool cut = this->cut(layer_.reverse, t, b);
-      s_.h_prev[rows] = cut ? s_.zeros : h + b * stride_p_;
-      if constexpr (Cell::states > 1) s_.c_prev[rows] = cut ? s_.zeros : s_.c + b * padded_h_;
+      for (int s = 0; s < Cell::states; ++s)
+        s_.prev[s][rows] = cut ? s_.zeros : s_.state[now_][s] + b * shape_.stride[s];
       s_.hidden_rows[rows] = s_.hidden + b * padded_h_;
       s_.step_gates[rows] = gates(t, b);
       s_.batch_index[rows++] = b;
@@ -352,7 +372,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
       T* row = s_.step_gates[i] + unit;
       V x[Cell::gates], saved[slots], scaled;
       for (int gate = 0; gate < Layout::early; ++gate) x[gate] = load<V>(row + gate * padded_h_);
-      const V prev = load<V>(s_.h_prev[i] + unit);
+      const V prev = load<V>(s_.prev[0][i] + unit);
       Cell::prepare(x, r, &prev, &scaled, saved);
       for (int gate = 0; gate < Layout::early; ++gate) store(row + gate * padded_h_, saved[gate]);
       store(s_.hidden + s_.batch_index[i] * padded_h_ + unit, scaled);
@@ -364,12 +384,12 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
     V x[Cell::gates], extra[kMaxExtras], prev[kMaxStates], next[kMaxStates], saved[slots];
     for (int gate = 0; gate < Cell::gates; ++gate) saved[gate] = x[gate] = load<V>(row + gate * padded_h_);
     for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h_ + unit);
-    if constexpr (!Cell::projects) prev[0] = load<V>(s_.h_prev[i] + unit);
-    if constexpr (Cell::states > 1) prev[1] = load<V>(s_.c_prev[i] + unit);
+    for (int s = Cell::projects; s < Cell::states; ++s) prev[s] = load<V>(s_.prev[s][i] + unit);
     Cell::forward(x, r, extra, prev, next, saved);
     if (keep_)
       for (int v = 0; v < Cell::saved; ++v) store(row + v * padded_h_, saved[v]);
-    if constexpr (Cell::states > 1) store(s_.c + s_.batch_index[i] * padded_h_ + unit, next[1]);
+    for (int s = 1; s < Cell::states; ++s)
+      store(s_.state[1 - now_][s] + s_.batch_index[i] * shape_.stride[s] + unit, next[s]);
     if (layer_.sizes.projected)
       store(s_.hidden + s_.batch_index[i] * padded_h_ + unit, next[0]);
     else
@@ -378,13 +398,14 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
 
   RNNKERN_INLINE void store_h(std::int64_t t, std::int64_t i, std::int64_t unit, V h) const noexcept {
     const std::int64_t b = s_.batch_index[i];
-    store(s_.h[1 - now_] + b * stride_p_ + unit, h);
+    store(s_.state[1 - now_][0] + b * shape_.stride[0] + unit, h);
     store_some<V>(output(t, b) + unit, h, P_ - unit < lanes ? static_cast<int>(P_ - unit) : lanes);
   }
 
   const ForwardScratch<Cell, T>& s_;
   const PackedWeights<Cell, Format> packed_;
-  const std::int64_t H_, P_, padded_h_, stride_p_;
+  const std::int64_t H_, P_, padded_h_;
+  const StateShape<Cell, T> shape_;
   const bool keep_;
 };
 
