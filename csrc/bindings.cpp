@@ -193,9 +193,12 @@ py::list cell_descriptions() {
     one["name"] = cell.name;
     one["gates"] = cell.gates;
     one["states"] = cell.states;
+    one["saved"] = cell.saved;
+    one["kept"] = std::vector<int>(cell.kept, cell.kept + cell.states);
     one["extras"] = cell.extras;
+    one["late_gates"] = cell.late_gates;
     one["projects"] = cell.projects;
-    one["two_products"] = cell.two_products;
+    one["separate_recurrent"] = cell.separate_recurrent;
     cells.append(one);
   }
   return cells;

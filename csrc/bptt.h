@@ -11,13 +11,14 @@ namespace {
 
 template <class Cell, class T>
 struct BackwardScratch {
-  T* carry[Cell::states];  // [B, stride]: gradients of the states after the step at hand, without dy
-  T* dx_gates;             // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
-  T* dr_gates;             // the same, recurrent side; dx_gates where the cell has but one
-  T* dextra;               // [block rows, extras * H]
-  T* dh;                   // [block rows, stride P]: gradient of the projected h
-  T* hidden;               // [block rows, padded H]: h before the projection, or the scaled h of a late product
-  T* zeros;                // [padded H]
+  T* carry[Cell::states];       // [B, stride]: gradients of the states after the step at hand, without dy
+  T* dx_gates;                  // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
+  T* dr_gates;                  // the same, recurrent side; dx_gates where the cell has but one
+  T* dextra;                    // [block rows, extras * H]
+  T* dh;                        // [block rows, stride P]: gradient of the projected h
+  T* given[Cell::Step::count];  // [block rows, padded H]: what a phase has given to the product behind it
+  T* terms;                     // [B, vectors, padded H]: what the gradient of a mean over units is the sum of
+  T* zeros;                     // [padded H]
   std::int64_t gate_stride;
   // Of one worker.
   const T **left, **right;                 // [block rows]: of a sum of outer products
@@ -37,42 +38,35 @@ struct BackwardScratch {
     dr_gates = Cell::separate_recurrent ? arena.take<T>(rows * gate_stride) : dx_gates;
     dextra = arena.take<T>(rows * Cell::extras * H);
     dh = arena.take<T>(sizes.projected ? rows * shape.stride[0] : 0);
-    hidden = arena.take<T>(sizes.projected || Cell::late_gates > 0 ? rows * padded_h : 0);
+    int most_means = 0;
+    for_each_phase<Cell>([&]<int p>() {
+      using Phase = PhaseOf<Cell, p>;
+      given[p] = arena.take<T>(Phase::feeds_product && given_in<Cell, p>(sizes) ? rows * padded_h : 0);
+      if (Phase::means > most_means) most_means = Phase::means;
+    });
+    terms = arena.take<T>(B * most_means * padded_h);
     zeros = arena.take<T>(padded_h);
-    for (int i = 0; i < stack.max_threads; ++i) {
-      const auto left_rows = arena.take<const T*>(rows), right_rows = arena.take<const T*>(rows);
-      const auto output_rows = arena.take<T*>(rows);
-      const auto columns = arena.take<T>(kOuterBuffer<T>);
-      const T** prev_rows[Cell::states];
-      for (auto& one : prev_rows) one = arena.take<const T*>(B);
-      const auto step = arena.take<const T*>(B);
-      const auto indices = arena.take<std::int64_t>(B);
-      if (i != worker_index) continue;
-      left = left_rows, right = right_rows, outputs = output_rows, buffer = columns;
-      inputs = step, batch_index = indices;
-      for (int s = 0; s < Cell::states; ++s) prev[s] = prev_rows[s];
-    }
+    arena.take_for_workers(stack.max_threads, worker_index, [&] {
+      left = arena.take<const T*>(rows), right = arena.take<const T*>(rows), outputs = arena.take<T*>(rows);
+      buffer = arena.take<T>(kOuterBuffer<T>);
+      for (const T**& one : prev) one = arena.take<const T*>(B);
+      inputs = arena.take<const T*>(B), batch_index = arena.take<std::int64_t>(B);
+    });
   }
 };
 
 // The loop of backpropagation through time, and what a block adds to the gradients. Steps says what a step is: enter,
 // step, leave.
 template <class Steps, class Cell, class T>
-class BackwardLoop : protected Context<Cell, T> {
+class BackwardLoop : protected LayerContext<Cell, T> {
  public:
   using Base = Context<Cell, T>;
-  using Base::stack, Base::worker;
-  using Layout = PackedLayout<Cell, AsStates<T>>;
+  using Loop = LayerContext<Cell, T>;
+  using Loop::stack, Loop::worker, Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::block_first_;
+  using Loop::time, Loop::output, Loop::saved_row;
 
   BackwardLoop(const Base& context, const Layer& layer, const BackwardScratch<Cell, T>& scratch) noexcept
-      : Base(context),
-        layer_(layer),
-        s_(scratch),
-        packed_(layer, true),
-        H_(layer.sizes.hidden),
-        P_(layer.sizes.outputs),
-        padded_h_(padded<T>(H_)),
-        shape_(layer.sizes) {}
+      : Loop(context, layer), s_(scratch), packed_(layer, true) {}
 
   // Returns where the call has come to.
   const Base& run() noexcept {
@@ -95,8 +89,6 @@ class BackwardLoop : protected Context<Cell, T> {
   }
 
  protected:
-  std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? stack.steps - 1 - step : step; }
-
   // Is step t the first of row b, and which one came before it?
   bool is_first(std::int64_t t, std::int64_t b) const noexcept {
     return layer_.reverse ? t + 1 >= this->length(b) : t == 0;
@@ -107,16 +99,8 @@ class BackwardLoop : protected Context<Cell, T> {
     const T* from = static_cast<const T*>(layer_.initial[state]);
     return from ? from + b * shape_.units[state] : s_.zeros;
   }
-  const T* output(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.y) + (t * stack.batch + b) * layer_.y_stride;
-  }
   const T* output_gradient_row(std::int64_t t, std::int64_t b) const noexcept {
     return static_cast<const T*>(layer_.dy) + (t * stack.batch + b) * layer_.dy_stride;
-  }
-
-  // Saved values are [T, B, saved, padded H].
-  const T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
   }
 
   // A state of row b when it entered step t.
@@ -137,63 +121,57 @@ class BackwardLoop : protected Context<Cell, T> {
     return count;
   }
 
+  // The same for rows that are `stride` apart in working memory.
+  std::int64_t list(std::int64_t end, const T** rows, const T* first, std::int64_t stride) const noexcept {
+    return list(end, rows, [&](std::int64_t, std::int64_t, std::int64_t row) { return first + row * stride; });
+  }
+
   // The block's part of every gradient that is a sum over rows and asked for, divided by output elements, and its rows
   // of dx.
   void add_gradients(std::int64_t end) noexcept {
-    const std::int64_t I = layer_.sizes.inputs, gates = Cell::gates * H_, early = Layout::early * H_;
+    const std::int64_t I = layer_.sizes.inputs, gates = Cell::gates * H_;
     const LayerWeights<void*>& to = layer_.gradients;
     const Range own = share(gates, worker.index, worker.count, kTileRows<Plain::vectors>);
-    const Range own_early{own.begin < early ? own.begin : early, own.end < early ? own.end : early};
-    const auto in_gates = [&](T* base) {
-      return [this, base](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
-        return base + row * s_.gate_stride;
-      };
-    };
-
-    const std::int64_t rows = list(end, s_.left, in_gates(s_.dx_gates));
+    const std::int64_t rows = list(end, s_.left, s_.dx_gates, s_.gate_stride);
     if (to.w_ih) {
-      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) {
-        return static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
-      });
+      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return this->input(t, b); });
       add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
     }
     if (to.b_ih) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_ih));
     if (layer_.dx) add_to_dx(rows, end);
-
-    if constexpr (Cell::separate_recurrent) list(end, s_.left, in_gates(s_.dr_gates));
-    if (to.w_hh) {
-      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous(0, t, b); });
-      add_outer_products(rows, s_.left, s_.right, own_early.begin, own_early.end, P_, static_cast<T*>(to.w_hh),
-                         s_.buffer);
-    }
-    if (to.b_hh) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_hh));
-
-    const auto hidden = [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
-      return s_.hidden + row * padded_h_;
-    };
-    if constexpr (Cell::late_gates > 0) {
-      if (to.w_hh) {
-        list(end, s_.right, hidden);
-        const std::int64_t begin = own.begin > early ? own.begin : early;
-        add_outer_products(rows, s_.left, s_.right, begin, own.end, H_, static_cast<T*>(to.w_hh), s_.buffer);
-      }
-    }
-    if (to.w_hr) {
-      list(end, s_.left,
-           [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* { return s_.dh + row * shape_.stride[0]; });
-      list(end, s_.right, hidden);
-      const Range projected = share(P_, worker.index, worker.count);
-      add_outer_products(rows, s_.left, s_.right, projected.begin, projected.end, H_, static_cast<T*>(to.w_hr),
-                         s_.buffer);
-    }
+    if constexpr (Cell::separate_recurrent) list(end, s_.left, s_.dr_gates, s_.gate_stride);
+    for_each_phase<Cell>([&]<int p>() {
+      if constexpr (PhaseOf<Cell, p>::multiplies) add_gradients_of<p>(rows, end, own);
+    });
     for (int e = 0; e < Cell::extras; ++e) {
       if (!to.extra[e]) continue;
-      list(end, s_.left, [&](std::int64_t, std::int64_t, std::int64_t row) -> const T* {
-        return s_.dextra + row * Cell::extras * H_ + e * H_;
-      });
+      list(end, s_.left, s_.dextra + e * H_, Cell::extras * H_);
       const Range units = share(H_, worker.index, worker.count);
       add_rows(rows, s_.left, units.begin, units.end, static_cast<T*>(to.extra[e]));
     }
+  }
+
+  // The gradients of the weights and biases of a phase; left: the gradients of the gates, recurrent side. The rows of
+  // the gates are divided alike for all phases: `own` of them.
+  template <int p>
+  void add_gradients_of(std::int64_t rows, std::int64_t end, Range own) noexcept {
+    using Phase = PhaseOf<Cell, p>;
+    const ProductSizes of = product_of<Phase>(layer_.sizes);
+    const LayerWeights<void*>& to = layer_.gradients;
+    T* const weights = static_cast<T*>(Phase::projects ? to.w_hr : to.w_hh);
+    const std::int64_t first = Phase::first * H_, last = Phase::end * H_;
+    if (Phase::projects)
+      own = share(P_, worker.index, worker.count);
+    else
+      own = {own.begin < first ? first : own.begin, own.end < last ? own.end : last};
+    if (!Phase::projects && to.b_hh) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_hh));
+    if (!weights) return;
+    if constexpr (Phase::projects) list(end, s_.left, s_.dh, shape_.stride[0]);
+    if constexpr (p > 0)
+      list(end, s_.right, s_.given[p - 1], padded_h_);
+    else
+      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous(0, t, b); });
+    add_outer_products(rows, s_.left, s_.right, own.begin, own.end, of.depth, weights, s_.buffer);
   }
 
   // dx = dx_gates W_ih for this worker's part of the `rows` listed in left; zero in rows past their end.
@@ -216,12 +194,8 @@ class BackwardLoop : protected Context<Cell, T> {
                      nullptr, I, s_.outputs + own.begin, layer_.add_to_dx);
   }
 
-  const Layer& layer_;
   const BackwardScratch<Cell, T>& s_;
   const PackedWeights<Cell, AsStates<T>> packed_;
-  const std::int64_t H_, P_, padded_h_;
-  const StateShape<Cell, T> shape_;
-  std::int64_t block_first_ = 0;
 };
 
 template <class Cell, class T>
@@ -232,7 +206,6 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   using Loop::layer_, Loop::s_, Loop::packed_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_;
   friend Loop;
   using V = Vec<T>;
-  using Layout = PackedLayout<Cell, AsStates<T>>;
 
  public:
   using Loop::Loop;
@@ -246,10 +219,6 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
 
   void leave() noexcept { leave_states<Cell, T>(this->rows_to_own(), shape_, s_.carry, layer_.dinitial); }
 
-  int valid(std::int64_t unit, std::int64_t units) const noexcept {
-    return units - unit < lanes ? static_cast<int>(units - unit) : lanes;
-  }
-
   // `row0`: number in the block of the step's first row.
   void step(std::int64_t t, std::int64_t step_in_block) noexcept {
     t_ = t;
@@ -258,36 +227,75 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     std::int64_t rows = 0;
     for (std::int64_t b = own.begin; b < own.end; ++b) {
       if (t >= this->length(b)) continue;
-      for (int s = Cell::projects; s < Cell::states; ++s) s_.prev[s][rows] = this->previous(s, t, b);
+      for (int s = Cell::Step::projects; s < Cell::states; ++s) s_.prev[s][rows] = this->previous(s, t, b);
       s_.batch_index[rows++] = b;
     }
-    add_elementwise(rows);
-    this->wait_if_units();
-    if constexpr (Cell::late_gates > 0) {
-      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i) + Layout::early * H_;
-      const Panels panels = this->panels(Plain::panels<T>(H_), step_in_block % 2 == 1);
-      product<AsStates<T>, Plain>(
-          rows, s_.inputs, Cell::late_gates * H_, packed_.weights(packed_.at.w_late_t), nullptr, H_, panels,
-          [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-            for_plain_vectors<T>(panel, H_,
-                                 [&](int v, std::int64_t unit, int count) { finish_late(i, unit, count, sum[v]); });
-          });
-      this->wait_if_units();
-    }
-    for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = gate_row(s_.dr_gates, i);
-    const Panels panels = this->panels(Plain::panels<T>(P_), step_in_block % 2 == 1);
-    product<AsStates<T>, Plain>(rows, s_.inputs, Layout::early * H_, packed_.weights(packed_.at.w_early_t), nullptr, P_,
-                                panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                  for_plain_vectors<T>(panel, P_, [&](int v, std::int64_t unit, int) {
-                                    const std::int64_t b = s_.batch_index[i];
-                                    T* to = carry(0, b) + unit;
-                                    const V before = layer_.sizes.projected ? sum[v] : sum[v] + load<V>(to);
-                                    store(to, this->cut(layer_.reverse, t, b) ? zero<V>() : before);
-                                  });
-                                });
-    if (layer_.sizes.projected) this->wait_if_units();
+    for_each_phase_backwards<Cell>([&]<int p>() RNNKERN_INLINE_LAMBDA { run_phase<p>(rows, step_in_block % 2 == 1); });
+    if constexpr (PhaseOf<Cell, 0>::from == From::nothing) this->wait_if_units();
   }
 
+  // Takes the gradients of the results of phase p back to what it has taken: to the part of the phase before it, or to
+  // the step before.
+  template <int p>
+  RNNKERN_INLINE void run_phase(std::int64_t rows, bool backwards) noexcept {
+    using Phase = PhaseOf<Cell, p>;
+    const ProductSizes of = product_of<Phase>(layer_.sizes);
+    const bool projected = layer_.sizes.projected;
+    if (Phase::projects && !projected) return;
+    if (Phase::projects || (Phase::is_last && !(Phase::Step::projects && projected))) run_last<p>(rows, of.units);
+    if constexpr (Phase::from == From::nothing) return;
+    this->wait_if_units();
+    const Panels panels = this->panels(Plain::panels<T>(of.depth), backwards);
+    if constexpr (Phase::multiplies) {
+      for (std::int64_t i = 0; i < rows; ++i)
+        s_.inputs[i] = Phase::projects ? dh(i) : gate_row(s_.dr_gates, i) + Phase::first * H_;
+      product<AsStates<T>, Plain>(rows, s_.inputs, of.rows, packed_.weights(packed_.at.weights_t[p]), nullptr, of.depth,
+                                  panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                    for_plain_vectors<T>(panel, of.depth, [&](int v, std::int64_t unit, int count) {
+                                      if constexpr (p > 0)
+                                        run_part<p - 1>(i, unit, count, sum + v);
+                                      else
+                                        add_to_carry(i, unit, sum[v]);
+                                    });
+                                  });
+    } else if constexpr (Phase::means > 0) {
+      for (std::int64_t i = 0; i < rows; ++i) {
+        V means[Phase::means];
+        for (int k = 0; k < Phase::means; ++k) means[k] = mean_of_units<V>(terms<p>(i) + k * padded_h_, H_);
+        for (std::int64_t panel = panels.begin; panel < panels.end; ++panel)
+          for_plain_vectors<T>(panel, H_,
+                               [&](int, std::int64_t unit, int count) { run_part<p - 1>(i, unit, count, means); });
+      }
+    }
+  }
+
+  // The last phase gets its gradient from the later steps and the output.
+  template <int p>
+  void run_last(std::int64_t rows, std::int64_t units) noexcept {
+    const Panels panels = this->panels(Plain::panels<T>(units));
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (std::int64_t panel = panels.begin; panel < panels.end; ++panel)
+        for_plain_vectors<T>(panel, units, [&](int, std::int64_t unit, int count) {
+          const V gradient = output_gradient(s_.batch_index[i], unit, count);
+          if constexpr (PhaseOf<Cell, p>::projects)
+            store(dh(i) + unit, gradient);
+          else
+            run_part<p>(i, unit, count, &gradient);
+        });
+  }
+
+  void add_to_carry(std::int64_t i, std::int64_t unit, V sum) const noexcept {
+    const std::int64_t b = s_.batch_index[i];
+    T* to = carry(0, b) + unit;
+    const V before = layer_.sizes.projected ? sum : sum + load<V>(to);
+    store(to, this->cut(layer_.reverse, t_, b) ? zero<V>() : before);
+  }
+
+  T* dh(std::int64_t i) const noexcept { return s_.dh + (row0_ + s_.batch_index[i]) * shape_.stride[0]; }
+  template <int p>
+  T* terms(std::int64_t i) const noexcept {
+    return s_.terms + s_.batch_index[i] * PhaseOf<Cell, p>::means * padded_h_;
+  }
   T* carry(int state, std::int64_t b) const noexcept { return s_.carry[state] + b * shape_.stride[state]; }
   T* gate_row(T* gates, std::int64_t i) const noexcept { return gates + (row0_ + s_.batch_index[i]) * s_.gate_stride; }
 
@@ -297,80 +305,46 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     return layer_.dy ? later + load_some<V>(this->output_gradient_row(t_, b) + unit, count) : later;
   }
 
-  void add_elementwise(std::int64_t rows) noexcept {
-    const Panels panels = this->panels(Plain::panels<T>(H_));
-    if (layer_.sizes.projected) {
-      const Range own = this->by_units() ? share(rows, worker.index, worker.count) : Range{0, rows};
-      for (std::int64_t i = own.begin; i < own.end; ++i) {
-        const std::int64_t b = s_.batch_index[i];
-        for (std::int64_t unit = 0; unit < P_; unit += lanes)
-          store(s_.dh + (row0_ + b) * shape_.stride[0] + unit, output_gradient(b, unit, valid(unit, P_)));
-      }
-      this->wait_if_units();
-      for (std::int64_t i = 0; i < rows; ++i) s_.inputs[i] = s_.dh + (row0_ + s_.batch_index[i]) * shape_.stride[0];
-      product<AsStates<T>, Plain>(rows, s_.inputs, P_, packed_.weights(packed_.at.w_hr_t), nullptr, H_, panels,
-                                  [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                    for_plain_vectors<T>(panel, H_, [&](int v, std::int64_t unit, int count) {
-                                      backward_vector(i, unit, count, sum[v]);
-                                    });
-                                  });
-      return;
-    }
-    for (std::int64_t i = 0; i < rows; ++i)
-      for (std::int64_t panel = panels.begin; panel < panels.end; ++panel)
-        for_plain_vectors<T>(panel, H_, [&](int, std::int64_t unit, int count) {
-          backward_vector(i, unit, count, output_gradient(s_.batch_index[i], unit, count));
-        });
-  }
-
-  RNNKERN_INLINE void load_step(std::int64_t i, std::int64_t unit, int count, V* saved, V* prev) const noexcept {
-    const T* row = this->saved_row(t_, s_.batch_index[i]) + unit;
-    for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(row + v * padded_h_);
-    for (int s = Cell::projects; s < Cell::states; ++s) prev[s] = load_some<V>(s_.prev[s][i] + unit, count);
-  }
-
-  void backward_vector(std::int64_t i, std::int64_t unit, int count, V dh) const noexcept {
+  // The elementwise part of phase p for a vector of units, from the gradients of what it has given. It adds to what the
+  // parts of later phases have left for the gates and the states before the step.
+  template <int p>
+  void run_part(std::int64_t i, std::int64_t unit, int count, const V* dgiven) const noexcept {
+    using Phase = PhaseOf<Cell, p>;
     const std::int64_t b = s_.batch_index[i];
-    V saved[kSlots<Cell>], extra[kMaxExtras], prev[kMaxStates], h = {}, dnew[kMaxStates];
-    V dx[Cell::gates], separate[Cell::gates], dprev[kMaxStates], dextra[kMaxExtras];
-    V* dr = Cell::separate_recurrent ? separate : dx;
-    load_step(i, unit, count, saved, prev);
+    const bool projected = Phase::Step::projects && layer_.sizes.projected;
+    V saved[kSlots<Cell>], extra[kMaxExtras], prev[kMaxStates], h = {}, dnew[Phase::sets];
+    V dx[Cell::gates] = {}, dr[Cell::gates + Phase::means], dprev[kMaxStates] = {}, dextra[kMaxExtras] = {};
+    T* const gates = gate_row(s_.dx_gates, i) + unit;
+    T* const to_extra = s_.dextra + (row0_ + b) * Cell::extras * H_ + unit;
+    const T* const row = this->saved_row(t_, b) + unit;
+    for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(row + v * padded_h_);
     for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h_ + unit);
-    if constexpr (Cell::saved == 0) h = load_some<V>(this->output(t_, b) + unit, count);
-    dnew[0] = dh;
-    for (int s = 1; s < Cell::states; ++s) dnew[s] = load<V>(carry(s, b) + unit);
-    Cell::backward(saved, extra, prev, h, dnew, dx, dr, dprev, dextra);
-
-    store_gates(gate_row(s_.dx_gates, i) + unit, dx, count);
-    if constexpr (Cell::separate_recurrent) store_gates(gate_row(s_.dr_gates, i) + unit, dr, count);
-    for (int e = 0; e < Cell::extras; ++e)
-      store_some<V>(s_.dextra + (row0_ + b) * Cell::extras * H_ + e * H_ + unit, dextra[e], count);
-    if (!layer_.sizes.projected) store(carry(0, b) + unit, dprev[0]);
-    for (int s = 1; s < Cell::states; ++s)
-      store(carry(s, b) + unit, this->cut(layer_.reverse, t_, b) ? zero<V>() : dprev[s]);
-    T* hidden = s_.hidden + (row0_ + b) * padded_h_ + unit;
-    if constexpr (Cell::late_gates > 0) store(hidden, Cell::scaled(saved, prev));
-    if constexpr (Cell::projects)
-      if (layer_.sizes.projected) store(hidden, Cell::hidden(saved));
-  }
-
-  // The early gates and the rest of dprev, once the gradient of the scaled h is known.
-  RNNKERN_INLINE void finish_late(std::int64_t i, std::int64_t unit, int count, V dscaled) const noexcept {
-    if constexpr (Cell::late_gates > 0) {
-      V saved[kSlots<Cell>], prev[kMaxStates], dx[Cell::gates];
-      load_step(i, unit, count, saved, prev);
-      T* dh = carry(0, s_.batch_index[i]) + unit;
-      T* gates = gate_row(s_.dx_gates, i) + unit;
-      V dprev = load<V>(dh);
-      for (int gate = 0; gate < Layout::early; ++gate) dx[gate] = load_some<V>(gates + gate * H_, count);
-      Cell::prepare_backward(saved, prev, &dscaled, dx, &dprev);
-      store(dh, dprev);
-      for (int gate = 0; gate < Layout::early; ++gate) store_some<V>(gates + gate * H_, dx[gate], count);
+    for (int s = Phase::Step::projects; s < Cell::states; ++s) prev[s] = load_some<V>(s_.prev[s][i] + unit, count);
+    if constexpr (Phase::is_last && Cell::saved == 0) h = load_some<V>(this->output(t_, b) + unit, count);
+    if constexpr (Phase::is_last) {
+      dnew[0] = dgiven[0];
+      for (int s = 1; s < Cell::states; ++s) dnew[s] = load<V>(carry(s, b) + unit);
+    } else {
+      for (int v = 0; v < Phase::sets; ++v) dnew[v] = dgiven[v];
+      for (int gate = 0; gate < Phase::end; ++gate) dx[gate] = load_some<V>(gates + gate * H_, count);
+      for (int s = 0; s < Cell::states; ++s) dprev[s] = load<V>(carry(s, b) + unit);
+      for (int e = 0; e < Cell::extras; ++e) dextra[e] = load_some<V>(to_extra + e * H_, count);
     }
-  }
+    backward_part<Cell, p>(saved, extra, prev, &h, dnew, dx, dr, dprev, dextra);
 
-  RNNKERN_INLINE void store_gates(T* row, const V* gates, int count) const noexcept {
-    for (int gate = 0; gate < Cell::gates; ++gate) store_some<V>(row + gate * H_, gates[gate], count);
+    for (int gate = 0; gate < Phase::end; ++gate) store_some<V>(gates + gate * H_, dx[gate], count);
+    if constexpr (Cell::separate_recurrent)
+      for (int gate = 0; gate < Phase::gates; ++gate)
+        store_some<V>(gate_row(s_.dr_gates, i) + (Phase::first + gate) * H_ + unit, dr[gate], count);
+    for (int k = 0; k < Phase::means; ++k) store(terms<p>(i) + k * padded_h_ + unit, dr[k]);
+    for (int e = 0; e < Cell::extras; ++e) store_some<V>(to_extra + e * H_, dextra[e], count);
+    if constexpr (Phase::feeds_product)
+      if (Phase::Step::last > p || projected)
+        store(s_.given[p] + (row0_ + b) * padded_h_ + unit, given_by_part<Cell, p>(saved, prev));
+    // Past a reset nothing goes to the step before; what a product adds to the gradient of h, it cuts.
+    const bool cut = p == 0 && this->cut(layer_.reverse, t_, b);
+    for (int s = projected; s < Cell::states; ++s)
+      store(carry(s, b) + unit, cut && (s > 0 || Phase::from == From::nothing) ? zero<V>() : dprev[s]);
   }
 
   std::int64_t t_ = 0, row0_ = 0;

@@ -124,8 +124,9 @@ struct ProbeKernel {
 
 struct CellEntry {
   const char* name;
-  int gates, states, saved, extras;
-  bool projects, two_products;
+  int gates, states, saved, extras, late_gates;  // as in cells.py, late_gates those of the phases behind the first
+  int kept[kMaxStates];                          // where backward finds each state: a slot of the saved values, -1: y
+  bool projects, separate_recurrent;
   CellKernels kernels[kFormats];
 };
 

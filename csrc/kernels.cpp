@@ -17,62 +17,46 @@ void multiply(const Worker& worker, std::int64_t count, const T* a, const T* b, 
   }
 }
 
-template <class Cell, class T, class OneLayer, template <class, class> class ScratchOf>
-void forward_as(const Stack& stack, Worker& worker) noexcept {
+// All layer-directions of a call, from the first or from the last on.
+template <class Cell, class T, class OneLayer, class Scratch>
+void run_layers(const Stack& stack, Worker& worker, bool backwards) noexcept {
   const FlushDenormals flush;
   Arena arena(stack.scratch);
-  const ScratchOf<Cell, T> scratch(arena, stack, worker.index);
+  const Scratch scratch(arena, stack, worker.index);
   Context<Cell, T> call{stack, worker};
-  for (int layer = 0; layer < stack.layer_count; ++layer) {
-    for (int direction = 0; direction < stack.directions; ++direction) {
-      const Layer& one = stack.layers[layer * stack.directions + direction];
-      call.advance(OneLayer(call, one, scratch).run());
-    }
-    if (stack.masks && layer + 1 < stack.layer_count && call.takes_part()) {
-      const Layer& first = stack.layers[layer * stack.directions];
-      multiply(worker, stack.steps * stack.batch * first.y_stride, static_cast<const T*>(first.y),
-               static_cast<const T*>(stack.masks[layer]), static_cast<T*>(stack.masked[layer]));
-      call.wait();
-    }
+  for (int i = 0; i < stack.layer_count; ++i) {
+    const int l = backwards ? stack.layer_count - 1 - i : i;
+    const Layer* const layer = stack.layers + l * stack.directions;
+    for (int direction = 0; direction < stack.directions; ++direction)
+      call.advance(OneLayer(call, layer[direction], scratch).run());
+    if (!stack.masks || i == stack.layer_count - 1 || !call.takes_part()) continue;
+    const std::int64_t rows = stack.steps * stack.batch;
+    if (backwards)
+      multiply(worker, rows * layer->sizes.inputs, static_cast<const T*>(layer->dx),
+               static_cast<const T*>(stack.masks[l - 1]), static_cast<T*>(layer->dx));
+    else
+      multiply(worker, rows * layer->y_stride, static_cast<const T*>(layer->y), static_cast<const T*>(stack.masks[l]),
+               static_cast<T*>(stack.masked[l]));
+    call.wait();
   }
 }
 
-template <class Cell, class Format>
+template <class Cell, class Format, class T = typename Format::T>
 void forward(void* context, Worker& worker) noexcept {
   const Stack& stack = *static_cast<const Stack*>(context);
-  using T = typename Format::T;
   if constexpr (kCanBeNarrow<Cell> && std::is_same_v<Format, AsStates<T>>)
-    if (is_narrow<Cell, T>(stack)) return forward_as<Cell, T, NarrowForward<Cell, T>, NarrowScratch>(stack, worker);
-  forward_as<Cell, T, ForwardLayer<Cell, Format>, ForwardScratch>(stack, worker);
-}
-
-template <class Cell, class T, template <class, class> class LayerOf>
-void backward_as(const Stack& stack, Worker& worker) noexcept {
-  const FlushDenormals flush;
-  Arena arena(stack.scratch);
-  const BackwardScratch<Cell, T> scratch(arena, stack, worker.index);
-  Context<Cell, T> call{stack, worker};
-  for (int layer = stack.layer_count - 1; layer >= 0; --layer) {
-    for (int direction = 0; direction < stack.directions; ++direction) {
-      const Layer& one = stack.layers[layer * stack.directions + direction];
-      call.advance(LayerOf<Cell, T>(call, one, scratch).run());
-    }
-    if (stack.masks && layer > 0 && call.takes_part()) {
-      const Layer& first = stack.layers[layer * stack.directions];
-      T* dx = static_cast<T*>(first.dx);
-      multiply(worker, stack.steps * stack.batch * first.sizes.inputs, dx,
-               static_cast<const T*>(stack.masks[layer - 1]), dx);
-      call.wait();
-    }
-  }
+    if (is_narrow<Cell, T>(stack))
+      return run_layers<Cell, T, NarrowForward<Cell, T>, NarrowScratch<Cell, T>>(stack, worker, false);
+  run_layers<Cell, T, ForwardLayer<Cell, Format>, ForwardScratch<Cell, T>>(stack, worker, false);
 }
 
 template <class Cell, class T>
 void backward(void* context, Worker& worker) noexcept {
+  using Scratch = BackwardScratch<Cell, T>;
   const Stack& stack = *static_cast<const Stack*>(context);
   if constexpr (kCanBeNarrow<Cell>)
-    if (is_narrow<Cell, T>(stack)) return backward_as<Cell, T, NarrowBackward>(stack, worker);
-  backward_as<Cell, T, BackwardLayer>(stack, worker);
+    if (is_narrow<Cell, T>(stack)) return run_layers<Cell, T, NarrowBackward<Cell, T>, Scratch>(stack, worker, true);
+  run_layers<Cell, T, BackwardLayer<Cell, T>, Scratch>(stack, worker, true);
 }
 
 template <class Cell, class T>
@@ -111,12 +95,10 @@ struct LinearScratch {
         Plain::elements<AsStates<T>>(call.outputs, call.inputs) + Plain::elements<AsStates<T>>(call.outputs, 1);
     const std::int64_t backward_size = Plain::elements<AsStates<T>>(call.inputs, call.outputs);
     packed = arena.take<T>(forward_size > backward_size ? forward_size : backward_size);
-    for (int i = 0; i < max_threads; ++i) {
-      const auto left_rows = arena.take<const T*>(call.rows), right_rows = arena.take<const T*>(call.rows);
-      const auto output_rows = arena.take<T*>(call.rows);
-      const auto columns = arena.take<T>(kOuterBuffer<T>);
-      if (i == worker_index) left = left_rows, right = right_rows, outputs = output_rows, buffer = columns;
-    }
+    arena.take_for_workers(max_threads, worker_index, [&] {
+      left = arena.take<const T*>(call.rows), right = arena.take<const T*>(call.rows);
+      outputs = arena.take<T*>(call.rows), buffer = arena.take<T>(kOuterBuffer<T>);
+    });
   }
 };
 
@@ -196,15 +178,19 @@ constexpr CellKernels kernels_of() noexcept {
 
 template <class Cell>
 constexpr CellEntry entry_of() noexcept {
-  return {
+  CellEntry entry{
       Cell::name,
       Cell::gates,
       Cell::states,
       Cell::saved,
       Cell::extras,
-      Cell::projects,
-      Cell::late_gates > 0,
+      Cell::gates - PhaseOf<Cell, 0>::gates,
+      {},
+      Cell::Step::projects,
+      Cell::separate_recurrent,
       {kernels_of<Cell, AsStates<float>>(), kernels_of<Cell, AsStates<double>>(), kernels_of<Cell, BFloat16Weights>()}};
+  for (int s = 0; s < Cell::states; ++s) entry.kept[s] = Cell::kept[s];
+  return entry;
 }
 
 template <class List>

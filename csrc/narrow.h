@@ -12,9 +12,9 @@
 namespace rnnkern {
 namespace {
 
-// One product a step suffices.
+// One product of h suffices for a step.
 template <class Cell>
-constexpr bool kCanBeNarrow = Cell::late_gates == 0;
+constexpr bool kCanBeNarrow = Cell::Step::last == 0 && PhaseOf<Cell, 0>::multiplies;
 
 // Is a layer worked on here? Where that takes fewer vectors. Measured on one core of a Zen 4 server, AVX-512, float32,
 // I = 2, inference against recurrence.h, for RNN, GRU and LSTM: 1.2x, 1.5x and 2.0x at B = 2, H = 1, 1.7x to 2.4x at
@@ -63,24 +63,23 @@ RNNKERN_INLINE void lanes_to_rows(const T* from, std::int64_t columns, int rows,
 template <class Loop, class Cell, class T>
 class Narrow : public Loop {
  protected:
-  using Loop::stack, Loop::worker, Loop::layer_;
+  using Loop::stack, Loop::worker, Loop::layer_, Loop::H_;
   using V = Vec<T>;
   static constexpr int lanes = kLanes<T>;
 
   using Loop::Loop;
 
-  std::int64_t H() const noexcept { return layer_.sizes.hidden; }
   std::int64_t vector_count() const noexcept { return divide_up(stack.batch, lanes); }
   Range vectors() const noexcept { return share(vector_count(), worker.index, worker.count); }
   int rows_of(std::int64_t vector) const noexcept {
     return static_cast<int>(smaller(stack.batch - vector * lanes, lanes));
   }
 
-  T* state(T* base, std::int64_t vector) const noexcept { return base + vector * H() * lanes; }
+  T* state(T* base, std::int64_t vector) const noexcept { return base + vector * H_ * lanes; }
 
   // [T, vectors, saved, H, lanes]
   T* saved(std::int64_t t, std::int64_t vector) const noexcept {
-    return static_cast<T*>(layer_.saved) + (t * vector_count() + vector) * Cell::saved * H() * lanes;
+    return static_cast<T*>(layer_.saved) + (t * vector_count() + vector) * Cell::saved * H_ * lanes;
   }
 
   // Lists a pointer for each lane, row(b); lanes past the last row repeat it.
@@ -93,12 +92,12 @@ class Narrow : public Loop {
   void enter_states(const void* const* given, T* const* states) const noexcept {
     for_elements(states, [&](int s, T& element, std::int64_t b, std::int64_t unit) {
       const T* from = static_cast<const T*>(given[s]);
-      element = from && b < stack.batch ? from[b * H() + unit] : T{0};
+      element = from && b < stack.batch ? from[b * H_ + unit] : T{0};
     });
   }
   void leave_states(T* const* states, void* const* to) const noexcept {
     for_elements(states, [&](int s, T& element, std::int64_t b, std::int64_t unit) {
-      if (b < stack.batch) static_cast<T*>(to[s])[b * H() + unit] = element;
+      if (b < stack.batch) static_cast<T*>(to[s])[b * H_ + unit] = element;
     });
   }
 
@@ -131,7 +130,7 @@ class Narrow : public Loop {
     const Range own = vectors();
     for (int s = 0; s < Cell::states; ++s)
       for (std::int64_t vector = own.begin; vector < own.end; ++vector)
-        for (std::int64_t unit = 0; unit < H(); ++unit)
+        for (std::int64_t unit = 0; unit < H_; ++unit)
           for (int l = 0; l < lanes; ++l) body(s, state(states[s], vector)[unit * lanes + l], vector * lanes + l, unit);
   }
 };
@@ -158,10 +157,8 @@ struct NarrowScratch {
       state[1][s] = s == 0 ? arena.take<T>(elements) : state[0][s];
     }
     gates = arena.take<T>(stack.block_steps * Cell::gates * elements);
-    for (int i = 0; i < stack.max_threads; ++i) {
-      T* const buffer = arena.take<T>(inputs * kNarrowSteps<Cell> * kLanes<T>);
-      if (i == worker_index) x = buffer;
-    }
+    arena.take_for_workers(stack.max_threads, worker_index,
+                           [&] { x = arena.take<T>(inputs * kNarrowSteps<Cell> * kLanes<T>); });
   }
 };
 
@@ -170,7 +167,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   using Loop = ForwardLoop<NarrowForward, Cell, T>;
   using Rows = Narrow<Loop, Cell, T>;
   using Base = Context<Cell, T>;
-  using Loop::now_, Loop::block_first_, Loop::time, Loop::output;
+  using Loop::now_, Loop::block_first_, Loop::time, Loop::output, Loop::H_;
   using Rows::stack, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state;
   friend Loop;
   using V = Vec<T>;
@@ -178,7 +175,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
 
  public:
   NarrowForward(const Base& context, const Layer& layer, const NarrowScratch<Cell, T>& scratch) noexcept
-      : Rows(context, layer), s_(scratch), packed_(layer, false), H_(layer.sizes.hidden) {}
+      : Rows(context, layer), s_(scratch), packed_(layer, false) {}
 
  private:
   void enter() noexcept {
@@ -255,14 +252,14 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
     for (std::int64_t unit = 0; unit < H_; ++unit) {
       V r[gates][1], input[gates], extra[kMaxExtras], prev[kMaxStates], next[kMaxStates], saved[kSlots<Cell>];
       for (int gate = 0; gate < gates; ++gate) {
-        r[gate][0] = set<V>(packed_.values(packed_.at.b_early)[gate * lanes + unit]);
+        r[gate][0] = set<V>(packed_.values(packed_.at.bias[0])[gate * lanes + unit]);
         input[gate] = load<V>(x + (gate * H_ + unit) * lanes);
       }
-      this->add_products(packed_.weights(packed_.at.w_early) + unit, gates * lanes, lanes, H_, before[0], r);
+      this->add_products(packed_.weights(packed_.at.weights[0]) + unit, gates * lanes, lanes, H_, before[0], r);
       for (int e = 0; e < Cell::extras; ++e)
         extra[e] = set<V>(packed_.values(packed_.at.extras)[e * padded<T>(H_) + unit]);
       for (int s = 0; s < Cell::states; ++s) prev[s] = load<V>(before[s] + unit * lanes);
-      Cell::forward(input, &r[0][0], extra, prev, next, saved);
+      forward_part<Cell, 0>(input, &r[0][0], extra, prev, next, saved);
       if (to_saved)
         for (int v = 0; v < Cell::saved; ++v) store(to_saved + (v * H_ + unit) * lanes, saved[v]);
       for (int s = 0; s < Cell::states; ++s) store(after[s] + unit * lanes, select<V>(active, next[s], prev[s]));
@@ -271,7 +268,6 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
 
   const NarrowScratch<Cell, T>& s_;
   const PackedWeights<Cell, AsStates<T>> packed_;
-  const std::int64_t H_;
 };
 
 // The carries are [vectors, H, lanes], in the room that BackwardScratch has for rows of whole vectors of units; gate
@@ -335,7 +331,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
     if (layer_.dy) gather(s.dy, [&](std::int64_t b) { return this->output_gradient_row(t, b); });
     if constexpr (Cell::saved == 0) gather(s.h, [&](std::int64_t b) { return this->output(t, b); });
     const bool alike = !stack.lengths && !stack.resets;  // all rows come from the same step
-    for (int state = Cell::projects; state < Cell::states; ++state) {
+    for (int state = Cell::Step::projects; state < Cell::states; ++state) {
       T* const to = s.prev[state];
       const bool before = alike && !this->is_first(t, 0);
       if (Cell::kept[state] != kInOutput && before)
@@ -375,16 +371,15 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
     for (std::int64_t unit = 0; unit < H_; ++unit) {
       const std::int64_t at = unit * lanes;
       V saved[kSlots<Cell>], extra[kMaxExtras], prev[kMaxStates], h = {}, dnew[kMaxStates];
-      V dx[gates], separate[gates], dprev[kMaxStates], dextra[kMaxExtras];
-      V* dr = Cell::separate_recurrent ? separate : dx;
+      V dx[gates] = {}, dr[gates], dprev[kMaxStates] = {}, dextra[kMaxExtras] = {};
       for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(from_saved + v * H_ * lanes + at);
       for (int e = 0; e < Cell::extras; ++e) extra[e] = set<V>(packed_.values(packed_.at.extras)[e * padded_h_ + unit]);
-      for (int one = Cell::projects; one < Cell::states; ++one) prev[one] = load<V>(s.prev[one] + at);
+      for (int one = Cell::Step::projects; one < Cell::states; ++one) prev[one] = load<V>(s.prev[one] + at);
       if constexpr (Cell::saved == 0) h = load<V>(s.h + at);
       for (int one = 0; one < Cell::states; ++one) dnew[one] = load<V>(carry[one] + at);
       const V dh = dnew[0];
       if (layer_.dy) dnew[0] = dh + load<V>(s.dy + at);
-      Cell::backward(saved, extra, prev, h, dnew, dx, dr, dprev, dextra);
+      backward_part<Cell, 0>(saved, extra, prev, &h, dnew, dx, dr, dprev, dextra);
 
       for (int gate = 0; gate < gates; ++gate) store(s.dx + gate * H_ * lanes + at, dx[gate]);
       if constexpr (Cell::separate_recurrent)
@@ -402,7 +397,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
     for_parts(H_, most, [&](std::int64_t first, std::int64_t count) {
       with_count<most>(count, [&]<int n>() RNNKERN_INLINE_LAMBDA {
         V sums[n][1] = {};
-        this->add_products(packed_.weights(packed_.at.w_early_t) + first, lanes, 1, gates * H_, dr, sums);
+        this->add_products(packed_.weights(packed_.at.weights_t[0]) + first, lanes, 1, gates * H_, dr, sums);
         for (int i = 0; i < n; ++i) {
           T* to = state(s_.carry[0], vector) + (first + i) * lanes;
           const V past = load<V>(to);

@@ -13,7 +13,7 @@
 #pragma once
 
 #include "formats.h"
-#include "kernel_table.h"
+#include "phases.h"
 
 namespace rnnkern {
 namespace {
@@ -127,37 +127,52 @@ void pack_panels(const Worker& worker, const T* source, std::int64_t units, std:
   }
 }
 
+// The product of a phase: of `depth` inputs, for `units` of as many outputs each as the phase has, `rows` in all.
+struct ProductSizes {
+  bool there;
+  std::int64_t depth, units, rows;
+};
+template <class Phase>
+constexpr ProductSizes product_of(const LayerSizes& sizes) noexcept {
+  const std::int64_t units = Phase::projects ? sizes.outputs : sizes.hidden;
+  return {Phase::multiplies && (!Phase::projects || sizes.projected),
+          Phase::from == From::h ? sizes.outputs : sizes.hidden, units, units * Phase::outputs};
+}
+
 // Where the parts of a packed layer-direction begin, in bytes; all are multiples of 64. Biases and extras are of the
 // type of states.
 template <class Cell, class Format>
 struct PackedLayout {
   using T = typename Format::T;
   using W = typename Format::W;
-  static constexpr int early = Cell::gates - Cell::late_gates, late = Cell::late_gates;
   using Input = PanelShape<Cell::gates>;
-  using Early = PanelShape<early>;
-  using Late = PanelShape<late == 0 ? 1 : late>;
 
-  std::int64_t w_ih, b_ih, w_early, b_early, w_late, b_late, w_hr, extras;  // forward
-  std::int64_t w_ih_t, w_early_t, w_late_t, w_hr_t;                         // backward: inputs and outputs exchanged
-  std::int64_t total;
+  std::int64_t b_ih, bias[Cell::Step::count], extras, w_ih, weights[Cell::Step::count];  // forward
+  std::int64_t w_ih_t, weights_t[Cell::Step::count];  // backward: inputs and outputs exchanged; behind the others,
+                                                      // which forward reads alike
+  std::int64_t total = 0;
 
   PackedLayout(const LayerSizes& sizes, bool training) noexcept {
     using Values = AsStates<T>;
-    const std::int64_t I = sizes.inputs, H = sizes.hidden, P = sizes.outputs;
-    total = 0;
-    w_ih = take<W>(Input::template elements<Format>(H, I));
+    const std::int64_t I = sizes.inputs, H = sizes.hidden;
     b_ih = take<T>(Input::template elements<Values>(H, 1));
-    w_early = take<W>(Early::template elements<Format>(H, P));
-    b_early = take<T>(Early::template elements<Values>(H, 1));
-    w_late = take<W>(late ? Late::template elements<Format>(H, H) : 0);
-    b_late = take<T>(late ? Late::template elements<Values>(H, 1) : 0);
-    w_hr = take<W>(sizes.projected ? Plain::elements<Format>(P, H) : 0);
+    for_each_phase<Cell>([&]<int p>() {
+      using Phase = PhaseOf<Cell, p>;
+      using Shape = PanelShape<Phase::outputs>;
+      bias[p] = take<T>(Phase::multiplies && !Phase::projects ? Shape::template elements<Values>(H, 1) : 0);
+    });
     extras = take<T>(Cell::extras * padded<T>(H));
+    w_ih = take<W>(Input::template elements<Format>(H, I));
+    for_each_phase<Cell>([&]<int p>() {
+      using Phase = PhaseOf<Cell, p>;
+      const ProductSizes of = product_of<Phase>(sizes);
+      weights[p] = take<W>(of.there ? PanelShape<Phase::outputs>::template elements<Format>(of.units, of.depth) : 0);
+    });
     w_ih_t = take<W>(training ? Plain::elements<Format>(I, Cell::gates * H) : 0);
-    w_early_t = take<W>(training ? Plain::elements<Format>(P, early * H) : 0);
-    w_late_t = take<W>(training && late ? Plain::elements<Format>(H, late * H) : 0);
-    w_hr_t = take<W>(training && sizes.projected ? Plain::elements<Format>(H, P) : 0);
+    for_each_phase<Cell>([&]<int p>() {
+      const ProductSizes of = product_of<PhaseOf<Cell, p>>(sizes);
+      weights_t[p] = take<W>(of.there && training ? Plain::elements<Format>(of.depth, of.rows) : 0);
+    });
   }
 
  private:
@@ -191,54 +206,54 @@ std::int64_t packed_bytes(const LayerSizes& sizes, bool training) noexcept {
   return PackedLayout<Cell, Format>(sizes, training).total;
 }
 
+// Biases and extras: little, and with zeros past the last unit.
+template <class Cell, class Format>
+void pack_values(const PackCall& call, const PackedLayout<Cell, Format>& at) noexcept {
+  using T = typename Format::T;
+  const Worker alone{0, 1, nullptr, nullptr, -1, nullptr};
+  const std::int64_t H = call.sizes.hidden;
+  char* out = static_cast<char*>(call.packed);
+  const auto values = [&](std::int64_t part) { return reinterpret_cast<T*>(out + part); };
+  std::memset(out, 0, static_cast<std::size_t>(at.w_ih));
+  const T* b_ih = static_cast<const T*>(call.weights.b_ih);
+  const T* b_hh = static_cast<const T*>(call.weights.b_hh);
+  if (b_ih) pack_panels<AsStates<T>, Cell::gates>(alone, b_ih, H, 1, H, 1, 1, values(at.b_ih));
+  for_each_phase<Cell>([&]<int p>() {
+    using Phase = PhaseOf<Cell, p>;
+    if constexpr (Phase::multiplies && !Phase::projects)
+      if (b_hh)
+        pack_panels<AsStates<T>, Phase::outputs>(alone, b_hh + Phase::first * H, H, 1, H, 1, 1, values(at.bias[p]));
+  });
+  for (int extra = 0; extra < Cell::extras; ++extra)
+    std::memcpy(values(at.extras) + extra * padded<T>(H), call.weights.extra[extra],
+                static_cast<std::size_t>(H) * sizeof(T));
+}
+
 template <class Cell, class Format>
 void pack_layer(void* context, Worker& worker) noexcept {
   using T = typename Format::T;
   using W = typename Format::W;
-  using Values = AsStates<T>;
-  using Layout = PackedLayout<Cell, Format>;
-  constexpr int gates = Cell::gates, early = Layout::early, late = Layout::late;
+  constexpr int gates = Cell::gates;
   const PackCall& call = *static_cast<const PackCall*>(context);
-  const Layout at(call.sizes, call.training);
-  const std::int64_t I = call.sizes.inputs, H = call.sizes.hidden, P = call.sizes.outputs;
-  char* out = static_cast<char*>(call.packed);
-  const auto weights = [&](std::int64_t part) { return reinterpret_cast<W*>(out + part); };
-  const auto values = [&](std::int64_t part) { return reinterpret_cast<T*>(out + part); };
-  const auto zero_fill = [&](std::int64_t begin, std::int64_t end) {
-    std::memset(out + begin, 0, static_cast<std::size_t>(end - begin));
-  };
+  const PackedLayout<Cell, Format> at(call.sizes, call.training);
+  const std::int64_t I = call.sizes.inputs, H = call.sizes.hidden;
+  const auto weights = [&](std::int64_t part) { return reinterpret_cast<W*>(static_cast<char*>(call.packed) + part); };
   const T* w_ih = static_cast<const T*>(call.weights.w_ih);
-  const T* w_hh = static_cast<const T*>(call.weights.w_hh);
-  const T* b_ih = static_cast<const T*>(call.weights.b_ih);
-  const T* b_hh = static_cast<const T*>(call.weights.b_hh);
-  const T* w_hr = static_cast<const T*>(call.weights.w_hr);
-
-  if (worker.index == 0) {
-    const Worker alone{0, 1, nullptr, nullptr, -1, nullptr};
-    zero_fill(at.b_ih, at.w_early);
-    zero_fill(at.b_early, at.w_late);
-    if (b_ih) pack_panels<Values, gates>(alone, b_ih, H, 1, H, 1, 1, values(at.b_ih));
-    if (b_hh) pack_panels<Values, early>(alone, b_hh, H, 1, H, 1, 1, values(at.b_early));
-    if constexpr (late > 0) {
-      zero_fill(at.b_late, at.w_hr);
-      if (b_hh) pack_panels<Values, late>(alone, b_hh + early * H, H, 1, H, 1, 1, values(at.b_late));
-    }
-    if constexpr (Cell::extras > 0) zero_fill(at.extras, at.w_ih_t);
-    for (int extra = 0; extra < Cell::extras; ++extra)
-      std::memcpy(values(at.extras) + extra * padded<T>(H), call.weights.extra[extra],
-                  static_cast<std::size_t>(H) * sizeof(T));
-  }
+  if (worker.index == 0) pack_values(call, at);
   pack_panels<Format, gates>(worker, w_ih, H, I, H * I, I, 1, weights(at.w_ih));
-  pack_panels<Format, early>(worker, w_hh, H, P, H * P, P, 1, weights(at.w_early));
-  if constexpr (late > 0)
-    pack_panels<Format, late>(worker, w_hh + early * H * P, H, H, H * P, P, 1, weights(at.w_late));
-  if (call.sizes.projected) pack_panels<Format, 1>(worker, w_hr, P, H, 0, H, 1, weights(at.w_hr));
-  if (!call.training) return;
-  pack_panels<Format, 1>(worker, w_ih, I, gates * H, 0, 1, I, weights(at.w_ih_t));
-  pack_panels<Format, 1>(worker, w_hh, P, early * H, 0, 1, P, weights(at.w_early_t));
-  if constexpr (late > 0)
-    pack_panels<Format, 1>(worker, w_hh + early * H * P, H, late * H, 0, 1, P, weights(at.w_late_t));
-  if (call.sizes.projected) pack_panels<Format, 1>(worker, w_hr, H, P, 0, 1, H, weights(at.w_hr_t));
+  if (call.training) pack_panels<Format, 1>(worker, w_ih, I, gates * H, 0, 1, I, weights(at.w_ih_t));
+  for_each_phase<Cell>([&]<int p>() {
+    using Phase = PhaseOf<Cell, p>;
+    if constexpr (Phase::multiplies) {
+      const ProductSizes of = product_of<Phase>(call.sizes);
+      if (!of.there) return;
+      const T* w = static_cast<const T*>(Phase::projects ? call.weights.w_hr : call.weights.w_hh);
+      if constexpr (!Phase::projects) w += Phase::first * H * of.depth;
+      pack_panels<Format, Phase::outputs>(worker, w, of.units, of.depth, of.units * of.depth, of.depth, 1,
+                                          weights(at.weights[p]));
+      if (call.training) pack_panels<Format, 1>(worker, w, of.depth, of.rows, 0, 1, of.depth, weights(at.weights_t[p]));
+    }
+  });
 }
 
 }  // namespace

@@ -79,21 +79,19 @@ void forward_steps(void* context, Worker& worker) noexcept {
   for (F32& one : extra) one = weight;
   for (std::int64_t repeat = 0; repeat < probe.repeats; ++repeat)
     for (std::int64_t unit = 0; unit < probe.elements; unit += kLanes<float>) {
-      F32 x[Cell::gates], r[Cell::gates], prev[kMaxStates], next[kMaxStates], saved[Cell::saved + 1];
+      F32 x[Cell::gates], r[Cell::gates], prev[kMaxStates], next[kMaxStates] = {}, saved[Cell::saved + 1];
       const F32 h = set<F32>(state[unit]);
       for (int s = 0; s < Cell::states; ++s) prev[s] = load<F32>(state + s * probe.elements + unit);
-      for (int gate = 0; gate < Cell::gates; ++gate) {
-        x[gate] = load<F32>(input + gate * probe.elements + unit);
-        r[gate] = fma(h, weight, weight);
-      }
-      if constexpr (Cell::late_gates > 0) {
-        F32 scaled;
-        Cell::prepare(x, r, prev, &scaled, saved);
-        use(scaled);
-        for (int gate = Cell::gates - Cell::late_gates; gate < Cell::gates; ++gate)
-          r[gate] = fma(set<F32>(scaled[0]), weight, weight);
-      }
-      Cell::forward(x, r, extra, prev, next, saved);
+      for (int gate = 0; gate < Cell::gates; ++gate) x[gate] = load<F32>(input + gate * probe.elements + unit);
+      for_each_phase<Cell>([&]<int p>() RNNKERN_INLINE_LAMBDA {
+        using Phase = PhaseOf<Cell, p>;
+        if constexpr (!Phase::projects) {
+          const F32 taken = p == 0 ? h : set<F32>(next[0][0]);
+          for (F32& result : r) result = fma(taken, weight, weight);
+          forward_part<Cell, p>(x + Phase::first, r, extra, prev, next, saved);
+          if constexpr (!Phase::is_last) use(next[0]);
+        }
+      });
       for (int s = 0; s < Cell::states; ++s) store(state + s * probe.elements + unit, next[s]);
       __asm__ volatile("" : : : "memory");  // the next step loads what this one has stored
     }
@@ -114,15 +112,17 @@ void backward_steps(void* context, Worker& worker) noexcept {
   for (F32& one : prev) one = weight;
   for (std::int64_t repeat = 0; repeat < probe.repeats; ++repeat)
     for (std::int64_t unit = 0; unit < probe.elements; unit += kLanes<float>) {
-      F32 saved[Cell::saved + 1], dnew[kMaxStates], dx[Cell::gates], dr[Cell::gates], dprev[kMaxStates],
-          dextra[kMaxExtras];
+      F32 saved[Cell::saved + 1], dnew[kMaxStates], dx[Cell::gates] = {}, dr[Cell::gates], dprev[kMaxStates] = {},
+                                                    dextra[kMaxExtras] = {};
       for (int v = 0; v < Cell::saved; ++v) saved[v] = load<F32>(kept + v * probe.elements + unit);
       for (int s = 0; s < Cell::states; ++s) dnew[s] = load<F32>(gradient + s * probe.elements + unit);
-      Cell::backward(saved, extra, prev, weight, dnew, dx, dr, dprev, dextra);
-      if constexpr (Cell::late_gates > 0) {
-        const F32 dscaled = set<F32>(dx[Cell::gates - 1][0]) * weight;
-        Cell::prepare_backward(saved, prev, &dscaled, dx, dprev);
-      }
+      for_each_phase_backwards<Cell>([&]<int p>() RNNKERN_INLINE_LAMBDA {
+        using Phase = PhaseOf<Cell, p>;
+        if constexpr (!Phase::projects) {
+          if constexpr (!Phase::is_last) dnew[0] = set<F32>(dx[Phase::end][0]) * weight;
+          backward_part<Cell, p>(saved, extra, prev, &weight, dnew, dx, dr, dprev, dextra);
+        }
+      });
       // The shortest chain through the sum over the gates: products first, then pairs.
       F32 carry[Cell::gates];
       for (int gate = 0; gate < Cell::gates; ++gate) {

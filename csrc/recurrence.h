@@ -24,6 +24,19 @@ class Arena {
   }
   std::int64_t used() const noexcept { return used_; }
 
+  // What body takes, once for each worker; leaves what is worker `own`'s.
+  template <class Body>
+  RNNKERN_INLINE void take_for_workers(int workers, int own, Body&& body) noexcept {
+    const std::int64_t begin = used_;
+    body();
+    const std::int64_t size = used_ - begin;
+    if (own > 0) {
+      used_ = begin + own * size;
+      body();
+    }
+    used_ = begin + workers * size;
+  }
+
  private:
   char* base_;
   std::int64_t used_ = 0;
@@ -115,6 +128,23 @@ struct StateShape {
   }
 };
 
+// Vectors that phase p gives to the one behind it, if this layer has that.
+template <class Cell, int p>
+constexpr int given_in(const LayerSizes& sizes) noexcept {
+  return !Cell::Step::projects || p < Cell::Step::last || sizes.projected ? PhaseOf<Cell, p>::given : 0;
+}
+
+// The mean of a row of units, in each lane.
+template <class V>
+V mean_of_units(const Scalar<V>* row, std::int64_t units) noexcept {
+  V total = zero<V>();
+  for (std::int64_t unit = 0; unit < units; unit += kLanes<Scalar<V>>)
+    total += load_some<V>(row + unit, static_cast<int>(smaller(units - unit, kLanes<Scalar<V>>)));
+  Scalar<V> sum = 0;
+  for (int l = 0; l < kLanes<Scalar<V>>; ++l) sum += total[l];
+  return set<V>(sum / static_cast<Scalar<V>>(units));
+}
+
 // Values of a saved row while the step works: the input's share of the gates is overwritten by what is saved.
 template <class Cell>
 constexpr int kSlots = Cell::saved > Cell::gates ? Cell::saved : Cell::gates;
@@ -139,58 +169,75 @@ void leave_states(Range own, const StateShape<Cell, T>& shape, const T* const* s
 
 template <class Cell, class T>
 struct ForwardScratch {
-  T* state[2][Cell::states];  // [B, stride]: before and after a step; the same memory where no product reads it
-  T* hidden;                  // [B, padded H]: h before the projection, or the scaled h of a late product
-  T* zeros;                   // [padded H]
-  T* gates;                   // [block_steps, B, slots, padded H]
+  T* state[2][Cell::states];    // [B, stride]: before and after a step; the same memory where no product reads it
+  T* given[Cell::Step::count];  // [B, vectors, padded H]: what a phase gives to the one behind it
+  T* zeros;                     // [padded H]
+  T* gates;                     // [block_steps, B, slots, padded H]
   // Of one worker: rows of a block, rows of a step.
   const T** block_inputs;
   T** block_gates;
-  const T **prev[Cell::states], **hidden_rows;
+  const T **prev[Cell::states], **step_inputs;
   T** step_gates;
   std::int64_t* batch_index;
 
   ForwardScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
     const StateShape<Cell, T> shape(stack.layers[0].sizes);
     const std::int64_t padded_h = padded<T>(stack.layers[0].sizes.hidden);
-    bool own_gates = false, two_products = Cell::late_gates > 0;
-    for (int i = 0; i < stack.layer_count * stack.directions; ++i) {
-      const Layer& layer = stack.layers[i];
-      own_gates |= layer.saved == nullptr;
-      two_products |= layer.sizes.projected;
-    }
+    bool own_gates = false;
+    for (int i = 0; i < stack.layer_count * stack.directions; ++i) own_gates |= stack.layers[i].saved == nullptr;
     const std::int64_t B = stack.batch, rows = stack.block_steps * B;
     for (int s = 0; s < Cell::states; ++s) {
       state[0][s] = arena.take<T>(B * shape.stride[s]);
       state[1][s] = s == 0 ? arena.take<T>(B * shape.stride[s]) : state[0][s];
     }
-    hidden = arena.take<T>(two_products ? B * padded_h : 0);
+    for_each_phase<Cell>(
+        [&]<int p>() { given[p] = arena.take<T>(B * given_in<Cell, p>(stack.layers[0].sizes) * padded_h); });
     zeros = arena.take<T>(padded_h);
     gates = arena.take<T>(own_gates ? rows * kSlots<Cell> * padded_h : 0);
-    for (int i = 0; i < stack.max_threads; ++i) {
-      const auto inputs = arena.take<const T*>(rows);
-      const auto gate_rows = arena.take<T*>(rows);
-      const T** prev_rows[Cell::states];
-      for (auto& one : prev_rows) one = arena.take<const T*>(B);
-      const auto hidden_of_rows = arena.take<const T*>(B);
-      const auto step_rows = arena.take<T*>(B);
-      const auto indices = arena.take<std::int64_t>(B);
-      if (i != worker_index) continue;
-      block_inputs = inputs, block_gates = gate_rows;
-      for (int s = 0; s < Cell::states; ++s) prev[s] = prev_rows[s];
-      hidden_rows = hidden_of_rows, step_gates = step_rows, batch_index = indices;
-    }
+    arena.take_for_workers(stack.max_threads, worker_index, [&]() RNNKERN_INLINE_LAMBDA {
+      block_inputs = arena.take<const T*>(rows), block_gates = arena.take<T*>(rows);
+      for (const T**& one : prev) one = arena.take<const T*>(B);
+      step_inputs = arena.take<const T*>(B), step_gates = arena.take<T*>(B);
+      batch_index = arena.take<std::int64_t>(B);
+    });
   }
+};
+
+// A layer-direction of a call, seen by one worker.
+template <class Cell, class T>
+class LayerContext : protected Context<Cell, T> {
+ protected:
+  using Base = Context<Cell, T>;
+  using Base::stack;
+
+  LayerContext(const Base& context, const Layer& layer) noexcept : Base(context), layer_(layer) {}
+
+  std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? stack.steps - 1 - step : step; }
+
+  const T* input(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
+  }
+  T* output(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<T*>(layer_.y) + (t * stack.batch + b) * layer_.y_stride;
+  }
+  // Saved values are [T, B, saved, padded H].
+  T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
+  }
+
+  const Layer& layer_;
+  const std::int64_t H_ = layer_.sizes.hidden, P_ = layer_.sizes.outputs, padded_h_ = padded<T>(H_);
+  const StateShape<Cell, T> shape_{layer_.sizes};
+  std::int64_t block_first_ = 0;  // steps before the block at hand
 };
 
 // The time loop of forward. Steps says what a block and a step are: enter, add_input_share, step, leave.
 template <class Steps, class Cell, class T>
-class ForwardLoop : protected Context<Cell, T> {
+class ForwardLoop : protected LayerContext<Cell, T> {
  public:
   using Base = Context<Cell, T>;
-  using Base::stack;
-
-  ForwardLoop(const Base& context, const Layer& layer) noexcept : Base(context), layer_(layer) {}
+  using Loop = LayerContext<Cell, T>;
+  using Loop::stack, Loop::block_first_, Loop::Loop;
 
   // Returns where the call has come to.
   const Base& run() noexcept {
@@ -207,7 +254,7 @@ class ForwardLoop : protected Context<Cell, T> {
       for (std::int64_t i = first; i < first + count; ++i, now_ = 1 - now_) {
         this->begin();
         if (!this->takes_part()) continue;
-        steps.step(time(i));
+        steps.step(this->time(i));
         this->wait_if_units();
       }
     }
@@ -216,19 +263,7 @@ class ForwardLoop : protected Context<Cell, T> {
   }
 
  protected:
-  std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? stack.steps - 1 - step : step; }
-
-  T* output(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<T*>(layer_.y) + (t * stack.batch + b) * layer_.y_stride;
-  }
-
-  const T* input(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
-  }
-
-  const Layer& layer_;
-  int now_ = 0;                   // which of two states is the one before the step
-  std::int64_t block_first_ = 0;  // steps done before this block
+  int now_ = 0;  // which of two states is the one before the step
 };
 
 template <class Cell, class Format>
@@ -237,23 +272,16 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
   using Loop = ForwardLoop<ForwardLayer, Cell, T>;
   using Base = Context<Cell, T>;
   using Base::stack, Base::worker, Base::lanes;
-  using Loop::layer_, Loop::now_, Loop::block_first_, Loop::time, Loop::input, Loop::output;
+  using Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::now_, Loop::block_first_;
+  using Loop::time, Loop::output;
   friend Loop;
   using V = Vec<T>;
   using Layout = PackedLayout<Cell, Format>;
   static constexpr int slots = kSlots<Cell>;
-  static_assert(Cell::saved == 0 || Cell::saved >= Cell::gates, "the gates' input share needs the saved row");
 
  public:
   ForwardLayer(const Base& context, const Layer& layer, const ForwardScratch<Cell, T>& scratch) noexcept
-      : Loop(context, layer),
-        s_(scratch),
-        packed_(layer, false),
-        H_(layer.sizes.hidden),
-        P_(layer.sizes.outputs),
-        padded_h_(padded<T>(H_)),
-        shape_(layer.sizes),
-        keep_(layer.saved != nullptr && Cell::saved > 0) {}
+      : Loop(context, layer), s_(scratch), packed_(layer, false), keep_(layer.saved != nullptr && Cell::saved > 0) {}
 
  private:
   void enter() noexcept {
@@ -265,7 +293,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
   void leave() noexcept { leave_states<Cell, T>(this->rows_to_own(), shape_, s_.state[now_], layer_.last); }
 
   T* gates(std::int64_t t, std::int64_t b) const noexcept {
-    if (keep_) return static_cast<T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
+    if (keep_) return this->saved_row(t, b);
     const std::int64_t step = time(t) - block_first_;
     return s_.gates + (step * stack.batch + b) * slots * padded_h_;
   }
@@ -279,7 +307,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
       const std::int64_t t = time(i);
       for (std::int64_t b = own.begin; b < own.end; ++b) {
         if (t >= this->length(b)) continue;
-        s_.block_inputs[rows] = input(t, b);
+        s_.block_inputs[rows] = this->input(t, b);
         s_.block_gates[rows++] = gates(t, b);
       }
     }
@@ -298,48 +326,44 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
 
   void step(std::int64_t t) noexcept {
     const std::int64_t rows = list_rows(t);
-    using Early = typename Layout::Early;
-    const Panels panels = this->panels(Early::template panels<T>(H_), now_ == 1);
-    product<Format, Early>(rows, s_.prev[0], P_, packed_.weights(packed_.at.w_early),
-                           packed_.values(packed_.at.b_early), H_, panels,
-                           [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                             for (int sub = 0; sub < Early::subs; ++sub) {
-                               const std::int64_t unit = (panel * Early::subs + sub) * lanes;
-                               if (unit >= padded_h_) break;
-                               V r[Cell::gates];
-                               for (int gate = 0; gate < Layout::early; ++gate)
-                                 r[gate] = sum[sub * Layout::early + gate];
-                               if constexpr (Cell::late_gates > 0)
-                                 prepare(i, unit, r);
-                               else
-                                 finish(t, i, unit, r);
-                             }
-                           });
-    if constexpr (Cell::late_gates > 0) {
-      using Late = typename Layout::Late;
-      this->wait_if_units();
-      const Panels late = this->panels(Late::template panels<T>(H_), now_ == 1);
-      product<Format, Late>(rows, s_.hidden_rows, H_, packed_.weights(packed_.at.w_late),
-                            packed_.values(packed_.at.b_late), H_, late,
-                            [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                              for (int sub = 0; sub < Late::subs; ++sub) {
-                                const std::int64_t unit = (panel * Late::subs + sub) * lanes;
-                                if (unit >= padded_h_) break;
-                                V r[Cell::gates] = {};
-                                for (int gate = 0; gate < Cell::late_gates; ++gate)
-                                  r[Layout::early + gate] = sum[sub * Cell::late_gates + gate];
-                                finish(t, i, unit, r);
-                              }
-                            });
-    }
-    if (layer_.sizes.projected) {
-      this->wait_if_units();
-      const Panels plain = this->panels(Plain::panels<T>(P_), now_ == 1);
-      product<Format, Plain>(rows, s_.hidden_rows, H_, packed_.weights(packed_.at.w_hr), nullptr, P_, plain,
-                             [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                               for_plain_vectors<T>(
-                                   panel, P_, [&](int v, std::int64_t unit, int) { store_h(t, i, unit, sum[v]); });
-                             });
+    for_each_phase<Cell>([&]<int p>() RNNKERN_INLINE_LAMBDA { run_phase<p>(t, rows); });
+  }
+
+  template <int p>
+  RNNKERN_INLINE void run_phase(std::int64_t t, std::int64_t rows) noexcept {
+    using Phase = PhaseOf<Cell, p>;
+    using Shape = PanelShape<Phase::outputs>;
+    const ProductSizes of = product_of<Phase>(layer_.sizes);
+    if (Phase::projects && !of.there) return;
+    if constexpr (p > 0) this->wait_if_units();
+    const Panels panels = this->panels(Shape::template panels<T>(of.units), now_ == 1);
+    const auto done = [&](std::int64_t i, std::int64_t panel, const V* results, int step) RNNKERN_INLINE_LAMBDA {
+      for (int sub = 0; sub < Shape::subs; ++sub) {
+        const std::int64_t unit = (panel * Shape::subs + sub) * lanes;
+        if (unit >= of.units) break;
+        if constexpr (Phase::projects)
+          store_h(t, i, unit, results[sub]);
+        else
+          run_part<p>(t, i, unit, results + sub * step);
+      }
+    };
+    if constexpr (Phase::multiplies) {
+      const T* const* inputs = s_.prev[0];
+      if constexpr (p > 0) {
+        for (std::int64_t i = 0; i < rows; ++i) s_.step_inputs[i] = given<p - 1>(i);
+        inputs = s_.step_inputs;
+      }
+      product<Format, Shape>(rows, inputs, of.depth, packed_.weights(packed_.at.weights[p]),
+                             Phase::projects ? nullptr : packed_.values(packed_.at.bias[p]), of.units, panels,
+                             [&](std::int64_t i, std::int64_t panel, const V* sum)
+                                 RNNKERN_INLINE_LAMBDA { done(i, panel, sum, Phase::outputs); });
+    } else {
+      for (std::int64_t i = 0; i < rows; ++i) {
+        V means[Phase::means + 1];
+        if constexpr (p > 0)
+          for (int k = 0; k < Phase::means; ++k) means[k] = mean_of_units<V>(given<p - 1>(i) + k * padded_h_, H_);
+        for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) done(i, panel, means, 0);
+      }
     }
   }
 
@@ -358,42 +382,42 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
       const bool cut = this->cut(layer_.reverse, t, b);
       for (int s = 0; s < Cell::states; ++s)
         s_.prev[s][rows] = cut ? s_.zeros : s_.state[now_][s] + b * shape_.stride[s];
-      s_.hidden_rows[rows] = s_.hidden + b * padded_h_;
       s_.step_gates[rows] = gates(t, b);
       s_.batch_index[rows++] = b;
     }
     return rows;
   }
 
-  // In a cell with late gates the saved row holds, while the step works, what `prepare` has saved of the early gates
-  // and still the input's share of the late ones.
-  RNNKERN_INLINE void prepare(std::int64_t i, std::int64_t unit, const V* r) const noexcept {
-    if constexpr (Cell::late_gates > 0) {
-      T* row = s_.step_gates[i] + unit;
-      V x[Cell::gates], saved[slots], scaled;
-      for (int gate = 0; gate < Layout::early; ++gate) x[gate] = load<V>(row + gate * padded_h_);
-      const V prev = load<V>(s_.prev[0][i] + unit);
-      Cell::prepare(x, r, &prev, &scaled, saved);
-      for (int gate = 0; gate < Layout::early; ++gate) store(row + gate * padded_h_, saved[gate]);
-      store(s_.hidden + s_.batch_index[i] * padded_h_ + unit, scaled);
-    }
+  // What phase p gives for row i, [vectors, padded H].
+  template <int p>
+  T* given(std::int64_t i) const noexcept {
+    return s_.given[p] + s_.batch_index[i] * PhaseOf<Cell, p>::given * padded_h_;
   }
 
-  RNNKERN_INLINE void finish(std::int64_t t, std::int64_t i, std::int64_t unit, const V* r) const noexcept {
+  // The elementwise part of phase p for a vector of units. While the step works, the saved row holds what earlier
+  // phases have saved, and still the input's share of the gates of this phase and later ones.
+  template <int p>
+  RNNKERN_INLINE void run_part(std::int64_t t, std::int64_t i, std::int64_t unit, const V* r) const noexcept {
+    using Phase = PhaseOf<Cell, p>;
     T* row = s_.step_gates[i] + unit;
-    V x[Cell::gates], extra[kMaxExtras], prev[kMaxStates], next[kMaxStates], saved[slots];
-    for (int gate = 0; gate < Cell::gates; ++gate) saved[gate] = x[gate] = load<V>(row + gate * padded_h_);
+    V x[Cell::gates], extra[kMaxExtras], prev[kMaxStates], next[Phase::sets], saved[slots];
+    for (int v = 0; v < Phase::first; ++v) saved[v] = load<V>(row + v * padded_h_);
+    for (int gate = 0; gate < Phase::gates; ++gate) x[gate] = load<V>(row + (Phase::first + gate) * padded_h_);
     for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h_ + unit);
-    for (int s = Cell::projects; s < Cell::states; ++s) prev[s] = load<V>(s_.prev[s][i] + unit);
-    Cell::forward(x, r, extra, prev, next, saved);
-    if (keep_)
-      for (int v = 0; v < Cell::saved; ++v) store(row + v * padded_h_, saved[v]);
-    for (int s = 1; s < Cell::states; ++s)
-      store(s_.state[1 - now_][s] + s_.batch_index[i] * shape_.stride[s] + unit, next[s]);
-    if (layer_.sizes.projected)
-      store(s_.hidden + s_.batch_index[i] * padded_h_ + unit, next[0]);
-    else
-      store_h(t, i, unit, next[0]);
+    for (int s = Cell::Step::projects; s < Cell::states; ++s) prev[s] = load<V>(s_.prev[s][i] + unit);
+    forward_part<Cell, p>(x, r, extra, prev, next, saved);
+    if (keep_ || !Phase::is_last)
+      for (int v = 0; v < Phase::saves; ++v) store(row + v * padded_h_, saved[v]);
+    if constexpr (Phase::is_last) {
+      for (int s = 1; s < Cell::states; ++s)
+        store(s_.state[1 - now_][s] + s_.batch_index[i] * shape_.stride[s] + unit, next[s]);
+      if (Cell::Step::projects && layer_.sizes.projected)
+        store(given<p>(i) + unit, next[0]);
+      else
+        store_h(t, i, unit, next[0]);
+    } else {
+      for (int v = 0; v < Phase::given; ++v) store(given<p>(i) + v * padded_h_ + unit, next[v]);
+    }
   }
 
   RNNKERN_INLINE void store_h(std::int64_t t, std::int64_t i, std::int64_t unit, V h) const noexcept {
@@ -404,8 +428,6 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
 
   const ForwardScratch<Cell, T>& s_;
   const PackedWeights<Cell, Format> packed_;
-  const std::int64_t H_, P_, padded_h_;
-  const StateShape<Cell, T> shape_;
   const bool keep_;
 };
 
