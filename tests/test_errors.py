@@ -301,6 +301,7 @@ def test_the_result_of_a_layer_is_no_array():
     for result in (layer(x), layer.forward(x), rk.LSTM(3, 3)(x), layer.freeze()(x), layer(np.zeros((5, 3)))):
         for call in (layer, layer.freeze(), layer.forward, head, head.forward, lambda y: rk.mse(y, x)):
             check(TypeError, r"expected an array, got a tuple.*\(y, state\); pass y", call, result)
+    check(TypeError, r"state: expected one array, h, got a tuple of 2", layer, x, (x, x))
     pair = np.zeros((2, 3)), np.ones((2, 3))
     assert head(pair).shape == (2, 2, 3)
 

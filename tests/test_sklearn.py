@@ -237,7 +237,7 @@ def test_a_model_of_one_feature_takes_sequences_of_any_length():
         ([[1.0, 2.0], [3.0, np.nan]], r"X\[1\]: .* NaN at step 1; .* pass a list of sequences \(T_i, I\)"),
         ([np.ones((2, 3)), np.ones((2, 4))], r"X\[1\]: .*, got \(2, 4\); steps come first: .* pass \[x.T for x in X\]"),
         ([np.ones((3, 2)), np.ones((2, 2)) * 1j], "Complex data not supported"),
-        ([np.array(["a", "b"]), np.array(["c"])], "could not convert string to float"),
+        ([np.ones(2), np.array(["c"])], r"X\[1\]: expected numbers, got .*: could not convert string to float"),
         ([np.ones((3, 2))], "inconsistent numbers of samples.*: X is read as 1 sequences"),
         ([], "Expected 2D array, got 1D array"),
     ],
@@ -250,6 +250,30 @@ def test_what_is_no_list_of_sequences_is_refused(X, message):
         model = RNNClassifier(2, max_iter=1).fit(np.ones((2, 3, 2)), [0, 1])
         with pytest.raises(ValueError, match=message):
             model.predict(X)
+
+
+def test_an_iterator_is_refused():
+    """It could be read once only."""
+    with pytest.raises(TypeError, match=r"X: expected a list of sequences or an array, got generator; pass list\(X\)"):
+        RNNClassifier().fit((x for x in [np.ones((3, 2))] * 2), [0, 1])
+
+
+def test_frames_have_the_columns_of_the_first_in_its_order():
+    """In fit, and afterwards those of fit; arrays have no names."""
+    pandas = pytest.importorskip("pandas")
+    X, y, _ = sequences(12)
+    frames = [pandas.DataFrame(x, columns=["a", "b"]) for x in X]
+    model = RNNClassifier(4, max_iter=2, tol=-1, n_iter_no_change=2, random_state=0).fit(frames, y)
+    assert model.feature_names_in_.tolist() == ["a", "b"]
+    assert np.array_equal(model.predict(frames), model.predict(X))
+    for mixed in ([*frames[:5], frames[5][["b", "a"]]], [frames[0], frames[1].rename(columns={"b": "c"})]):
+        with pytest.raises(ValueError, match=r"X\[\d\]: expected the columns \['a', 'b'\], as X\[0\] has, got"):
+            model.predict(mixed)
+    with pytest.raises(
+        ValueError, match=r"X: expected sequences of the columns \['a', 'b'\], as in fit, got \['b', 'a'\]"
+    ):
+        model.predict([one[["b", "a"]] for one in frames])
+    assert not hasattr(model.fit(X, y), "feature_names_in_")
 
 
 def test_a_frame_of_series_is_refused():
@@ -372,6 +396,10 @@ def test_several_numbers_at_once():
     assert model.fit(X, y[:, :1]).predict(X).shape == (200, 1)
     with pytest.raises(ValueError, match=r"y: expected shape \(200, 1\), got \(200, 3\)"):
         model.partial_fit(X, y)
+    with pytest.raises(
+        ValueError, match=r"y: expected targets \(N,\) or \(N, K\), got shape \(200, 3, 1\); for one at each"
+    ):
+        model.fit(X, y[..., None])
 
 
 @pytest.mark.parametrize("labels", [(False, True), (-1, 7), ("no", "yes"), (2.0, 3.0)], ids=str)

@@ -1210,6 +1210,11 @@ def test_a_layer_is_made_of_torchs_own_modules_and_of_no_others():
     torch.testing.assert_close(torch.from_numpy(rt.to_layer(module)(x.numpy())[0]), module(x)[0].detach())
     with pytest.raises(TypeError, match=r"module: expected an RNN, LSTM or GRU .*, got Linear"):
         rt.to_layer(torch.nn.Linear(3, 4))
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    torch.testing.assert_close(torch.from_numpy(rt.to_layer(module)(x.numpy())[0]), module(x)[0].detach())
+    prune = pytest.importorskip("torch.nn.utils.prune")
+    with pytest.raises(NotImplementedError, match="module: expected weight_ih_l0 as a parameter, got one that a hook"):
+        rt.to_layer(prune.l1_unstructured(torch.nn.GRU(3, 4), "weight_ih_l0", 0.5))
     for wrong in ({"dtype": torch.bfloat16}, {"device": "meta"}):
         with pytest.raises(NotImplementedError, match=r"module: expected .* got weight_ih_l0 of"):
             rt.to_layer(torch.nn.GRU(3, 4, **wrong))

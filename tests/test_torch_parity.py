@@ -190,5 +190,5 @@ def test_tensors_are_inputs(torch):
     layer = rk.GRU(3, 4)
     x = torch.rand(5, 2, 3)
     assert np.array_equal(layer(x)[0], layer(x.numpy())[0])
-    with pytest.raises(TypeError, match=r"x: expected an array on the CPU, got Tensor: .*gradient"):
+    with pytest.raises(TypeError, match=r"x: expected an array on the CPU, got Tensor of torch.float32: .*gradient"):
         layer(x.requires_grad_())

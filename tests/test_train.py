@@ -442,6 +442,7 @@ def test_a_wrong_step_changes_nothing() -> None:
             r"grads\[0\]\['b'\]: expected float64 of shape \(2, 2\), got float64 of shape \(4,\)",
         ),
         (good | {"b": np.ones((2, 2), np.float32)}, r"grads\[0\]\['b'\]: expected float64"),
+        (parameters, r"grads\[0\]: expected gradients, as backward returns, got the parameters"),
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.step(grads)

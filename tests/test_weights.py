@@ -8,6 +8,7 @@ import fcntl
 import io
 import json
 import os
+import pickle
 import socket
 import stat
 import subprocess
@@ -371,6 +372,21 @@ def test_a_file_of_numpy_is_refused(tmp_path: Path, writer: Any) -> None:
     with path.open("wb") as file:
         writer(file, np.ones(3))
     with pytest.raises(ValueError, match=rf"state\.npz: .* of numpy\.{writer.__name__[:4]}.*numpy\.load\(path\)"):
+        rk.load(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x89HDF\r\n\x1a\n", r"Keras: .* rnnkern\.convert\.from_keras"),
+        (pickle.dumps([1]), r"a pickle: pickle\.load"),
+    ],
+    ids=["hdf5", "pickle"],
+)
+def test_a_file_of_another_program_is_refused(path: Path, data: bytes, message: str) -> None:
+    """Which the message names."""
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
         rk.load(path)
 
 

@@ -100,7 +100,8 @@ def as_array(name: str, value: object) -> Array:
         try:
             return np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(f"{name}: expected an array on the CPU, got {type(value).__name__}: {error}") from error
+            got = f"{type(value).__name__} of {getattr(value, 'dtype', 'an unknown dtype')}"
+            raise TypeError(f"{name}: expected an array on the CPU, got {got}: {error}") from error
     if _is_result(value):
         raise TypeError(f"{name}: expected an array, got a tuple, as a layer returns it: (y, state); pass y alone")
     try:
@@ -241,6 +242,8 @@ class Signature:
         if value is None:
             return None
         if len(self.state_sizes) == 1:
+            if _is_result(value):
+                raise TypeError(f"{name}: expected one array, {self.state_names[0]}, got a tuple of {len(value)}")
             values: Sequence[Any] = (value,)
             names: tuple[str, ...] = (name,)
         else:

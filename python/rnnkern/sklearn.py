@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
         'rnnkern.sklearn needs scikit-learn 1.6 or newer: python -m pip install "scikit-learn>=1.6"'
     ) from error
 
-from .arguments import as_array, integer
+from .arguments import as_array, describe, integer
 from .layers import Recurrent
 from .terminal import Terminal
 from .train import Adam, Linear, _fraction, _number, _positive, clip_grad_norm
@@ -194,13 +194,18 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
         """The steps (S, I) of all sequences of X, and the lengths (N,); unless `fresh`, of the features there were."""
         several = _several(X)
         if several is not None:
-            steps, lengths = several
+            steps, lengths, columns = several
             steps = check_array(steps, dtype=FLOATS, ensure_all_finite=False, input_name="X", estimator=self)
             if fresh:
                 _warn_of_channels_first(lengths, steps.shape[1])
                 self.n_features_in_ = steps.shape[1]
-                if hasattr(self, "feature_names_in_"):
-                    del self.feature_names_in_
+                self.__dict__.pop("feature_names_in_", None)
+                if columns is not None and all(isinstance(one, str) for one in columns):
+                    self.feature_names_in_: Array = np.array(columns, dtype=object)
+            elif columns is not None and hasattr(self, "feature_names_in_") and not self._of_tables:
+                names = self.feature_names_in_.tolist()
+                if columns != names:
+                    raise ValueError(f"X: expected sequences of the columns {names}, as in fit, got {columns}")
         else:
             if fresh or self._of_tables:
                 X = validate_data(self, X, reset=fresh, dtype=FLOATS, ensure_all_finite=False)
@@ -453,7 +458,7 @@ class RNNClassifier(ClassifierMixin, _RNNEstimator):  # type: ignore[misc]
     n_features_in_
         I; of a model fitted with a table, its number of columns T.
     feature_names_in_
-        The names of the columns, of a model fitted with a data frame.
+        The names of the columns, of a model fitted with a data frame or a list of them.
 
     Examples
     --------
@@ -674,12 +679,15 @@ class RNNRegressor(RegressorMixin, _RNNEstimator):  # type: ignore[misc]
         return float(r2_score(targets, outputs, sample_weight=weights))
 
 
-def _several(X: Any) -> tuple[Array, Array] | None:
+def _several(X: Any) -> tuple[Array, Array, list[Any] | None] | None:
     """Steps (S, I) and lengths (N,) of a list of sequences or an array (N, T, I); None for a table.
 
-    A list of arrays is a list of sequences, a list of lists the array it makes, or sequences where it makes none.
+    A list of arrays is a list of sequences, a list of lists the array it makes, or sequences where it makes none. Of
+    data frames the columns come third.
     """
     _assert_single_levels(X)
+    if isinstance(X, Iterator):
+        raise TypeError(f"X: expected a list of sequences or an array, got {describe(X)}; pass list(X)")
     if isinstance(X, list | tuple) and len(X) and not getattr(X[0], "shape", ()):
         try:
             X = np.asarray(X)
@@ -692,14 +700,17 @@ def _several(X: Any) -> tuple[Array, Array] | None:
         array = check_array(X, dtype=FLOATS, allow_nd=True, ensure_all_finite=False, input_name="X")
         if array.shape[1] == 0:
             raise ValueError(f"X: expected sequences of at least one step, got an array of shape {array.shape}")
-        return array.reshape(-1, array.shape[2]), np.full(len(array), array.shape[1])
+        return array.reshape(-1, array.shape[2]), np.full(len(array), array.shape[1]), None
     if not isinstance(X, list | tuple) and not (shape is not None and len(shape) == 1 and X.dtype == object):
         return None
     if len(X) == 0:
         return None
     arrays: list[Array] = []
+    columns = _columns(X[0])
     for index, one in enumerate(X):
-        array = as_array(f"X[{index}]", one)
+        if columns is not None and _columns(one) not in (None, columns):
+            raise ValueError(f"X[{index}]: expected the columns {columns}, as X[0] has, got {_columns(one)}")
+        array = _numbers(f"X[{index}]", one)
         array = array[:, None] if array.ndim == 1 else array
         features = arrays[0].shape[1] if arrays else "I"
         if array.ndim != 2 or (arrays and array.shape[1] != features):
@@ -711,7 +722,24 @@ def _several(X: Any) -> tuple[Array, Array] | None:
         if len(array) == 0:
             raise ValueError(f"X[{index}]: expected at least one step, got an empty sequence")
         arrays.append(array)
-    return np.concatenate(arrays), np.array([len(array) for array in arrays])
+    return np.concatenate(arrays), np.array([len(array) for array in arrays]), columns
+
+
+def _columns(sequence: Any) -> list[Any] | None:
+    """What the features of a data frame are called; None of what has no names for them."""
+    names = getattr(sequence, "columns", None)
+    return None if names is None else list(names)
+
+
+def _numbers(name: str, sequence: Any) -> Array:
+    """The array of a sequence, whose objects and strings are numbers, or an error that names it."""
+    array = as_array(name, sequence)
+    if array.dtype.kind not in "OSU":
+        return array
+    try:
+        return array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected numbers, got {describe(array)}: {error}") from None
 
 
 def _assert_single_levels(table: Any) -> None:
@@ -776,6 +804,8 @@ def _assert_one_each(y: Any, lengths: Array) -> None:
         targets = np.array([[]], dtype=object)
     if targets.ndim > 0 and targets.dtype == object and any(np.ndim(target) for target in targets[:1]):
         raise ValueError(f"y: expected one target for each sequence, got several of different number{EACH_STEP}")
+    if targets.ndim > 2:
+        raise ValueError(f"y: expected targets (N,) or (N, K), got shape {targets.shape}{EACH_STEP}")
     try:
         check_consistent_length(lengths, y)
     except ValueError as error:

@@ -552,6 +552,8 @@ class _Optimizer(ABC):
             raise ValueError(f"grads: expected {len(self._parameters)}, one for each layer, got {len(given)}")
         flat = []
         for index, (one, parameters) in enumerate(zip(given, self._parameters, strict=True)):
+            if one is parameters:
+                raise ValueError(f"grads[{index}]: expected gradients, as backward returns, got the parameters")
             if set(one) != set(parameters):
                 raise ValueError(f"grads[{index}]: expected the names {sorted(parameters)}, got {sorted(one)}")
             for name, value in parameters.items():

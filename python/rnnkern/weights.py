@@ -271,6 +271,10 @@ def _foreign(data: bytes) -> str | None:
         return "it is an archive of numpy.savez: dict(numpy.load(path)) reads it"
     if data.startswith(b"\x93NUMPY"):
         return "it is an array of numpy.save: numpy.load(path) reads it"
+    if data.startswith(b"\x89HDF\r\n\x1a\n") or "model.weights.h5" in names:
+        return "it is a file of HDF5 or Keras: keras reads it, and rnnkern.convert.from_keras takes the weights"
+    if re.match(rb"\x80[\x02-\x05]", data):
+        return "it is a pickle: pickle.load or joblib.load reads it, of a file that you trust"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 
 from ..arguments import describe
 from ..layers import Recurrent
@@ -45,14 +46,25 @@ def to_layer(module: torch.nn.Module) -> Recurrent[Any]:
     """
     if not isinstance(module, torch.nn.RNNBase):
         raise TypeError(f"module: expected an RNN, LSTM or GRU of rnnkern.torch or torch.nn, got {describe(module)}")
-    weights = module.state_dict()
+    weights = {name: _weight(module, name) for name in module._flat_weights_names}
     for name, one in weights.items():
         if one.dtype not in DTYPES or one.device.type != "cpu":
             raise NotImplementedError(f"module: expected {SUPPORTED}, got {name} of {one.dtype} on {one.device}")
     layer: Recurrent[Any] = Recurrent(
         getattr(module, "cell", module.mode.lower()), module.input_size, module.hidden_size, module.num_layers,
         module.bias, module.batch_first, module.dropout, module.bidirectional, module.proj_size,
-        dtype=DTYPES[module._flat_weights[0].dtype], backend=getattr(module, "backend", "auto"), seed=0,
+        dtype=DTYPES[one.dtype], backend=getattr(module, "backend", "auto"), seed=0,
     )  # fmt: skip
     layer.load_state_dict(weights)
     return layer
+
+
+def _weight(module: torch.nn.RNNBase, name: str) -> torch.Tensor:
+    """A parameter, or what a parametrization makes of others."""
+    if name not in module._parameters and not parametrize.is_parametrized(module, name):
+        raise NotImplementedError(
+            f"module: expected {name} as a parameter, got one that a hook computes before a call; "
+            "torch.nn.utils.prune.remove or remove_weight_norm makes it a parameter"
+        )
+    weight: torch.Tensor = getattr(module, name).detach()
+    return weight
