@@ -1072,6 +1072,20 @@ def test_a_trace_holds_the_operations_of_torch(kind, frozen):
                 torch.jit.trace(refused, torch.rand(2, 5, 3))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("way", ["own", "frozen", "replaced"])
+def test_a_lone_module_goes_through_the_torchscript_exporter(way):
+    """Which passes None for every argument that is not given."""
+    module = torch.nn.GRU(3, 4).eval() if way == "replaced" else rt.GRU(3, 4).eval()
+    if way == "replaced":
+        rt.replace(module)
+    elif way == "frozen":
+        module.freeze()
+    file = io.BytesIO()
+    torch.onnx.export(module, (torch.rand(5, 2, 3),), file, dynamo=False)
+    assert b"GRU" in file.getvalue()
+
+
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*quantiz.*:UserWarning:torch"
 )

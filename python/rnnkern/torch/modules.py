@@ -59,7 +59,7 @@ class Layers(torch.nn.RNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: Any = None,
-        *,
+        # Not by keyword alone: the TorchScript exporter to ONNX passes None for each argument, by position.
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Any, Any]:
