@@ -786,25 +786,24 @@ def test_an_exported_program_has_one_node():
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")
-@pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_program_of_a_replaced_model_has_one_node(strict):
+def test_an_exported_program_of_a_replaced_model_has_one_node():
     """As torch.export takes torch's own, which torch.compile does not."""
     model, x = torch.nn.Sequential(torch.nn.LSTM(3, 4)).eval(), torch.rand(5, 2, 3)
     rt.replace(model)
-    program = torch.export.export(model, (x,), strict=strict)
-    assert sum("rnnkern" in str(node.target) for node in program.graph.nodes) == 1
-    assert torch.equal(program.module()(x)[0], model(x)[0])
+    for strict in (False, True):
+        program = torch.export.export(model, (x,), strict=strict)
+        assert sum("rnnkern" in str(node.target) for node in program.graph.nodes) == 1
+        assert torch.equal(program.module()(x)[0], model(x)[0])
 
 
-@pytest.mark.parametrize("lengths", [None, [5, 2]])
-def test_an_exporter_to_onnx_that_sees_our_node_is_told_why(lengths, monkeypatch):
+def test_an_exporter_to_onnx_that_sees_our_node_is_told_why(monkeypatch):
     """As where torch.onnx.export tries a second time what was refused to it."""
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     with (
         torch._subclasses.fake_tensor.FakeTensorMode(),
         pytest.raises(NotImplementedError, match=r"lengths, .*rnnkern.onnx.export"),
     ):
-        rt.GRU(3, 4, reset_after=False)(torch.rand(5, 2, 3), lengths=lengths)
+        rt.GRU(3, 4, reset_after=False)(torch.rand(5, 2, 3), lengths=[5, 2])
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -1073,17 +1072,14 @@ def test_a_trace_holds_the_operations_of_torch(kind, frozen):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("way", ["own", "frozen", "replaced"])
-def test_a_lone_module_goes_through_the_torchscript_exporter(way):
+def test_a_lone_module_goes_through_the_torchscript_exporter():
     """Which passes None for every argument that is not given."""
-    module = torch.nn.GRU(3, 4).eval() if way == "replaced" else rt.GRU(3, 4).eval()
-    if way == "replaced":
-        rt.replace(module)
-    elif way == "frozen":
-        module.freeze()
-    file = io.BytesIO()
-    torch.onnx.export(module, (torch.rand(5, 2, 3),), file, dynamo=False)
-    assert b"GRU" in file.getvalue()
+    replaced = torch.nn.GRU(3, 4).eval()
+    rt.replace(replaced)
+    for module in (rt.GRU(3, 4).eval(), rt.GRU(3, 4).freeze(), replaced):
+        file = io.BytesIO()
+        torch.onnx.export(module, (torch.rand(5, 2, 3),), file, dynamo=False)
+        assert b"GRU" in file.getvalue()
 
 
 @pytest.mark.filterwarnings(
