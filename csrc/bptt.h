@@ -211,13 +211,8 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   using Loop::Loop;
 
  private:
-  void enter() noexcept {
-    enter_states<Cell, T>(this->rows_to_own(), shape_, layer_.dlast, s_.carry);
-    if (worker.index == 0) std::memset(s_.zeros, 0, static_cast<std::size_t>(padded_h_) * sizeof(T));
-    this->wait();
-  }
-
-  void leave() noexcept { leave_states<Cell, T>(this->rows_to_own(), shape_, s_.carry, layer_.dinitial); }
+  void enter() noexcept { this->enter_states(layer_.dlast, s_.carry, s_.zeros); }
+  void leave() noexcept { this->leave_states(s_.carry, layer_.dinitial); }
 
   // `row0`: number in the block of the step's first row.
   void step(std::int64_t t, std::int64_t step_in_block) noexcept {
@@ -251,7 +246,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
         s_.inputs[i] = Phase::projects ? dh(i) : gate_row(s_.dr_gates, i) + Phase::first * H_;
       product<AsStates<T>, Plain>(rows, s_.inputs, of.rows, packed_.weights(packed_.at.weights_t[p]), nullptr, of.depth,
                                   panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                    for_plain_vectors<T>(panel, of.depth, [&](int v, std::int64_t unit, int count) {
+                                    for_units<T>(panel, of.depth, [&](int v, std::int64_t unit, int count) {
                                       if constexpr (p > 0)
                                         run_part<p - 1>(i, unit, count, sum + v);
                                       else
@@ -263,8 +258,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
         V means[Phase::means];
         for (int k = 0; k < Phase::means; ++k) means[k] = mean_of_units<V>(terms<p>(i) + k * padded_h_, H_);
         for (std::int64_t panel = panels.begin; panel < panels.end; ++panel)
-          for_plain_vectors<T>(panel, H_,
-                               [&](int, std::int64_t unit, int count) { run_part<p - 1>(i, unit, count, means); });
+          for_units<T>(panel, H_, [&](int, std::int64_t unit, int count) { run_part<p - 1>(i, unit, count, means); });
       }
     }
   }
@@ -275,7 +269,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     const Panels panels = this->panels(Plain::panels<T>(units));
     for (std::int64_t i = 0; i < rows; ++i)
       for (std::int64_t panel = panels.begin; panel < panels.end; ++panel)
-        for_plain_vectors<T>(panel, units, [&](int, std::int64_t unit, int count) {
+        for_units<T>(panel, units, [&](int, std::int64_t unit, int count) {
           const V gradient = output_gradient(s_.batch_index[i], unit, count);
           if constexpr (PhaseOf<Cell, p>::projects)
             store(dh(i) + unit, gradient);

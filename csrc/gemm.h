@@ -136,14 +136,6 @@ RNNKERN_INLINE void with_count(std::int64_t count, Body&& body) noexcept {
 // The tile for any number of rows it can have; one function for all cells, so that its loops are compiled once.
 template <class Format, int vectors, class T = typename Format::T>
 __attribute__((noinline)) void tile_of_rows(std::int64_t rows, const T* const* a, std::int64_t depth,
-                                            const typename Format::W* w, const T* start, Vec<T>* sums) noexcept {
-  with_count<kTileRows<vectors>>(
-      rows, [&]<int n>() RNNKERN_INLINE_LAMBDA { accumulate<Format, vectors, n>(a, depth, w, start, 0, sums); });
-}
-
-// The tile that goes on from sums of its own for each row.
-template <class Format, int vectors, class T = typename Format::T>
-__attribute__((noinline)) void tile_on_rows(std::int64_t rows, const T* const* a, std::int64_t depth,
                                             const typename Format::W* w, const T* from, std::int64_t from_stride,
                                             Vec<T>* sums) noexcept {
   with_count<kTileRows<vectors>>(rows, [&]<int n>() RNNKERN_INLINE_LAMBDA {
@@ -188,7 +180,8 @@ constexpr std::int64_t kPartRows = 24;
 // The next part is fetched meanwhile, with each tile at most as many lines as a core can wait for at a time.
 template <class Format, int vectors, class T = typename Format::T>
 __attribute__((noinline)) void tiles_of_parts(std::int64_t rows, const T* const* a, std::int64_t depth,
-                                              const typename Format::W* w, const T* start, Vec<T>* sums) noexcept {
+                                              const typename Format::W* w, const T* from, std::int64_t from_stride,
+                                              Vec<T>* sums) noexcept {
   using W = typename Format::W;
   constexpr int width = vectors * kLanes<T>;
   constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(W)), group = Format::group;
@@ -204,9 +197,9 @@ __attribute__((noinline)) void tiles_of_parts(std::int64_t rows, const T* const*
           for (std::int64_t r = 0; r < count; ++r) inputs[r] = a[first + r] + k;
           Vec<T>* tile = sums + first * vectors;
           if (k == 0)
-            tile_of_rows<Format, vectors>(count, inputs, part, weights, start, tile);
+            tile_of_rows<Format, vectors>(count, inputs, part, weights, from + first * from_stride, from_stride, tile);
           else
-            tile_on_rows<Format, vectors>(count, inputs, part, weights, reinterpret_cast<const T*>(tile), width, tile);
+            tile_of_rows<Format, vectors>(count, inputs, part, weights, reinterpret_cast<const T*>(tile), width, tile);
         });
       });
 }
@@ -217,18 +210,15 @@ struct Tiles {
   using T = typename Format::T;
   using W = typename Format::W;
 
+  using Tile = void (*)(std::int64_t, const T* const*, std::int64_t, const W*, const T*, std::int64_t,
+                        Vec<T>*) noexcept;
+
   int vectors, max_rows;
   std::int64_t part_depth;
-  void (*of_rows)(std::int64_t, const T* const*, std::int64_t, const W*, const T*, Vec<T>*) noexcept;
-  void (*on_rows)(std::int64_t, const T* const*, std::int64_t, const W*, const T*, std::int64_t, Vec<T>*) noexcept;
-  void (*of_parts)(std::int64_t, const T* const*, std::int64_t, const W*, const T*, Vec<T>*) noexcept;
+  Tile of_rows, of_parts;
 };
 template <class Format, int vectors>
-constexpr Tiles<Format> kTiles{vectors,
-                               kTileRows<vectors>,
-                               kPartDepth<Format, vectors>,
-                               tile_of_rows<Format, vectors>,
-                               tile_on_rows<Format, vectors>,
+constexpr Tiles<Format> kTiles{vectors, kTileRows<vectors>, kPartDepth<Format, vectors>, tile_of_rows<Format, vectors>,
                                tiles_of_parts<Format, vectors>};
 
 template <class Format, class Shape>
@@ -289,21 +279,20 @@ RNNKERN_INLINE void product(std::int64_t rows, const typename Format::T* const* 
     for_parts(rows, deep ? kPartRows : tiles.max_rows,
               [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
                 tile(count, inputs + first, depth, packed + panel * panel_size,
-                     start ? start + panel * width : kZeros<T>, sums);
+                     start ? start + panel * width : kZeros<T>, 0, sums);
 #pragma GCC unroll 1
                 for (std::int64_t r = 0; r < count; ++r) done(first + r, panel, sums + r * tiles.vectors);
               });
   }
 }
 
-// Calls done(v, unit, count): vector v of a plain panel begins at `unit` and has `count` valid lanes.
-template <class T, class Done>
-RNNKERN_INLINE void for_plain_vectors(std::int64_t panel, std::int64_t units, Done&& done) noexcept {
-  for (int v = 0; v < Plain::vectors; ++v) {
-    const std::int64_t unit = (panel * Plain::vectors + v) * kLanes<T>;
+// Calls done(sub, unit, count): that part of a panel begins at `unit` and has `count` valid lanes.
+template <class T, class Shape = Plain, class Done>
+RNNKERN_INLINE void for_units(std::int64_t panel, std::int64_t units, Done&& done) noexcept {
+  for (int sub = 0; sub < Shape::subs; ++sub) {
+    const std::int64_t unit = (panel * Shape::subs + sub) * kLanes<T>;
     if (unit >= units) return;
-    const std::int64_t left = units - unit;
-    done(v, unit, left < kLanes<T> ? static_cast<int>(left) : kLanes<T>);
+    done(sub, unit, static_cast<int>(smaller(units - unit, kLanes<T>)));
   }
 }
 
@@ -314,7 +303,7 @@ void plain_product(std::int64_t rows, const T* const* inputs, std::int64_t depth
   using V = Vec<T>;
   product<AsStates<T>, Plain>(rows, inputs, depth, packed, start, units, Panels{0, Plain::panels<T>(units)},
                               [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                for_plain_vectors<T>(panel, units, [&](int v, std::int64_t unit, int count) {
+                                for_units<T>(panel, units, [&](int v, std::int64_t unit, int count) {
                                   T* to = outputs[i] + unit;
                                   store_some<V>(to, add ? load_some<V>(to, count) + sum[v] : sum[v], count);
                                 });
@@ -355,7 +344,7 @@ template <class T>
 RNNKERN_INLINE void pack_panel(std::int64_t count, const T* const* from, std::int64_t panel, std::int64_t columns,
                                T* to) noexcept {
   for (std::int64_t i = 0; i < count; ++i)
-    for_plain_vectors<T>(panel, columns, [&](int, std::int64_t k, int some) {
+    for_units<T>(panel, columns, [&](int, std::int64_t k, int some) {
       store(to, load_some<Vec<T>>(from[i] + k, some));
       to += kLanes<T>;
     });
@@ -374,19 +363,19 @@ RNNKERN_INLINE void add_outer_tile(const Tiles<AsStates<T>>& tiles, std::int64_t
   const std::int64_t first = panel * Plain::vectors * kLanes<T>, vectors = tiles.vectors;
   if (first + vectors * kLanes<T> <= columns) {
     target += first;
-    tiles.on_rows(tile_rows, inputs, depth, right, target, columns, sums);
+    tiles.of_rows(tile_rows, inputs, depth, right, target, columns, sums);
     for (std::int64_t r = 0; r < tile_rows; ++r)
       for (std::int64_t v = 0; v < vectors; ++v) store(target + r * columns + v * kLanes<T>, sums[r * vectors + v]);
     return;
   }
   const auto for_targets = [&](auto&& body) RNNKERN_INLINE_LAMBDA {
     for (std::int64_t r = 0; r < tile_rows; ++r)
-      for_plain_vectors<T>(panel, columns, [&](int v, std::int64_t k, int some) RNNKERN_INLINE_LAMBDA {
+      for_units<T>(panel, columns, [&](int v, std::int64_t k, int some) RNNKERN_INLINE_LAMBDA {
         body(target + r * columns + k, sums[r * vectors + v], some);
       });
   };
   for_targets([](const T* from, V& sum, int some) RNNKERN_INLINE_LAMBDA { sum = load_some<V>(from, some); });
-  tiles.on_rows(tile_rows, inputs, depth, right, reinterpret_cast<const T*>(sums), vectors * kLanes<T>, sums);
+  tiles.of_rows(tile_rows, inputs, depth, right, reinterpret_cast<const T*>(sums), vectors * kLanes<T>, sums);
   for_targets([](T* to, const V& sum, int some) RNNKERN_INLINE_LAMBDA { store_some<V>(to, sum, some); });
 }
 

@@ -149,24 +149,6 @@ V mean_of_units(const Scalar<V>* row, std::int64_t units) noexcept {
 template <class Cell>
 constexpr int kSlots = Cell::saved > Cell::gates ? Cell::saved : Cell::gates;
 
-// Rows of the states from or to memory of the user, where null stands for zeros.
-template <class Cell, class T>
-void enter_states(Range own, const StateShape<Cell, T>& shape, const void* const* given, T* const* states) noexcept {
-  for (int s = 0; s < Cell::states; ++s)
-    for (std::int64_t b = own.begin; b < own.end; ++b) {
-      const T* from = static_cast<const T*>(given[s]);
-      copy_row(states[s] + b * shape.stride[s], from ? from + b * shape.units[s] : nullptr, shape.units[s],
-               shape.stride[s]);
-    }
-}
-template <class Cell, class T>
-void leave_states(Range own, const StateShape<Cell, T>& shape, const T* const* states, void* const* to) noexcept {
-  for (int s = 0; s < Cell::states; ++s)
-    for (std::int64_t b = own.begin; b < own.end; ++b)
-      copy_row(static_cast<T*>(to[s]) + b * shape.units[s], states[s] + b * shape.stride[s], shape.units[s],
-               shape.units[s]);
-}
-
 template <class Cell, class T>
 struct ForwardScratch {
   T* state[2][Cell::states];    // [B, stride]: before and after a step; the same memory where no product reads it
@@ -223,6 +205,27 @@ class LayerContext : protected Context<Cell, T> {
   // Saved values are [T, B, saved, padded H].
   T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
     return static_cast<T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
+  }
+
+  // This worker's rows of the states from and to memory of the user, where null stands for zeros. Makes zeros, too.
+  void enter_states(const void* const* given, T* const* states, T* zeros) const noexcept {
+    if (this->worker.index == 0) copy_row<T>(zeros, nullptr, 0, padded_h_);
+    for_state_rows([&](int s, std::int64_t b, std::int64_t units, std::int64_t stride) {
+      const T* from = static_cast<const T*>(given[s]);
+      copy_row(states[s] + b * stride, from ? from + b * units : nullptr, units, stride);
+    });
+    this->wait();
+  }
+  void leave_states(const T* const* states, void* const* to) const noexcept {
+    for_state_rows([&](int s, std::int64_t b, std::int64_t units, std::int64_t stride) {
+      copy_row(static_cast<T*>(to[s]) + b * units, states[s] + b * stride, units, units);
+    });
+  }
+  template <class Body>
+  RNNKERN_INLINE void for_state_rows(Body&& body) const noexcept {
+    const Range own = this->rows_to_own();
+    for (int s = 0; s < Cell::states; ++s)
+      for (std::int64_t b = own.begin; b < own.end; ++b) body(s, b, shape_.units[s], shape_.stride[s]);
   }
 
   const Layer& layer_;
@@ -284,13 +287,8 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
       : Loop(context, layer), s_(scratch), packed_(layer, false), keep_(layer.saved != nullptr && Cell::saved > 0) {}
 
  private:
-  void enter() noexcept {
-    enter_states<Cell, T>(this->rows_to_own(), shape_, layer_.initial, s_.state[0]);
-    if (worker.index == 0) std::memset(s_.zeros, 0, static_cast<std::size_t>(padded_h_) * sizeof(T));
-    this->wait();
-  }
-
-  void leave() noexcept { leave_states<Cell, T>(this->rows_to_own(), shape_, s_.state[now_], layer_.last); }
+  void enter() noexcept { this->enter_states(layer_.initial, s_.state[0], s_.zeros); }
+  void leave() noexcept { this->leave_states(s_.state[now_], layer_.last); }
 
   T* gates(std::int64_t t, std::int64_t b) const noexcept {
     if (keep_) return this->saved_row(t, b);
@@ -315,12 +313,10 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
     product<Format, Shape>(rows, s_.block_inputs, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
                            packed_.values(packed_.at.b_ih), H_, panels,
                            [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                             for (int sub = 0; sub < Shape::subs; ++sub) {
-                               const std::int64_t unit = (panel * Shape::subs + sub) * lanes;
-                               if (unit >= padded_h_) break;
+                             for_units<T, Shape>(panel, H_, [&](int sub, std::int64_t unit, int) {
                                for (int gate = 0; gate < Cell::gates; ++gate)
                                  store(s_.block_gates[i] + gate * padded_h_ + unit, sum[sub * Cell::gates + gate]);
-                             }
+                             });
                            });
   }
 
@@ -338,14 +334,12 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
     if constexpr (p > 0) this->wait_if_units();
     const Panels panels = this->panels(Shape::template panels<T>(of.units), now_ == 1);
     const auto done = [&](std::int64_t i, std::int64_t panel, const V* results, int step) RNNKERN_INLINE_LAMBDA {
-      for (int sub = 0; sub < Shape::subs; ++sub) {
-        const std::int64_t unit = (panel * Shape::subs + sub) * lanes;
-        if (unit >= of.units) break;
+      for_units<T, Shape>(panel, of.units, [&](int sub, std::int64_t unit, int count) RNNKERN_INLINE_LAMBDA {
         if constexpr (Phase::projects)
-          store_h(t, i, unit, results[sub]);
+          store_h(t, i, unit, count, results[sub]);
         else
-          run_part<p>(t, i, unit, results + sub * step);
-      }
+          run_part<p>(t, i, unit, count, results + sub * step);
+      });
     };
     if constexpr (Phase::multiplies) {
       const T* const* inputs = s_.prev[0];
@@ -397,7 +391,8 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
   // The elementwise part of phase p for a vector of units. While the step works, the saved row holds what earlier
   // phases have saved, and still the input's share of the gates of this phase and later ones.
   template <int p>
-  RNNKERN_INLINE void run_part(std::int64_t t, std::int64_t i, std::int64_t unit, const V* r) const noexcept {
+  RNNKERN_INLINE void run_part(std::int64_t t, std::int64_t i, std::int64_t unit, int count,
+                               const V* r) const noexcept {
     using Phase = PhaseOf<Cell, p>;
     T* row = s_.step_gates[i] + unit;
     V x[Cell::gates], extra[kMaxExtras], prev[kMaxStates], next[Phase::sets], saved[slots];
@@ -414,16 +409,16 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
       if (Cell::Step::projects && layer_.sizes.projected)
         store(given<p>(i) + unit, next[0]);
       else
-        store_h(t, i, unit, next[0]);
+        store_h(t, i, unit, count, next[0]);
     } else {
       for (int v = 0; v < Phase::given; ++v) store(given<p>(i) + v * padded_h_ + unit, next[v]);
     }
   }
 
-  RNNKERN_INLINE void store_h(std::int64_t t, std::int64_t i, std::int64_t unit, V h) const noexcept {
+  RNNKERN_INLINE void store_h(std::int64_t t, std::int64_t i, std::int64_t unit, int count, V h) const noexcept {
     const std::int64_t b = s_.batch_index[i];
     store(s_.state[1 - now_][0] + b * shape_.stride[0] + unit, h);
-    store_some<V>(output(t, b) + unit, h, P_ - unit < lanes ? static_cast<int>(P_ - unit) : lanes);
+    store_some<V>(output(t, b) + unit, h, count);
   }
 
   const ForwardScratch<Cell, T>& s_;
