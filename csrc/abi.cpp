@@ -82,10 +82,10 @@ struct Host {
     std::unique_ptr<void, Free> data_;
   };
 
-  static void launch(Task task, Stack& stack, const Plan& plan) {
+  static void launch(Task task, KernelCall& call, const Plan& plan) {
     std::int64_t stop = 0;
-    stack.stop = &stop;
-    run_team(task, &stack, plan.threads, plan.expected_ns, Joining::at_places);
+    call.stop = &stop;
+    run_team(task, &call, plan.threads, plan.expected_ns, Joining::at_places);
   }
 };
 

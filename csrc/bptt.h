@@ -27,11 +27,11 @@ struct BackwardScratch {
   const T **prev[Cell::states], **inputs;  // [B], of a step
   std::int64_t* batch_index;
 
-  BackwardScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
-    const LayerSizes& sizes = stack.layers[0].sizes;  // inputs apart those of all
+  BackwardScratch(Arena& arena, const KernelCall& call, int worker_index) noexcept {
+    const LayerSizes& sizes = call.layers[0].sizes;  // inputs apart those of all
     const StateShape<Cell, T> shape(sizes);
     const std::int64_t H = sizes.hidden, padded_h = padded<T>(H);
-    const std::int64_t B = stack.batch, rows = stack.block_steps * B;
+    const std::int64_t B = call.batch, rows = call.block_steps * B;
     gate_stride = scratch_stride<T>(Cell::gates * H);
     for (int s = 0; s < Cell::states; ++s) carry[s] = arena.take<T>(B * shape.stride[s]);
     dx_gates = arena.take<T>(rows * gate_stride);
@@ -46,7 +46,7 @@ struct BackwardScratch {
     });
     terms = arena.take<T>(B * most_means * padded_h);
     zeros = arena.take<T>(padded_h);
-    arena.take_for_workers(stack.max_threads, worker_index, [&] {
+    arena.take_for_workers(call.max_threads, worker_index, [&] {
       left = arena.take<const T*>(rows), right = arena.take<const T*>(rows), outputs = arena.take<T*>(rows);
       buffer = arena.take<T>(kOuterBuffer<T>);
       for (const T**& one : prev) one = arena.take<const T*>(B);
@@ -62,19 +62,19 @@ class BackwardLoop : protected LayerContext<Cell, T> {
  public:
   using Base = Context<Cell, T>;
   using Loop = LayerContext<Cell, T>;
-  using Loop::stack, Loop::worker, Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::block_first_;
+  using Loop::call, Loop::worker, Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::block_first_;
   using Loop::time, Loop::output, Loop::saved_row;
 
   BackwardLoop(const Base& context, const Layer& layer, const BackwardScratch<Cell, T>& scratch) noexcept
       : Loop(context, layer), s_(scratch), packed_(layer, true) {}
 
-  // Returns where the call has come to.
+  // Returns the context with the block and the place that were reached.
   const Base& run() noexcept {
     Steps& steps = static_cast<Steps&>(*this);
     if (this->takes_part()) steps.enter();
-    for (std::int64_t end = stack.steps; end > 0; end -= stack.block_steps) {
-      if (this->give_up()) break;
-      block_first_ = end > stack.block_steps ? end - stack.block_steps : 0;
+    for (std::int64_t end = call.steps; end > 0; end -= call.block_steps) {
+      if (!this->begin_block()) break;
+      block_first_ = end > call.block_steps ? end - call.block_steps : 0;
       for (std::int64_t i = end - 1; i >= block_first_; --i) {
         this->begin();
         if (this->takes_part()) steps.step(time(i), i - block_first_);
@@ -89,7 +89,7 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   }
 
  protected:
-  // Is step t the first of row b, and which one came before it?
+  // Says whether step t is the first of row b, and which one came before it.
   bool is_first(std::int64_t t, std::int64_t b) const noexcept {
     return layer_.reverse ? t + 1 >= this->length(b) : t == 0;
   }
@@ -100,10 +100,10 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     return from ? from + b * shape_.units[state] : s_.zeros;
   }
   const T* output_gradient_row(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.dy) + (t * stack.batch + b) * layer_.dy_stride;
+    return static_cast<const T*>(layer_.dy) + (t * call.batch + b) * layer_.dy_stride;
   }
 
-  // A state of row b when it entered step t.
+  // Returns a state of row b when it entered step t.
   const T* previous(int state, std::int64_t t, std::int64_t b) const noexcept {
     if (this->cut(layer_.reverse, t, b)) return s_.zeros;
     if (is_first(t, b)) return initial(state, b);
@@ -116,8 +116,8 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   std::int64_t list(std::int64_t end, const T** rows, Row&& row) const noexcept {
     std::int64_t count = 0;
     for (std::int64_t i = end - 1; i >= block_first_; --i)
-      for (std::int64_t b = 0; b < stack.batch; ++b)
-        if (time(i) < this->length(b)) rows[count++] = row(time(i), b, (i - block_first_) * stack.batch + b);
+      for (std::int64_t b = 0; b < call.batch; ++b)
+        if (time(i) < this->length(b)) rows[count++] = row(time(i), b, (i - block_first_) * call.batch + b);
     return count;
   }
 
@@ -126,15 +126,15 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     return list(end, rows, [&](std::int64_t, std::int64_t, std::int64_t row) { return first + row * stride; });
   }
 
-  // The block's part of every gradient that is a sum over rows and asked for, divided by output elements, and its rows
-  // of dx.
+  // Adds the block's part of every gradient that is a sum over rows and asked for, divided by output elements, and its
+  // rows of dx.
   void add_gradients(std::int64_t end) noexcept {
     const std::int64_t I = layer_.sizes.inputs, gates = Cell::gates * H_;
     const LayerWeights<void*>& to = layer_.gradients;
     const Range own = share(gates, worker.index, worker.count, kTileRows<Plain::vectors>);
     const std::int64_t rows = list(end, s_.left, s_.dx_gates, s_.gate_stride);
     if (to.w_ih) {
-      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return this->input(t, b); });
+      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return this->x_row(t, b); });
       add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
     }
     if (to.b_ih) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_ih));
@@ -151,8 +151,8 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     }
   }
 
-  // The gradients of the weights and biases of a phase; left: the gradients of the gates, recurrent side. The rows of
-  // the gates are divided alike for all phases: `own` of them.
+  // Adds the gradients of the weights and biases of a phase; left: the gradients of the gates, recurrent side. The rows
+  // of the gates are divided alike for all phases: `own` of them.
   template <int p>
   void add_gradients_of(std::int64_t rows, std::int64_t end, Range own) noexcept {
     using Phase = PhaseOf<Cell, p>;
@@ -179,10 +179,10 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     const std::int64_t I = layer_.sizes.inputs;
     std::int64_t count = 0;
     const auto at = [&](std::int64_t t, std::int64_t b) {
-      return static_cast<T*>(layer_.dx) + (t * stack.batch + b) * I;
+      return static_cast<T*>(layer_.dx) + (t * call.batch + b) * I;
     };
     for (std::int64_t i = end - 1; i >= block_first_; --i)
-      for (std::int64_t b = 0; b < stack.batch; ++b) {
+      for (std::int64_t b = 0; b < call.batch; ++b) {
         T* row = at(time(i), b);
         if (time(i) < this->length(b))
           s_.outputs[count++] = row;
@@ -202,7 +202,7 @@ template <class Cell, class T>
 class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   using Loop = BackwardLoop<BackwardLayer, Cell, T>;
   using Base = Context<Cell, T>;
-  using Base::stack, Base::worker, Base::lanes;
+  using Base::call, Base::worker, Base::lanes;
   using Loop::layer_, Loop::s_, Loop::packed_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_;
   friend Loop;
   using V = Vec<T>;
@@ -217,7 +217,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   // `row0`: number in the block of the step's first row.
   void step(std::int64_t t, std::int64_t step_in_block) noexcept {
     t_ = t;
-    row0_ = step_in_block * stack.batch;
+    row0_ = step_in_block * call.batch;
     const Range own = this->rows();
     std::int64_t rows = 0;
     for (std::int64_t b = own.begin; b < own.end; ++b) {
@@ -299,8 +299,8 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     return layer_.dy ? later + load_some<V>(this->output_gradient_row(t_, b) + unit, count) : later;
   }
 
-  // The elementwise part of phase p for a vector of units, from the gradients of what it has given. It adds to what the
-  // parts of later phases have left for the gates and the states before the step.
+  // Runs the elementwise part of phase p for a vector of units, from the gradients of what it has given. It adds to
+  // what the parts of later phases have left for the gates and the states before the step.
   template <int p>
   void run_part(std::int64_t i, std::int64_t unit, int count, const V* dgiven) const noexcept {
     using Phase = PhaseOf<Cell, p>;

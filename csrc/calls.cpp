@@ -118,9 +118,9 @@ Steps::Steps(const py::object& packed, std::int64_t batch, py::object arguments)
     : owner_(packed), packed_(packed_of(packed)), batch_(batch), arguments_(std::move(arguments)) {
   if (batch < 1) throw py::value_error("batch: expected at least 1, got " + std::to_string(batch));
   if (packed_.directions() != 1) throw py::value_error("packed: expected weights of one direction");
-  stack_.steps = 1;
-  stack_.batch = batch;
-  between_.emplace(packed_.between_bytes(stack_));
+  call_.steps = 1;
+  call_.batch = batch;
+  between_.emplace(packed_.between_bytes(call_));
   for (auto& states : states_) states = packed_.new_states(batch);
   std::ranges::for_each(states_[0], fill_with_zeros);
   for (std::size_t i = 0; i < 2; ++i) {
@@ -152,8 +152,8 @@ PyObject* Steps::step(PyObject* const* arguments, Py_ssize_t count) {
   std::vector<Layer>& layers = layers_[now_];
   layers.front().x = bytes_of(x);
   layers.back().y = bytes_of(y);
-  stack_.layers = layers.data();
-  launch(packed_.kernels().forward, stack_, plan_);
+  call_.layers = layers.data();
+  launch(packed_.kernels().forward, call_, plan_);
   now_ = 1 - now_;  // not if the step was given up
   return y.release().ptr();
 }
@@ -179,11 +179,11 @@ void Steps::set_state(const py::object& state) {
 // Divides the steps to come among as many threads as there may be now.
 void Steps::divide() {
   const int threads = num_threads();
-  Stack stack = stack_;
-  const Plan plan = packed_.complete(stack, layers_[0], false);
-  Buffer scratch(packed_.kernels().scratch_bytes(stack, false));
-  stack.scratch = scratch.data;
-  stack_ = stack, plan_ = plan, scratch_ = std::move(scratch), threads_ = threads;
+  KernelCall call = call_;
+  const Plan plan = packed_.complete(call, layers_[0], false);
+  Buffer scratch(packed_.kernels().scratch_bytes(call, false));
+  call.scratch = scratch.data;
+  call_ = call, plan_ = plan, scratch_ = std::move(scratch), threads_ = threads;
 }
 
 }  // namespace rnnkern

@@ -57,7 +57,7 @@ class Steps {
   std::vector<Layer> layers_[2];
   std::size_t now_ = 0;
   std::optional<Buffer> between_, scratch_;
-  Stack stack_{};
+  KernelCall call_{};
   Plan plan_{};
   int threads_ = 0;
   std::atomic<unsigned> holder_ = 0;  // see Turn

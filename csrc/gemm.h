@@ -143,7 +143,7 @@ __attribute__((noinline)) void tile_of_rows(std::int64_t rows, const T* const* a
   });
 }
 
-// The tile of one row and up to kSingleRowPanels panels, with a last one of fewer subs behind them.
+// Computes the tile of one row and up to kSingleRowPanels panels, with a last one of fewer subs behind them.
 template <class Format, class Shape, class T = typename Format::T>
 __attribute__((noinline)) void tile_of_panels(std::int64_t panels, std::int64_t tail_subs, const T* a,
                                               std::int64_t depth, const typename Format::W* w, const T* start,
@@ -176,8 +176,8 @@ template <class Format, int vectors>
 constexpr std::int64_t kPartDepth = 64 * 1024 / (vectors * kLanes<typename Format::T> * sizeof(typename Format::W));
 constexpr std::int64_t kPartRows = 24;
 
-// What tile_of_rows does, for up to kPartRows rows and any depth: all rows use a part of the panel while it is in L2.
-// The next part is fetched meanwhile, with each tile at most as many lines as a core can wait for at a time.
+// Does what tile_of_rows does, for up to kPartRows rows and any depth: all rows use a part of the panel while it is in
+// L2. The next part is fetched meanwhile, with each tile at most as many lines as a core can wait for at a time.
 template <class Format, int vectors, class T = typename Format::T>
 __attribute__((noinline)) void tiles_of_parts(std::int64_t rows, const T* const* a, std::int64_t depth,
                                               const typename Format::W* w, const T* from, std::int64_t from_stride,

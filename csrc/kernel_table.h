@@ -53,7 +53,7 @@ struct Layer {
 enum class Split : int { rows, units };  // what the threads of a call divide among them
 
 // A stack of L layers of D directions, one call; layer-direction (l, d) is layers[l * D + d].
-struct Stack {
+struct KernelCall {
   std::int64_t steps, batch;
   const std::int64_t* lengths;  // [B] or null
   const std::uint8_t* resets;   // [T, B] or null
@@ -89,9 +89,9 @@ struct CellKernels {
   std::int64_t (*packed_bytes)(const LayerSizes&, bool training) noexcept;
   Task pack;                                                                       // context: const PackCall*
   std::int64_t (*saved_elements)(const LayerSizes&, std::int64_t batch) noexcept;  // a step of Layer::saved
-  std::int64_t (*scratch_bytes)(const Stack&, bool backward) noexcept;
+  std::int64_t (*scratch_bytes)(const KernelCall&, bool backward) noexcept;
   std::int64_t (*row_grain)(const LayerSizes&, std::int64_t batch) noexcept;  // rows a thread works on together
-  Task forward;                                                               // context: const Stack*
+  Task forward;                                                               // context: const KernelCall*
   Task backward;                                                              // the same; null: inference only
 };
 

@@ -17,57 +17,57 @@ void multiply(const Worker& worker, std::int64_t count, const T* a, const T* b, 
   }
 }
 
-// All layer-directions of a call, from the first or from the last on.
+// Runs all layer-directions of a call, from the first or from the last on.
 template <class Cell, class T, class OneLayer, class Scratch>
-void run_layers(const Stack& stack, Worker& worker, bool backwards) noexcept {
+void run_layers(const KernelCall& call, Worker& worker, bool backwards) noexcept {
   const FlushDenormals flush;
-  Arena arena(stack.scratch);
-  const Scratch scratch(arena, stack, worker.index);
-  Context<Cell, T> call{stack, worker};
-  for (int i = 0; i < stack.layer_count; ++i) {
-    const int l = backwards ? stack.layer_count - 1 - i : i;
-    const Layer* const layer = stack.layers + l * stack.directions;
-    for (int direction = 0; direction < stack.directions; ++direction)
-      call.advance(OneLayer(call, layer[direction], scratch).run());
-    if (!stack.masks || i == stack.layer_count - 1 || !call.takes_part()) continue;
-    const std::int64_t rows = stack.steps * stack.batch;
+  Arena arena(call.scratch);
+  const Scratch scratch(arena, call, worker.index);
+  Context<Cell, T> loop{call, worker};
+  for (int i = 0; i < call.layer_count; ++i) {
+    const int l = backwards ? call.layer_count - 1 - i : i;
+    const Layer* const layer = call.layers + l * call.directions;
+    for (int direction = 0; direction < call.directions; ++direction)
+      loop.advance(OneLayer(loop, layer[direction], scratch).run());
+    if (!call.masks || i == call.layer_count - 1 || !loop.takes_part()) continue;
+    const std::int64_t rows = call.steps * call.batch;
     if (backwards)
       multiply(worker, rows * layer->sizes.inputs, static_cast<const T*>(layer->dx),
-               static_cast<const T*>(stack.masks[l - 1]), static_cast<T*>(layer->dx));
+               static_cast<const T*>(call.masks[l - 1]), static_cast<T*>(layer->dx));
     else
-      multiply(worker, rows * layer->y_stride, static_cast<const T*>(layer->y), static_cast<const T*>(stack.masks[l]),
-               static_cast<T*>(stack.masked[l]));
-    call.wait();
+      multiply(worker, rows * layer->y_stride, static_cast<const T*>(layer->y), static_cast<const T*>(call.masks[l]),
+               static_cast<T*>(call.masked[l]));
+    loop.wait();
   }
 }
 
 template <class Cell, class Format, class T = typename Format::T>
 void forward(void* context, Worker& worker) noexcept {
-  const Stack& stack = *static_cast<const Stack*>(context);
+  const KernelCall& call = *static_cast<const KernelCall*>(context);
   if constexpr (kCanBeNarrow<Cell> && std::is_same_v<Format, AsStates<T>>)
-    if (is_narrow<Cell, T>(stack))
-      return run_layers<Cell, T, NarrowForward<Cell, T>, NarrowScratch<Cell, T>>(stack, worker, false);
-  run_layers<Cell, T, ForwardLayer<Cell, Format>, ForwardScratch<Cell, T>>(stack, worker, false);
+    if (is_narrow<Cell, T>(call))
+      return run_layers<Cell, T, NarrowForward<Cell, T>, NarrowScratch<Cell, T>>(call, worker, false);
+  run_layers<Cell, T, ForwardLayer<Cell, Format>, ForwardScratch<Cell, T>>(call, worker, false);
 }
 
 template <class Cell, class T>
 void backward(void* context, Worker& worker) noexcept {
   using Scratch = BackwardScratch<Cell, T>;
-  const Stack& stack = *static_cast<const Stack*>(context);
+  const KernelCall& call = *static_cast<const KernelCall*>(context);
   if constexpr (kCanBeNarrow<Cell>)
-    if (is_narrow<Cell, T>(stack)) return run_layers<Cell, T, NarrowBackward<Cell, T>, Scratch>(stack, worker, true);
-  run_layers<Cell, T, BackwardLayer<Cell, T>, Scratch>(stack, worker, true);
+    if (is_narrow<Cell, T>(call)) return run_layers<Cell, T, NarrowBackward<Cell, T>, Scratch>(call, worker, true);
+  run_layers<Cell, T, BackwardLayer<Cell, T>, Scratch>(call, worker, true);
 }
 
 template <class Cell, class T>
-std::int64_t scratch_bytes(const Stack& stack, bool for_backward) noexcept {
+std::int64_t scratch_bytes(const KernelCall& call, bool for_backward) noexcept {
   Arena arena(nullptr);
   if (for_backward)
-    BackwardScratch<Cell, T>(arena, stack, 0);
-  else if (is_narrow<Cell, T>(stack))
-    NarrowScratch<Cell, T>(arena, stack, 0);
+    BackwardScratch<Cell, T>(arena, call, 0);
+  else if (is_narrow<Cell, T>(call))
+    NarrowScratch<Cell, T>(arena, call, 0);
   else
-    ForwardScratch<Cell, T>(arena, stack, 0);
+    ForwardScratch<Cell, T>(arena, call, 0);
   return arena.used();
 }
 

@@ -16,17 +16,17 @@ namespace {
 template <class Cell>
 constexpr bool kCanBeNarrow = Cell::Step::last == 0 && PhaseOf<Cell, 0>::multiplies;
 
-// Is a layer worked on here? Where that takes fewer vectors. Measured on one core of a Zen 4 server, AVX-512, float32,
-// I = 2, inference against recurrence.h, for RNN, GRU and LSTM: 1.2x, 1.5x and 2.0x at B = 2, H = 1, 1.7x to 2.4x at
-// B = 4, H = 2, 1.6x to 2.0x at B = 8, H = 6 or B = 16, H = 12, 5x to 9x at B = 16, H = 2.
+// Says whether a layer is worked on here: where that takes fewer vectors. Measured on one core of a Zen 4 server,
+// AVX-512, float32, I = 2, inference against recurrence.h, for RNN, GRU and LSTM: 1.2x, 1.5x and 2.0x at B = 2, H =
+// 1, 1.7x to 2.4x at B = 4, H = 2, 1.6x to 2.0x at B = 8, H = 6 or B = 16, H = 12, 5x to 9x at B = 16, H = 2.
 template <class Cell, class T>
 bool is_narrow(const LayerSizes& sizes, std::int64_t batch) noexcept {
   return kCanBeNarrow<Cell> && !sizes.projected && sizes.hidden < kLanes<T> &&
          sizes.hidden * divide_up(batch, kLanes<T>) < batch;
 }
 template <class Cell, class T>
-bool is_narrow(const Stack& stack) noexcept {
-  return is_narrow<Cell, T>(stack.layers[0].sizes, stack.batch);
+bool is_narrow(const KernelCall& call) noexcept {
+  return is_narrow<Cell, T>(call.layers[0].sizes, call.batch);
 }
 
 // Up to so many columns are exchanged with rows one element at a time: a whole block of lanes by lanes takes longer.
@@ -63,16 +63,16 @@ RNNKERN_INLINE void lanes_to_rows(const T* from, std::int64_t columns, int rows,
 template <class Loop, class Cell, class T>
 class Narrow : public Loop {
  protected:
-  using Loop::stack, Loop::worker, Loop::layer_, Loop::H_;
+  using Loop::call, Loop::worker, Loop::layer_, Loop::H_;
   using V = Vec<T>;
   static constexpr int lanes = kLanes<T>;
 
   using Loop::Loop;
 
-  std::int64_t vector_count() const noexcept { return divide_up(stack.batch, lanes); }
+  std::int64_t vector_count() const noexcept { return divide_up(call.batch, lanes); }
   Range vectors() const noexcept { return share(vector_count(), worker.index, worker.count); }
   int rows_of(std::int64_t vector) const noexcept {
-    return static_cast<int>(smaller(stack.batch - vector * lanes, lanes));
+    return static_cast<int>(smaller(call.batch - vector * lanes, lanes));
   }
 
   T* state(T* base, std::int64_t vector) const noexcept { return base + vector * H_ * lanes; }
@@ -85,32 +85,32 @@ class Narrow : public Loop {
   // Lists a pointer for each lane, row(b); lanes past the last row repeat it.
   template <class Row>
   RNNKERN_INLINE void list_rows(std::int64_t vector, const T** rows, Row&& row) const noexcept {
-    for (int l = 0; l < lanes; ++l) rows[l] = row(smaller(vector * lanes + l, stack.batch - 1));
+    for (int l = 0; l < lanes; ++l) rows[l] = row(smaller(vector * lanes + l, call.batch - 1));
   }
 
-  // This worker's part of the states, from and to rows of H.
+  // Move this worker's part of the states from and to rows of H.
   void enter_states(const void* const* given, T* const* states) const noexcept {
     for_elements(states, [&](int s, T& element, std::int64_t b, std::int64_t unit) {
       const T* from = static_cast<const T*>(given[s]);
-      element = from && b < stack.batch ? from[b * H_ + unit] : T{0};
+      element = from && b < call.batch ? from[b * H_ + unit] : T{0};
     });
   }
   void leave_states(T* const* states, void* const* to) const noexcept {
     for_elements(states, [&](int s, T& element, std::int64_t b, std::int64_t unit) {
-      if (b < stack.batch) static_cast<T*>(to[s])[b * H_ + unit] = element;
+      if (b < call.batch) static_cast<T*>(to[s])[b * H_ + unit] = element;
     });
   }
 
-  // Lanes of the rows for which is_one(b).
+  // Returns the lanes of the rows for which is_one(b).
   template <class IsOne>
   Mask<V> lanes_where(std::int64_t vector, IsOne&& is_one) const noexcept {
     Mask<V> mask{};
     for (int l = 0; l < rows_of(vector); ++l) mask[l] = is_one(vector * lanes + l) ? -1 : 0;
     return mask;
   }
-  // Rows that have a step t.
+  // Returns the lanes of the rows that have a step t.
   Mask<V> active(std::int64_t vector, std::int64_t t) const noexcept {
-    if (!stack.lengths) return V{} == V{};
+    if (!call.lengths) return V{} == V{};
     return lanes_where(vector, [&](std::int64_t b) { return t < this->length(b); });
   }
 
@@ -147,17 +147,17 @@ struct NarrowScratch {
   T* gates;                   // [vectors, block_steps, G * H, lanes]: the input's share
   T* x;                       // of one worker: [I, kNarrowSteps, lanes]
 
-  NarrowScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
+  NarrowScratch(Arena& arena, const KernelCall& call, int worker_index) noexcept {
     std::int64_t inputs = 0;
-    for (int i = 0; i < stack.layer_count * stack.directions; ++i)
-      if (stack.layers[i].sizes.inputs > inputs) inputs = stack.layers[i].sizes.inputs;
-    const std::int64_t elements = padded<T>(stack.batch) * stack.layers[0].sizes.hidden;
+    for (int i = 0; i < call.layer_count * call.directions; ++i)
+      if (call.layers[i].sizes.inputs > inputs) inputs = call.layers[i].sizes.inputs;
+    const std::int64_t elements = padded<T>(call.batch) * call.layers[0].sizes.hidden;
     for (int s = 0; s < Cell::states; ++s) {
       state[0][s] = arena.take<T>(elements);
       state[1][s] = s == 0 ? arena.take<T>(elements) : state[0][s];
     }
-    gates = arena.take<T>(stack.block_steps * Cell::gates * elements);
-    arena.take_for_workers(stack.max_threads, worker_index,
+    gates = arena.take<T>(call.block_steps * Cell::gates * elements);
+    arena.take_for_workers(call.max_threads, worker_index,
                            [&] { x = arena.take<T>(inputs * kNarrowSteps<Cell> * kLanes<T>); });
   }
 };
@@ -168,7 +168,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   using Rows = Narrow<Loop, Cell, T>;
   using Base = Context<Cell, T>;
   using Loop::now_, Loop::block_first_, Loop::time, Loop::output, Loop::H_;
-  using Rows::stack, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state;
+  using Rows::call, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state;
   friend Loop;
   using V = Vec<T>;
   static constexpr int gates = Cell::gates;
@@ -186,7 +186,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   void leave() noexcept { this->leave_states(s_.state[now_], layer_.last); }
 
   T* gates_of(std::int64_t vector, std::int64_t step) const noexcept {
-    return s_.gates + (vector * stack.block_steps + step) * gates * H_ * lanes;
+    return s_.gates + (vector * call.block_steps + step) * gates * H_ * lanes;
   }
 
   // gates = x W_ih^T + b_ih
@@ -197,7 +197,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
         for (std::int64_t i = 0; i < steps; ++i) {
           const T* rows[lanes];
           const std::int64_t t = time(block_first_ + first + i);
-          this->list_rows(vector, rows, [&](std::int64_t b) { return this->input(t, b); });
+          this->list_rows(vector, rows, [&](std::int64_t b) { return this->x_row(t, b); });
           rows_to_lanes(rows, layer_.sizes.inputs, s_.x + i * lanes, steps * lanes);
         }
         with_count<kNarrowSteps<Cell>>(
@@ -221,21 +221,21 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   void step(std::int64_t t) noexcept {
     const Range own = vectors();
     for (std::int64_t vector = own.begin; vector < own.end; ++vector) {
-      if (stack.resets) cut_rows(vector, t);
+      if (call.resets) cut_rows(vector, t);
       const T* x = gates_of(vector, time(t) - block_first_);
       T* const saved = layer_.saved && Cell::saved > 0 ? this->saved(t, vector) : nullptr;
       step_units(x, vector, saved, this->active(vector, t));
       const int rows = rows_of(vector);
       T* const y = output(t, vector * lanes);
       lanes_to_rows(state(s_.state[1 - now_][0], vector), H_, rows, y, layer_.y_stride);
-      if (!stack.lengths) continue;
+      if (!call.lengths) continue;
       for (int l = 0; l < rows; ++l)
         if (t >= this->length(vector * lanes + l))
           std::memset(y + l * layer_.y_stride, 0, static_cast<std::size_t>(H_) * sizeof(T));
     }
   }
 
-  // Rows that enter step t from zeros.
+  // Returns the lanes of the rows that enter step t from zeros.
   void cut_rows(std::int64_t vector, std::int64_t t) const noexcept {
     for (int l = 0; l < rows_of(vector); ++l) {
       const std::int64_t b = vector * lanes + l;
@@ -277,7 +277,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
   using Loop = BackwardLoop<NarrowBackward, Cell, T>;
   using Rows = Narrow<Loop, Cell, T>;
   using Loop::s_, Loop::packed_, Loop::H_, Loop::padded_h_;
-  using Rows::stack, Rows::worker, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state;
+  using Rows::call, Rows::worker, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state;
   friend Loop;
   using V = Vec<T>;
   static constexpr int gates = Cell::gates;
@@ -308,12 +308,12 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
       load_step(s, t, vector);
       const Mask<V> active = this->active(vector, t);
       Mask<V> passes = V{} == V{};  // the gradient of the state to the step before
-      if (stack.resets)
+      if (call.resets)
         passes = this->lanes_where(vector, [&](std::int64_t b) { return !this->cut(layer_.reverse, t, b); });
       add_elementwise(s, t, vector, active, passes);
       add_carry(Cell::separate_recurrent ? s.dr : s.dx, vector, active, passes);
 
-      const std::int64_t row = step_in_block * stack.batch + vector * lanes, stride = s_.gate_stride;
+      const std::int64_t row = step_in_block * call.batch + vector * lanes, stride = s_.gate_stride;
       const int rows = rows_of(vector);
       lanes_to_rows(s.dx, gates * H_, rows, s_.dx_gates + row * stride, stride);
       if constexpr (Cell::separate_recurrent) lanes_to_rows(s.dr, gates * H_, rows, s_.dr_gates + row * stride, stride);
@@ -330,7 +330,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
     };
     if (layer_.dy) gather(s.dy, [&](std::int64_t b) { return this->output_gradient_row(t, b); });
     if constexpr (Cell::saved == 0) gather(s.h, [&](std::int64_t b) { return this->output(t, b); });
-    const bool alike = !stack.lengths && !stack.resets;  // all rows come from the same step
+    const bool alike = !call.lengths && !call.resets;  // all rows come from the same step
     for (int state = Cell::Step::projects; state < Cell::states; ++state) {
       T* const to = s.prev[state];
       const bool before = alike && !this->is_first(t, 0);

@@ -120,8 +120,8 @@ class Network {
 
   // Arrays between the layers where nothing is kept: two take turns.
   std::size_t between_count() const { return std::min<std::size_t>(layer_count() - 1, 2); }
-  std::int64_t between_bytes(const Stack& stack) const {
-    return times(static_cast<std::int64_t>(between_count()), output_bytes(stack.steps, stack.batch));
+  std::int64_t between_bytes(const KernelCall& call) const {
+    return times(static_cast<std::int64_t>(between_count()), output_bytes(call.steps, call.batch));
   }
 
   // Of what the steps of layer-direction i save for backward.
@@ -144,16 +144,16 @@ class Network {
   }
 
   // Adds to a call its layers and how it is divided.
-  Plan complete(Stack& stack, const std::vector<Layer>& layers, bool backward) const {
+  Plan complete(KernelCall& call, const std::vector<Layer>& layers, bool backward) const {
     const Plan plan = make_plan(
-        {stack.steps, stack.batch, input_size(), hidden_, outputs_, static_cast<std::int64_t>(layer_directions()),
-         kernels_.row_grain(sizes(0), stack.batch), entry_.gates, entry_.saved, num_threads(), bytes_, backward});
-    stack.layer_count = static_cast<int>(layer_count());
-    stack.directions = static_cast<int>(reverse_.size());
-    stack.layers = layers.data();
-    stack.split = plan.split;
-    stack.block_steps = plan.block_steps;
-    stack.max_threads = plan.threads;
+        {call.steps, call.batch, input_size(), hidden_, outputs_, static_cast<std::int64_t>(layer_directions()),
+         kernels_.row_grain(sizes(0), call.batch), entry_.gates, entry_.saved, num_threads(), bytes_, backward});
+    call.layer_count = static_cast<int>(layer_count());
+    call.directions = static_cast<int>(reverse_.size());
+    call.layers = layers.data();
+    call.split = plan.split;
+    call.block_steps = plan.block_steps;
+    call.max_threads = plan.threads;
     return plan;
   }
 

@@ -26,7 +26,7 @@ struct Range {
   std::int64_t begin, end;
 };
 
-// Part `index` of [0, count) in `parts` parts of whole `grain`s.
+// Returns part `index` of [0, count) in `parts` parts of whole `grain`s.
 RNNKERN_INLINE Range share(std::int64_t count, int index, int parts, std::int64_t grain = 1) noexcept {
   const std::int64_t grains = divide_up(count, grain);
   const std::int64_t begin = grains * index / parts * grain, end = grains * (index + 1) / parts * grain;
@@ -89,7 +89,7 @@ void pack_vector(const T* from, std::int64_t present, std::int64_t depth, std::i
 }
 
 // weight(gate, unit, k) = source[gate * gate_stride + unit * unit_stride + k * k_stride]; one of the last two is 1.
-// This worker's part of the panels. The source is read row by row: each row may be a page of its own.
+// Packs this worker's part of the panels. The source is read row by row: each row may be a page of its own.
 template <class Format, int gates, class T = typename Format::T>
 void pack_panels(const Worker& worker, const T* source, std::int64_t units, std::int64_t depth,
                  std::int64_t gate_stride, std::int64_t unit_stride, std::int64_t k_stride,

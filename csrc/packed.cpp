@@ -38,19 +38,19 @@ void pass_on(const std::vector<py::object>& from, const std::vector<py::array>& 
 
 }  // namespace
 
-void launch(Task task, Stack& stack, const Plan& plan) {
+void launch(Task task, KernelCall& call, const Plan& plan) {
   std::int64_t stop = 0;
-  stack.stop = &stop;
+  call.stop = &stop;
   if (plan.expected_ns < kKeepsGil) {
-    stack.poll = nullptr;
-    run_team(task, &stack, plan.threads, plan.expected_ns, Joining::at_places);
+    call.poll = nullptr;
+    run_team(task, &call, plan.threads, plan.expected_ns, Joining::at_places);
     return;
   }
   {
     WithoutGil gil;
-    stack.poll = WithoutGil::poll;
-    stack.poll_context = &gil;
-    run_team(task, &stack, plan.threads, plan.expected_ns, Joining::at_places);
+    call.poll = WithoutGil::poll;
+    call.poll_context = &gil;
+    run_team(task, &call, plan.threads, plan.expected_ns, Joining::at_places);
   }
   if (stop != 0) throw py::error_already_set();
 }
@@ -272,14 +272,14 @@ py::dict Packed::dict_of(const Gradients& gradients) const {
 py::dict Packed::plan(std::int64_t steps, std::int64_t batch, bool backward) const {
   if (!training_) throw py::value_error("plan: expected weights that were packed for training");
   const std::int64_t kept = kept_bytes(*this, steps, batch, false);
-  Stack stack{};
-  stack.steps = steps;
-  stack.batch = batch;
+  KernelCall call{};
+  call.steps = steps;
+  call.batch = batch;
   std::vector<Layer> layers = this->layers();
   for (std::size_t i = 0; i < layers.size(); ++i)
     if (saved_bytes(i, steps, batch) > 0) layers[i].saved = &layers[i];  // forward works in it instead of in scratch
-  const Plan plan = complete(stack, layers, backward);
-  const std::int64_t scratch = kernels().scratch_bytes(stack, backward) + (backward ? between_bytes(stack) : 0);
+  const Plan plan = complete(call, layers, backward);
+  const std::int64_t scratch = kernels().scratch_bytes(call, backward) + (backward ? between_bytes(call) : 0);
   py::dict described;
   described["threads"] = plan.threads;
   described["split"] = plan.split == Split::rows ? "rows" : "units";

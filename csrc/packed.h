@@ -37,12 +37,12 @@ States bytes_of(const std::vector<py::array>& arrays);
 py::tuple tuple_of(const std::vector<py::array>& arrays);
 
 // Runs a kernel over a stack that says everything but how to give up; without the GIL, unless the call is short.
-void launch(Task task, Stack& stack, const Plan& plan);
+void launch(Task task, KernelCall& call, const Plan& plan);
 
 // Runs calls in memory that NumPy owns, see run() of wiring.h.
 struct PythonHost {
   using Scratch = rnnkern::Scratch;
-  static void launch(Task task, Stack& stack, const Plan& plan) { rnnkern::launch(task, stack, plan); }
+  static void launch(Task task, KernelCall& call, const Plan& plan) { rnnkern::launch(task, call, plan); }
 };
 
 WeightFormat format_of(const std::string& name);

@@ -159,7 +159,7 @@ inline bool crowded(const Outcome& call) noexcept {
 // The calls to come that do without helpers, once one was crowded after `before` such calls: 1, 3, 7, ... 63.
 inline unsigned next_retreat(unsigned before) noexcept { return std::min(2 * before + 1, kLongestRetreat); }
 
-// Do without helpers for this call, where `left` such calls are to come?
+// Says whether to do without helpers for this call, where `left` such calls are to come.
 inline bool retreats(unsigned left, std::int64_t since_last) noexcept { return left > 0 && since_last <= kRetreat; }
 
 }  // namespace rnnkern

@@ -31,7 +31,7 @@ inline const py::detail::PyArray_Proxy& fields_of(py::handle array) { return *py
 // one.
 inline void* bytes_of(py::handle array) { return fields_of(array).data; }
 
-// Is an array exactly as the kernels need it?
+// Says whether an array is exactly as the kernels need it.
 inline bool fits(py::handle array, const py::dtype& dtype, const Shape& shape, bool writable = false) {
   using Numpy = py::detail::npy_api;
   const auto& got = fields_of(array);
@@ -42,7 +42,7 @@ inline bool fits(py::handle array, const py::dtype& dtype, const Shape& shape, b
          (got.flags & needed) == needed;
 }
 
-// Usable without conversion? A subclass of ndarray may mean its data in another way.
+// Says whether an object is usable without conversion: a subclass of ndarray may mean its data in another way.
 inline bool is_exact(py::handle object, const py::dtype& dtype, const Shape& shape, bool writable = false) {
   return Py_TYPE(object.ptr()) == py::detail::npy_api::get().PyArray_Type_ && fits(object, dtype, shape, writable);
 }

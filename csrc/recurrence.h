@@ -24,7 +24,7 @@ class Arena {
   }
   std::int64_t used() const noexcept { return used_; }
 
-  // What body takes, once for each worker; leaves what is worker `own`'s.
+  // Takes what body takes, once for each worker, and leaves what is worker `own`'s.
   template <class Body>
   RNNKERN_INLINE void take_for_workers(int workers, int own, Body&& body) noexcept {
     const std::int64_t begin = used_;
@@ -48,12 +48,12 @@ struct Context {
   using V = Vec<T>;
   static constexpr int lanes = kLanes<T>;
 
-  const Stack& stack;
+  const KernelCall& call;
   Worker& worker;
   std::int64_t block = 0;  // blocks begun so far in this call; the same on all workers at the same place
   std::int64_t place = 0;  // blocks and steps
 
-  // Does this worker take part yet? A helper that joins a call on its way passes by what was done before.
+  // Says whether this worker takes part yet: a helper that joins a call on its way skips the steps already done.
   bool takes_part() const noexcept { return place > worker.joins_at; }
   // Begins a block or step; before it, helpers that have come meanwhile are let in. All rows and units are up to date.
   void begin() noexcept {
@@ -64,45 +64,44 @@ struct Context {
     ++place;
   }
 
-  bool by_units() const noexcept { return stack.split == Split::units && worker.count > 1; }
+  bool by_units() const noexcept { return call.split == Split::units && worker.count > 1; }
   void wait() const noexcept {
     if (worker.count > 1) worker.wait(worker.team);
   }
   void wait_if_units() const noexcept {
     if (by_units()) worker.wait(worker.team);
   }
-  Range rows() const noexcept { return by_units() ? Range{0, stack.batch} : rows_to_own(); }
-  Range rows_to_own() const noexcept { return share(stack.batch, worker.index, worker.count); }
+  Range rows() const noexcept { return by_units() ? Range{0, call.batch} : rows_to_own(); }
+  Range rows_to_own() const noexcept { return share(call.batch, worker.index, worker.count); }
   Panels panels(std::int64_t count, bool backwards = false) const noexcept {
     const Range own = by_units() ? share(count, worker.index, worker.count) : Range{0, count};
     return {own.begin, own.end, backwards};
   }
-  std::int64_t length(std::int64_t b) const noexcept { return stack.lengths ? stack.lengths[b] : stack.steps; }
+  std::int64_t length(std::int64_t b) const noexcept { return call.lengths ? call.lengths[b] : call.steps; }
 
-  // Does row b enter step t from zeros?
+  // Says whether row b enters step t from zeros.
   bool cut(bool reverse, std::int64_t t, std::int64_t b) const noexcept {
-    if (!stack.resets) return false;
+    if (!call.resets) return false;
     const std::int64_t link = reverse ? t + 1 : t;
-    return (!reverse || link < length(b)) && stack.resets[link * stack.batch + b] != 0;
+    return (!reverse || link < length(b)) && call.resets[link * call.batch + b] != 0;
   }
 
-  // Goes on from where a layer-direction has come to, once all are there.
+  // Resumes where a layer-direction has ended, once every worker has arrived.
   void advance(const Context& layer) noexcept {
     block = layer.block, place = layer.place;
     if (takes_part()) wait();
   }
 
-  // Begins a block; true when the call was given up. Worker 0 says so a block ahead, and between two blocks there is
-  // either a barrier or nothing that waits, so that no worker is left alone at a barrier.
-  bool give_up() noexcept {
-    if (worker.index == 0 && stack.poll && !__atomic_load_n(stack.stop, __ATOMIC_RELAXED) &&
-        stack.poll(stack.poll_context))
-      __atomic_store_n(stack.stop, block + 1, __ATOMIC_RELEASE);
-    const std::int64_t stop = __atomic_load_n(stack.stop, __ATOMIC_ACQUIRE);
-    const bool over = stop != 0 && block >= stop;
+  // Begins a block; returns false when the call was given up. Worker 0 says so a block ahead, and between two blocks
+  // there is either a barrier or nothing that waits, so that no worker is left alone at a barrier.
+  bool begin_block() noexcept {
+    if (worker.index == 0 && call.poll && !__atomic_load_n(call.stop, __ATOMIC_RELAXED) && call.poll(call.poll_context))
+      __atomic_store_n(call.stop, block + 1, __ATOMIC_RELEASE);
+    const std::int64_t stop = __atomic_load_n(call.stop, __ATOMIC_ACQUIRE);
+    const bool goes_on = stop == 0 || block < stop;
     ++block;
     begin();
-    return over;
+    return goes_on;
   }
 };
 
@@ -134,7 +133,7 @@ constexpr int given_in(const LayerSizes& sizes) noexcept {
   return !Cell::Step::projects || p < Cell::Step::last || sizes.projected ? PhaseOf<Cell, p>::given : 0;
 }
 
-// The mean of a row of units, in each lane.
+// Returns the mean of a row of units, in each lane.
 template <class V>
 V mean_of_units(const Scalar<V>* row, std::int64_t units) noexcept {
   V total = zero<V>();
@@ -156,28 +155,28 @@ struct ForwardScratch {
   T* zeros;                     // [padded H]
   T* gates;                     // [block_steps, B, slots, padded H]
   // Of one worker: rows of a block, rows of a step.
-  const T** block_inputs;
+  const T** block_x;
   T** block_gates;
   const T **prev[Cell::states], **step_inputs;
   T** step_gates;
   std::int64_t* batch_index;
 
-  ForwardScratch(Arena& arena, const Stack& stack, int worker_index) noexcept {
-    const StateShape<Cell, T> shape(stack.layers[0].sizes);
-    const std::int64_t padded_h = padded<T>(stack.layers[0].sizes.hidden);
+  ForwardScratch(Arena& arena, const KernelCall& call, int worker_index) noexcept {
+    const StateShape<Cell, T> shape(call.layers[0].sizes);
+    const std::int64_t padded_h = padded<T>(call.layers[0].sizes.hidden);
     bool own_gates = false;
-    for (int i = 0; i < stack.layer_count * stack.directions; ++i) own_gates |= stack.layers[i].saved == nullptr;
-    const std::int64_t B = stack.batch, rows = stack.block_steps * B;
+    for (int i = 0; i < call.layer_count * call.directions; ++i) own_gates |= call.layers[i].saved == nullptr;
+    const std::int64_t B = call.batch, rows = call.block_steps * B;
     for (int s = 0; s < Cell::states; ++s) {
       state[0][s] = arena.take<T>(B * shape.stride[s]);
       state[1][s] = s == 0 ? arena.take<T>(B * shape.stride[s]) : state[0][s];
     }
     for_each_phase<Cell>(
-        [&]<int p>() { given[p] = arena.take<T>(B * given_in<Cell, p>(stack.layers[0].sizes) * padded_h); });
+        [&]<int p>() { given[p] = arena.take<T>(B * given_in<Cell, p>(call.layers[0].sizes) * padded_h); });
     zeros = arena.take<T>(padded_h);
     gates = arena.take<T>(own_gates ? rows * kSlots<Cell> * padded_h : 0);
-    arena.take_for_workers(stack.max_threads, worker_index, [&]() RNNKERN_INLINE_LAMBDA {
-      block_inputs = arena.take<const T*>(rows), block_gates = arena.take<T*>(rows);
+    arena.take_for_workers(call.max_threads, worker_index, [&]() RNNKERN_INLINE_LAMBDA {
+      block_x = arena.take<const T*>(rows), block_gates = arena.take<T*>(rows);
       for (const T**& one : prev) one = arena.take<const T*>(B);
       step_inputs = arena.take<const T*>(B), step_gates = arena.take<T*>(B);
       batch_index = arena.take<std::int64_t>(B);
@@ -190,24 +189,24 @@ template <class Cell, class T>
 class LayerContext : protected Context<Cell, T> {
  protected:
   using Base = Context<Cell, T>;
-  using Base::stack;
+  using Base::call;
 
   LayerContext(const Base& context, const Layer& layer) noexcept : Base(context), layer_(layer) {}
 
-  std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? stack.steps - 1 - step : step; }
+  std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? call.steps - 1 - step : step; }
 
-  const T* input(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.x) + (t * stack.batch + b) * layer_.x_stride;
+  const T* x_row(std::int64_t t, std::int64_t b) const noexcept {
+    return static_cast<const T*>(layer_.x) + (t * call.batch + b) * layer_.x_stride;
   }
   T* output(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<T*>(layer_.y) + (t * stack.batch + b) * layer_.y_stride;
+    return static_cast<T*>(layer_.y) + (t * call.batch + b) * layer_.y_stride;
   }
   // Saved values are [T, B, saved, padded H].
   T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<T*>(layer_.saved) + (t * stack.batch + b) * Cell::saved * padded_h_;
+    return static_cast<T*>(layer_.saved) + (t * call.batch + b) * Cell::saved * padded_h_;
   }
 
-  // This worker's rows of the states from and to memory of the user, where null stands for zeros. Makes zeros, too.
+  // Move this worker's rows of the states from and to memory of the user, where null stands for zeros; make zeros too.
   void enter_states(const void* const* given, T* const* states, T* zeros) const noexcept {
     if (this->worker.index == 0) copy_row<T>(zeros, nullptr, 0, padded_h_);
     for_state_rows([&](int s, std::int64_t b, std::int64_t units, std::int64_t stride) {
@@ -240,15 +239,15 @@ class ForwardLoop : protected LayerContext<Cell, T> {
  public:
   using Base = Context<Cell, T>;
   using Loop = LayerContext<Cell, T>;
-  using Loop::stack, Loop::block_first_, Loop::Loop;
+  using Loop::call, Loop::block_first_, Loop::Loop;
 
-  // Returns where the call has come to.
+  // Returns the context with the block and the place that were reached.
   const Base& run() noexcept {
     Steps& steps = static_cast<Steps&>(*this);
     if (this->takes_part()) steps.enter();
-    for (std::int64_t first = 0; first < stack.steps; first += stack.block_steps) {
-      if (this->give_up()) break;
-      const std::int64_t count = first + stack.block_steps < stack.steps ? stack.block_steps : stack.steps - first;
+    for (std::int64_t first = 0; first < call.steps; first += call.block_steps) {
+      if (!this->begin_block()) break;
+      const std::int64_t count = first + call.block_steps < call.steps ? call.block_steps : call.steps - first;
       block_first_ = first;
       if (this->takes_part()) {
         steps.add_input_share(count);
@@ -274,7 +273,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
   using T = typename Format::T;
   using Loop = ForwardLoop<ForwardLayer, Cell, T>;
   using Base = Context<Cell, T>;
-  using Base::stack, Base::worker, Base::lanes;
+  using Base::call, Base::worker, Base::lanes;
   using Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::now_, Loop::block_first_;
   using Loop::time, Loop::output;
   friend Loop;
@@ -293,7 +292,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
   T* gates(std::int64_t t, std::int64_t b) const noexcept {
     if (keep_) return this->saved_row(t, b);
     const std::int64_t step = time(t) - block_first_;
-    return s_.gates + (step * stack.batch + b) * slots * padded_h_;
+    return s_.gates + (step * call.batch + b) * slots * padded_h_;
   }
 
   // gates = x W_ih^T + b_ih for the active rows of `count` steps, in one product.
@@ -305,12 +304,12 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
       const std::int64_t t = time(i);
       for (std::int64_t b = own.begin; b < own.end; ++b) {
         if (t >= this->length(b)) continue;
-        s_.block_inputs[rows] = this->input(t, b);
+        s_.block_x[rows] = this->x_row(t, b);
         s_.block_gates[rows++] = gates(t, b);
       }
     }
     const Panels panels = this->panels(Shape::template panels<T>(H_));
-    product<Format, Shape>(rows, s_.block_inputs, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
+    product<Format, Shape>(rows, s_.block_x, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
                            packed_.values(packed_.at.b_ih), H_, panels,
                            [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
                              for_units<T, Shape>(panel, H_, [&](int sub, std::int64_t unit, int) {
@@ -388,7 +387,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
     return s_.given[p] + s_.batch_index[i] * PhaseOf<Cell, p>::given * padded_h_;
   }
 
-  // The elementwise part of phase p for a vector of units. While the step works, the saved row holds what earlier
+  // Runs the elementwise part of phase p for a vector of units. While the step works, the saved row holds what earlier
   // phases have saved, and still the input's share of the gates of this phase and later ones.
   template <int p>
   RNNKERN_INLINE void run_part(std::int64_t t, std::int64_t i, std::int64_t unit, int count,

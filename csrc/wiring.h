@@ -137,18 +137,18 @@ void run(const Network& network, const ForwardCall& call, const BackwardCall* sl
       masked.push_back(kept->masked(layer));
   }
   const bool backward = slopes != nullptr;
-  Stack stack{};
-  stack.steps = call.steps, stack.batch = call.batch;
-  stack.lengths = call.lengths, stack.resets = call.resets;
-  stack.masks = call.masks, stack.masked = masked.data();
-  const Plan plan = network.complete(stack, layers, backward);
-  const std::int64_t own = network.kernels().scratch_bytes(stack, backward);
-  const typename Host::Scratch scratch(own + (kept && !backward ? 0 : network.between_bytes(stack)));
+  KernelCall kernel_call{};
+  kernel_call.steps = call.steps, kernel_call.batch = call.batch;
+  kernel_call.lengths = call.lengths, kernel_call.resets = call.resets;
+  kernel_call.masks = call.masks, kernel_call.masked = masked.data();
+  const Plan plan = network.complete(kernel_call, layers, backward);
+  const std::int64_t own = network.kernels().scratch_bytes(kernel_call, backward);
+  const typename Host::Scratch scratch(own + (kept && !backward ? 0 : network.between_bytes(kernel_call)));
   void* const between = static_cast<char*>(scratch.data()) + own;
   connect(network, layers, call, kept ? &*kept : nullptr, between);
   if (backward) connect(network, layers, call, *slopes, between);
-  stack.scratch = scratch.data();
-  Host::launch(backward ? network.kernels().backward : network.kernels().forward, stack, plan);
+  kernel_call.scratch = scratch.data();
+  Host::launch(backward ? network.kernels().backward : network.kernels().forward, kernel_call, plan);
 }
 
 }  // namespace rnnkern

@@ -66,13 +66,13 @@ using Format = AsStates<double>;
 static_assert(check_laws<NormRnn>() && check_laws<MinGru>());
 
 template <class Cell>
-void pass(const Stack& stack, Worker& worker, bool backward) {
-  Arena arena(stack.scratch);
-  Context<Cell, double> call{stack, worker};
+void pass(const KernelCall& call, Worker& worker, bool backward) {
+  Arena arena(call.scratch);
+  Context<Cell, double> loop{call, worker};
   if (backward)
-    BackwardLayer<Cell, double>(call, *stack.layers, BackwardScratch<Cell, double>(arena, stack, worker.index)).run();
+    BackwardLayer<Cell, double>(loop, *call.layers, BackwardScratch<Cell, double>(arena, call, worker.index)).run();
   else
-    ForwardLayer<Cell, Format>(call, *stack.layers, ForwardScratch<Cell, double>(arena, stack, worker.index)).run();
+    ForwardLayer<Cell, Format>(loop, *call.layers, ForwardScratch<Cell, double>(arena, call, worker.index)).run();
 }
 
 struct Team {
@@ -81,7 +81,7 @@ struct Team {
 
 // Forward and backward of one layer by `threads` threads that share its units.
 template <class Cell>
-void run_cell(Stack stack, Layer layer, LayerWeights<const void*> weights, int threads) {
+void run_cell(KernelCall call, Layer layer, LayerWeights<const void*> weights, int threads) {
   std::vector<double> packed(static_cast<std::size_t>(packed_bytes<Cell, Format>(layer.sizes, true)) / 8 + 8);
   const auto aligned = [](std::vector<double>& room) {
     return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(room.data()) + 63) / 64 * 64);
@@ -90,23 +90,23 @@ void run_cell(Stack stack, Layer layer, LayerWeights<const void*> weights, int t
   PackCall pack{layer.sizes, weights, true, aligned(packed)};
   pack_layer<Cell, Format>(&pack, alone);
   std::vector<double> saved(
-      static_cast<std::size_t>(stack.steps * stack.batch * Cell::saved * padded<double>(layer.sizes.hidden)));
+      static_cast<std::size_t>(call.steps * call.batch * Cell::saved * padded<double>(layer.sizes.hidden)));
   layer.packed = pack.packed;
   layer.saved = saved.data();
-  stack.layers = &layer;
+  call.layers = &layer;
   for (const bool backward : {false, true}) {
     Arena count(nullptr);
-    ForwardScratch<Cell, double>(count, stack, 0);
-    BackwardScratch<Cell, double>(count, stack, 0);
+    ForwardScratch<Cell, double>(count, call, 0);
+    BackwardScratch<Cell, double>(count, call, 0);
     std::vector<double> scratch(static_cast<std::size_t>(count.used()) / 8 + 8, __builtin_nan(""));
-    stack.scratch = aligned(scratch);
+    call.scratch = aligned(scratch);
     Team team{std::barrier<>(threads)};
     std::vector<std::jthread> helpers;
     for (int i = 0; i < threads; ++i)
       helpers.emplace_back([&, i] {
         const auto wait = [](void* of) noexcept { static_cast<Team*>(of)->all.arrive_and_wait(); };
         Worker worker{i, threads, &team, wait, -1, nullptr};
-        pass<Cell>(stack, worker, backward);
+        pass<Cell>(call, worker, backward);
       });
   }
 }
@@ -123,8 +123,8 @@ extern "C" void run(int cell, const std::int64_t* sizes, double* const* arrays, 
   double* const* in = arrays;
   double* const* out = arrays + 10;
   std::int64_t stop = 0;
-  Stack stack{T, B,       lengths, resets,  1,       1,    nullptr, nullptr, nullptr, Split::units,
-              2, threads, nullptr, nullptr, nullptr, &stop};
+  KernelCall call{T, B,       lengths, resets,  1,       1,    nullptr, nullptr, nullptr, Split::units,
+                  2, threads, nullptr, nullptr, nullptr, &stop};
   Layer layer{{I, H, H, false},
               reverse,
               nullptr,
@@ -143,5 +143,5 @@ extern "C" void run(int cell, const std::int64_t* sizes, double* const* arrays, 
               {out[3]},
               {out[4], out[5], out[6], out[7], nullptr, {out[8], out[9]}}};
   const LayerWeights<const void*> weights{in[2], in[3], in[4], in[5], nullptr, {in[6], in[7]}};
-  (cell == 0 ? run_cell<NormRnn> : run_cell<MinGru>)(stack, layer, weights, threads);
+  (cell == 0 ? run_cell<NormRnn> : run_cell<MinGru>)(call, layer, weights, threads);
 }
