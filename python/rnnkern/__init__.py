@@ -5,8 +5,9 @@ from .backends import BackendUnavailableError, backend_names
 from .config import num_threads, set_num_threads, show_config
 from .functional import Grads, Tape, backward, forward
 from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
+from .losses import cross_entropy, mse
 from .planning import Division, Explanation, MemoryPlan, explain, memory_plan
-from .train import SGD, Adam, Linear, clip_grad_norm, clip_grad_value, cross_entropy, mse
+from .train import SGD, Adam, Linear, clip_grad_norm, clip_grad_value
 from .weights import load, save
 
 __all__ = [

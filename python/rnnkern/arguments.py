@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 import warnings
@@ -23,7 +24,10 @@ __all__ = [
     "chosen_names",
     "flag",
     "float_dtype",
+    "fraction",
     "integer",
+    "number",
+    "positive",
     "probability",
     "seed_or_none",
     "warn_the_caller",
@@ -76,6 +80,30 @@ def probability(name: str, value: object) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
     return float(value)
+
+
+def number(name: str, value: float) -> float:
+    """A number (not a bool) as a float."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def positive(name: str, value: float, *, zero: bool = False, finite: bool = True) -> float:
+    """A number > 0, or >= 0; finite where that is asked for."""
+    result = number(name, value)
+    if not (result > 0 or (zero and result == 0)) or (finite and math.isinf(result)):
+        bounds = f"a {'finite ' if finite else ''}number {'>=' if zero else '>'} 0"
+        raise ValueError(f"{name}: expected {bounds}, got {value}")
+    return result
+
+
+def fraction(name: str, value: float) -> float:
+    """A number in [0, 1)."""
+    result = number(name, value)
+    if not 0 <= result < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+    return result
 
 
 def seed_or_none(value: object) -> int | None:

@@ -27,10 +27,10 @@ except ModuleNotFoundError as error:
         'rnnkern.sklearn needs scikit-learn 1.6 or newer: python -m pip install "scikit-learn>=1.6"'
     ) from error
 
-from .arguments import as_array, describe, integer
+from .arguments import as_array, describe, fraction, integer, number, positive
 from .layers import Recurrent
 from .terminal import Terminal
-from .train import Adam, Linear, _fraction, _number, _positive, clip_grad_norm
+from .train import Adam, Linear, clip_grad_norm
 
 __all__ = ["RNNClassifier", "RNNRegressor"]
 
@@ -185,10 +185,10 @@ class _RNNEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         for name in ("batch_size", "max_iter", "n_iter_no_change"):
             integer(name, getattr(self, name), 1)
-        _positive("learning_rate", self.learning_rate)
-        _positive("max_norm", self.max_norm, finite=False)
-        _fraction("validation_fraction", self.validation_fraction)
-        _number("tol", self.tol)
+        positive("learning_rate", self.learning_rate)
+        positive("max_norm", self.max_norm, finite=False)
+        fraction("validation_fraction", self.validation_fraction)
+        number("tol", self.tol)
 
     def _sequences(self, X: Any, fresh: bool) -> tuple[Array, Array]:
         """The steps (S, I) of all sequences of X, and the lengths (N,); unless `fresh`, of the features there were."""
@@ -585,7 +585,7 @@ class RNNClassifier(ClassifierMixin, _RNNEstimator):  # type: ignore[misc]
             for label, factor in self.class_weight.items():
                 if label not in labels:
                     raise ValueError(f"class_weight: expected labels among {labels}, got {label!r}")
-                factors[labels.index(label)] = _positive(f"class_weight[{label!r}]", factor, zero=True)
+                factors[labels.index(label)] = positive(f"class_weight[{label!r}]", factor, zero=True)
             if not (weights * factors[targets]).any():
                 raise ValueError("class_weight: expected a class of y with a weight > 0, got 0 for all")
         elif self.class_weight == "balanced":

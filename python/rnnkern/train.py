@@ -1,4 +1,4 @@
-"""The output side of training from NumPy: `Linear`, losses with their gradients, clipping, SGD and Adam."""
+"""The output side of training from NumPy: `Linear`, clipping of gradients, SGD and Adam."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from . import backends
 from .arguments import (
-    as_array,
     as_floats,
     as_parameter,
     check_names,
@@ -23,13 +22,15 @@ from .arguments import (
     describe,
     flag,
     float_dtype,
+    fraction,
     integer,
+    positive,
     seed_or_none,
 )
 from .copies import shared
 from .functional import Grads, Parameters, refuse_to_copy, uniform
 
-__all__ = ["SGD", "Adam", "Linear", "clip_grad_norm", "clip_grad_value", "cross_entropy", "mse"]
+__all__ = ["SGD", "Adam", "Linear", "clip_grad_norm", "clip_grad_value"]
 
 Array = NDArray[Any]
 
@@ -261,128 +262,6 @@ class Linear:
                 raise ValueError(f"into.{name}: expected a writable array, got a read-only one")
 
 
-def cross_entropy(
-    logits: ArrayLike, targets: ArrayLike, lengths: ArrayLike | None = None, *, batch_first: bool = False
-) -> tuple[float, Array]:
-    """Softmax cross-entropy, mean over the valid steps, and its gradient.
-
-    Per step: log(sum_k exp(logits_k)) - logits_target, in nats, with the largest logit taken out of the sum first, so
-    that nothing overflows. As `torch.nn.functional.cross_entropy` over the valid steps.
-
-    Parameters
-    ----------
-    logits
-        float32 or float64, (T, B, C), or any leading shape (..., C) where no lengths are given.
-    targets
-        Integers in [0, C) of the leading shape.
-    lengths
-        Integers (B,), 0 <= length <= T. Past a row's end neither logits nor targets are read.
-    batch_first
-        The leading shape is (B, T). Matters only with lengths.
-
-    Returns
-    -------
-    loss : float
-        0 where there is no valid step.
-    dlogits : ndarray
-        Shape and dtype of logits; zero past a row's end.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Wrong dtype, shape or range, naming the argument.
-
-    Examples
-    --------
-    >>> loss, dlogits = cross_entropy(np.zeros((2, 1, 4)), np.array([[3], [0]]))
-    >>> round(loss, 4), dlogits[0, 0].tolist()
-    (1.3863, [0.125, 0.125, 0.125, -0.375])
-    """
-    z = _floats("logits", logits)
-    if z.ndim < 2:
-        raise ValueError(f"logits: expected shape (..., C) of at least 2 dimensions, got {z.shape}")
-    chosen = as_array("targets", targets)
-    if chosen.dtype.kind not in "iu":
-        raise TypeError(f"targets: expected integers, got {chosen.dtype}")
-    if chosen.shape != z.shape[:-1]:
-        raise ValueError(f"targets: expected shape {z.shape[:-1]}, got {chosen.shape}")
-    classes = z.shape[-1]
-    valid = _valid_steps("logits", z, lengths, batch_first)
-    rows = z.reshape(-1, classes) if valid is None else z[valid]
-    chosen = chosen.reshape(-1) if valid is None else chosen[valid]
-    count = len(rows)
-    if count == 0:
-        return 0.0, np.zeros_like(z, order="C")
-    if chosen.min() < 0 or chosen.max() >= classes:
-        worst = chosen.min() if chosen.min() < 0 else chosen.max()
-        raise ValueError(f"targets: expected values in [0, {classes}), got {worst}")
-
-    at_target = (np.arange(count), chosen)
-    with np.errstate(all="ignore"):  # Inf and NaN go through
-        gradient = rows - rows.max(axis=-1, keepdims=True)
-        target_logits = gradient[at_target]
-        np.exp(gradient, out=gradient)
-        total = gradient.sum(axis=-1)
-        loss = np.mean(np.log(total) - target_logits, dtype=np.float64)
-        gradient /= total[:, None] * count
-        gradient[at_target] -= 1 / count
-    return float(loss), _spread(gradient, valid, z)
-
-
-def mse(
-    prediction: ArrayLike, target: ArrayLike, lengths: ArrayLike | None = None, *, batch_first: bool = False
-) -> tuple[float, Array]:
-    """Mean squared error over all elements of the valid steps, and its gradient.
-
-    As `torch.nn.functional.mse_loss` over the valid steps; the mean is taken in float64.
-
-    Parameters
-    ----------
-    prediction
-        float32 or float64, (T, B, C), or any shape where no lengths are given.
-    target
-        Real numbers of the same shape.
-    lengths
-        Integers (B,), 0 <= length <= T. Past a row's end neither prediction nor target is read.
-    batch_first
-        The shape is (B, T, C). Matters only with lengths.
-
-    Returns
-    -------
-    loss : float
-        0 where there is no valid step.
-    dprediction : ndarray
-        Shape and dtype of prediction; zero past a row's end.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Wrong dtype or shape, naming the argument.
-
-    Examples
-    --------
-    >>> loss, dprediction = mse(np.array([1.0, 2.0]), np.array([1.0, 4.0]))
-    >>> loss, dprediction.tolist()
-    (2.0, [0.0, -2.0])
-    """
-    y = _floats("prediction", prediction)
-    wanted = as_array("target", target)
-    if wanted.dtype.kind not in "fiub":
-        raise TypeError(f"target: expected real numbers, got {wanted.dtype}")
-    if wanted.shape != y.shape:
-        raise ValueError(f"target: expected shape {y.shape}, got {wanted.shape}")
-    valid = _valid_steps("prediction", y, lengths, batch_first)
-    with np.errstate(all="ignore"):
-        gradient = np.subtract(y if valid is None else y[valid], wanted if valid is None else wanted[valid])
-        gradient = np.asarray(gradient, dtype=y.dtype)  # a float64 target does not widen the result
-        count = gradient.size
-        if count == 0:
-            return 0.0, np.zeros_like(y, order="C")
-        loss = np.mean(np.square(gradient, dtype=np.float64))
-        gradient *= 2 / count
-    return float(loss), _spread(gradient, valid, y)
-
-
 def clip_grad_norm(grads: Any, max_norm: float) -> float:
     """Scale all gradients together so that their joint 2-norm is at most `max_norm`, in place.
 
@@ -412,7 +291,7 @@ def clip_grad_norm(grads: Any, max_norm: float) -> float:
     >>> clip_grad_norm([gradients], 1.0), gradients["weight"].round(3).tolist()
     (5.0, [0.6, 0.8])
     """
-    limit = _positive("max_norm", max_norm, finite=False)
+    limit = positive("max_norm", max_norm, finite=False)
     arrays = list(_writable(grads))
     norm = _norm(arrays)
     scale = limit / (norm + 1e-6)
@@ -444,7 +323,7 @@ def clip_grad_value(grads: Any, value: float) -> None:
     >>> gradients["weight"].tolist()
     [1.0, -0.5]
     """
-    limit = _positive("value", value, finite=False)
+    limit = positive("value", value, finite=False)
     for array in list(_writable(grads)):
         np.clip(array, -limit, limit, out=array)
 
@@ -508,7 +387,7 @@ class _Optimizer(ABC):
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self._lr = _positive("lr", value, zero=True)
+        self._lr = positive("lr", value, zero=True)
 
     def step(self, grads: Any) -> None:
         """Update the parameters in place.
@@ -656,7 +535,7 @@ class SGD(_Optimizer):
     """
 
     def __init__(self, parameters: Any, lr: float, momentum: float = 0.0) -> None:
-        self.momentum = _fraction("momentum", momentum)
+        self.momentum = fraction("momentum", momentum)
         self._moments = ("velocity",) if self.momentum else ()
         super().__init__(parameters, lr)
 
@@ -705,8 +584,8 @@ class Adam(_Optimizer):
     ) -> None:
         if not isinstance(betas, Sequence) or len(betas) != 2:
             raise TypeError(f"betas: expected two numbers, got {betas!r}")
-        self.betas = (_fraction("betas[0]", betas[0]), _fraction("betas[1]", betas[1]))
-        self.eps = _positive("eps", eps)
+        self.betas = (fraction("betas[0]", betas[0]), fraction("betas[1]", betas[1]))
+        self.eps = positive("eps", eps)
         super().__init__(parameters, lr)
 
     def _change(self, gradient: Array, *moments: Array) -> Array:
@@ -723,40 +602,6 @@ class Adam(_Optimizer):
         np.divide(mean, change, out=change)
         change *= self.lr / (1 - b1**self.steps)
         return change
-
-
-def _floats(name: str, value: ArrayLike) -> Array:
-    array = as_array(name, value)
-    if array.dtype not in (np.float32, np.float64):
-        raise TypeError(f"{name}: expected float32 or float64, got {array.dtype}")
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
-
-
-def _valid_steps(name: str, values: Array, lengths: ArrayLike | None, batch_first: bool) -> Array | None:
-    """Where a step is within its row, bool of the leading shape; None for everywhere."""
-    if lengths is None:
-        return None
-    if values.ndim != 3:
-        raise ValueError(f"lengths: expected {name} of 3 dimensions with them, got {name} of shape {values.shape}")
-    B, T = values.shape[:2] if batch_first else values.shape[1::-1]
-    ends = as_array("lengths", lengths)
-    if ends.dtype.kind not in "iu":
-        raise TypeError(f"lengths: expected integers of shape ({B},), got {describe(ends)}")
-    if ends.shape != (B,):
-        raise ValueError(f"lengths: expected integers of shape ({B},), got {describe(ends)}")
-    if B and (ends.min() < 0 or ends.max() > T):
-        raise ValueError(f"lengths: expected values in [0, {T}], got {ends.min()} to {ends.max()}")
-    inside: Array = np.arange(T) < ends[:, None]
-    return inside if batch_first else inside.T
-
-
-def _spread(rows: Array, valid: Array | None, like: Array) -> Array:
-    """Gradients of the valid steps in the shape of all steps, zero elsewhere."""
-    if valid is None:
-        return rows.reshape(like.shape)
-    full = np.zeros(like.shape, like.dtype)
-    full[valid] = rows
-    return full
 
 
 def _mappings(name: str, values: Any) -> list[Mapping[str, Array]]:
@@ -825,24 +670,3 @@ def _all_finite(array: Array) -> bool:
     # Such an element makes the sum one too, of the squares as well. An overflow is looked into.
     total = array.dot(array) if array.size <= _SHORT else np.einsum("i->", array)
     return math.isfinite(total) or bool(np.isfinite(array).all())
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    return float(value)
-
-
-def _positive(name: str, value: float, *, zero: bool = False, finite: bool = True) -> float:
-    number = _number(name, value)
-    if not (number > 0 or (zero and number == 0)) or (finite and math.isinf(number)):
-        bounds = f"a {'finite ' if finite else ''}number {'>=' if zero else '>'} 0"
-        raise ValueError(f"{name}: expected {bounds}, got {value}")
-    return number
-
-
-def _fraction(name: str, value: float) -> float:
-    number = _number(name, value)
-    if not 0 <= number < 1:
-        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
-    return number
