@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -171,12 +172,19 @@ def test_linear_checks_backward_before_it_adds() -> None:
 def test_losses_have_their_derivative(lengths: Any, batch_first: bool, random: np.random.Generator) -> None:
     """Central differences of the loss in float64; past a row's end nothing is read and the gradient is zero."""
     shape = (4, 5) if batch_first else (5, 4)
-    logits, values = random.standard_normal((2, *shape, 3))
-    targets = random.integers(3, size=shape)
+    logits, values, answers = random.standard_normal((3, *shape, 3))
+    targets, answers = random.integers(3, size=shape), 1 / (1 + np.exp(-answers))
     steps = np.arange(5) < np.array(lengths or [5] * 4)[:, None]
     inside = steps if batch_first else steps.T
-    logits[~inside], values[~inside], targets[~inside] = np.nan, np.nan, -(2**60)
-    for loss, wanted in ((rk.cross_entropy, targets), (rk.mse, values)):
+    logits[~inside], values[~inside], answers[~inside], targets[~inside] = np.nan, np.nan, np.nan, -(2**60)
+    for loss, wanted in (
+        (rk.cross_entropy, targets),
+        (partial(rk.cross_entropy, label_smoothing=0.3), targets),
+        (rk.binary_cross_entropy, answers),
+        (rk.mse, values),
+        (rk.mae, values),
+        (partial(rk.huber, delta=0.7), values),
+    ):
         value, gradient = loss(logits, wanted, lengths, batch_first=batch_first)
         assert type(value) is float
         assert (gradient[~inside] == 0).all()
@@ -188,14 +196,55 @@ def test_losses_have_their_derivative(lengths: Any, batch_first: bool, random: n
         assert value == pytest.approx(sum(parts) / inside.sum(), rel=1e-12)
 
 
+def test_weighted_losses_have_their_derivative(random: np.random.Generator) -> None:
+    """Central differences in float64; a weight counts as so many equal rows, and a row of weight 0 is not read."""
+    logits, values = random.standard_normal((2, 6, 4, 3))
+    targets, answers = random.integers(3, size=(6, 4)), random.random((6, 4, 3))
+    row_weights, lengths = random.integers(1, 4, size=(6, 4)), [6, 3, 0, 5]
+    row_weights[0, 0], row_weights[2, 1], row_weights[4, 3] = 1, 0, 0
+    repeats = row_weights * (np.arange(6)[:, None] < lengths)
+    unread = repeats == 0
+    logits[unread], targets[unread], values[unread], answers[unread] = np.nan, 77, np.nan, np.nan
+    targets[0, 0] = -5
+    for loss, wanted, options in (
+        (rk.cross_entropy, targets, {"ignore_index": -5}),
+        (rk.cross_entropy, targets, {"weights": [0, 2, 1], "ignore_index": -5}),
+        (rk.cross_entropy, targets, {"weights": [0.5, 2, 1], "label_smoothing": 0.2, "ignore_index": -5}),
+        (rk.binary_cross_entropy, answers, {}),
+        (rk.mse, values, {}),
+        (rk.mae, values, {}),
+        (rk.huber, values, {"delta": 0.7}),
+    ):
+        f = partial(loss, row_weights=row_weights, **options)
+        value, gradient = f(logits, wanted, lengths)
+        assert f(logits, wanted, lengths, need_gradient=False) == (value, None)
+        moved = central_difference(lambda x, f=f, w=wanted: f(x, w, lengths)[0], logits)
+        np.testing.assert_allclose(gradient[~unread], moved[~unread], rtol=0, atol=1e-9)
+        assert (gradient[unread] == 0).all()
+        assert not options.get("ignore_index") or (gradient[0, 0] == 0).all()
+        repeated = [np.repeat(one.reshape(24, *one.shape[2:]), repeats.reshape(-1), axis=0) for one in (logits, wanted)]
+        assert value == pytest.approx(loss(*repeated, **options)[0], rel=1e-12)
+
+
 def test_losses_agree_with_torch(dtype: str, torch: Any, random: np.random.Generator) -> None:
     """Value and gradient."""
     logits = (10 * random.standard_normal((6, 4, 7))).astype(dtype)
     values, targets = random.standard_normal((6, 4, 7)).astype(dtype), random.integers(7, size=(6, 4))
-    functional = torch.nn.functional
+    answers, targets[1, 1] = random.random((6, 4, 7)).astype(dtype), 2
+    functional, weights = torch.nn.functional, np.arange(7).astype(dtype)
+    options: dict[str, Any] = {"ignore_index": 2, "label_smoothing": 0.1}
+    theirs_options = options | {"weight": torch.tensor(weights)}
     for ours, theirs, wanted in (
         (rk.cross_entropy, lambda z, t: functional.cross_entropy(z.reshape(-1, 7), t.reshape(-1)), targets),
+        (
+            partial(rk.cross_entropy, weights=weights, **options),
+            lambda z, t: functional.cross_entropy(z.reshape(-1, 7), t.reshape(-1), **theirs_options),
+            targets,
+        ),
+        (rk.binary_cross_entropy, functional.binary_cross_entropy_with_logits, answers),
         (rk.mse, functional.mse_loss, values),
+        (rk.mae, functional.l1_loss, values),
+        (partial(rk.huber, delta=3), partial(functional.huber_loss, delta=3.0), values),
     ):
         value, gradient = ours(logits, wanted)
         z = torch.tensor(logits, requires_grad=True)
@@ -221,10 +270,23 @@ def test_cross_entropy_is_stable() -> None:
     assert not np.isnan(gradient[1]).any()
 
 
+def test_binary_cross_entropy_is_stable() -> None:
+    """Large logits neither overflow nor lose what is small; of one dimension each element is a row."""
+    with np.errstate(all="raise"):
+        loss, gradient = rk.binary_cross_entropy(np.array([3e38, -3e38], np.float32), [1, 0], row_weights=[1, 3])
+    assert (loss, gradient.tolist()) == (0, [0, 0])
+    loss, gradient = rk.binary_cross_entropy(np.array([-40.0]), [False])
+    assert loss == gradient[0] == pytest.approx(math.exp(-40), rel=1e-15)
+
+
 def test_losses_of_nothing_are_zero() -> None:
     """No valid step: nothing to learn from, and no NaN."""
     for shape, lengths in (((0, 2, 3), None), ((4, 0, 3), []), ((4, 2, 3), [0, 0])):
-        for loss, wanted in ((rk.cross_entropy, np.zeros(shape[:2], int)), (rk.mse, np.zeros(shape))):
+        for loss, wanted in (
+            (rk.cross_entropy, np.zeros(shape[:2], int)),
+            (rk.binary_cross_entropy, np.zeros(shape)),
+            (rk.mse, np.zeros(shape)),
+        ):
             lengths_ = None if lengths is None else np.array(lengths, int)
             value, gradient = loss(np.full(shape, np.nan, np.float32), wanted, lengths_)
             assert value == 0
@@ -250,12 +312,31 @@ Z, ZT = np.zeros((5, 2, 3)), np.zeros((5, 2), int)
         (lambda: rk.mse(Z, Z[..., :1]), ValueError, "target: expected shape"),
         (lambda: rk.mse(Z, Z.astype(complex)), TypeError, "target: expected real numbers"),
         (lambda: rk.mse(Z.astype(complex), Z), TypeError, "prediction: expected"),
+        (lambda: rk.binary_cross_entropy(Z, Z + 2), ValueError, "targets: expected values from 0 to 1, got 2.0 to 2.0"),
     ],
 )
 def test_losses_name_what_is_wrong(call: Callable[[], object], error: type[Exception], message: str) -> None:
     """Argument, expectation and what came."""
     with pytest.raises(error, match=message):
         call()
+
+
+def test_options_of_losses_are_named() -> None:
+    """Argument, expectation and what came."""
+    for loss, wanted, options, message in (
+        (rk.cross_entropy, ZT, {"weights": [1, 2]}, r"weights: expected numbers >= 0 of shape \(3,\), got"),
+        (rk.cross_entropy, ZT, {"weights": [1, -2, 1]}, r"weights: expected numbers >= 0 of shape \(3,\), got -2 to 1"),
+        (rk.cross_entropy, ZT, {"label_smoothing": 1.1}, "label_smoothing: expected a number from 0 to 1, got 1.1"),
+        (rk.cross_entropy, ZT, {"ignore_index": 1.0}, "ignore_index: expected an integer"),
+        (rk.huber, Z, {"delta": 0}, "delta: expected a finite number > 0, got 0"),
+        (rk.mse, Z, {"row_weights": np.ones((5, 2, 3))}, r"row_weights: expected numbers >= 0 that broadcast to shape"),
+        (rk.mae, Z, {"row_weights": np.ones(5)}, r"that broadcast to shape \(5, 2\), got float64 of shape \(5,\)"),
+        (rk.mae, Z, {"row_weights": [1, math.nan]}, r"row_weights: expected numbers >= 0 that .*, got nan to nan"),
+        (rk.mae, Z, {"row_weights": "1"}, r"row_weights: expected numbers >= 0 that"),
+        (rk.mae, Z, {"need_gradient": 0}, "need_gradient: expected a bool, got int 0"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            loss(Z, wanted, **options)  # type: ignore[operator]
 
 
 # Clipping

@@ -5,7 +5,7 @@ from .backends import BackendUnavailableError, backend_names
 from .config import num_threads, set_num_threads, show_config
 from .functional import Grads, Tape, backward, forward
 from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
-from .losses import cross_entropy, mse
+from .losses import binary_cross_entropy, cross_entropy, huber, mae, mse
 from .planning import Division, Explanation, MemoryPlan, explain, memory_plan
 from .train import SGD, Adam, Linear, clip_grad_norm, clip_grad_value
 from .weights import load, save
@@ -28,13 +28,16 @@ __all__ = [
     "Tape",
     "backend_names",
     "backward",
+    "binary_cross_entropy",
     "clip_grad_norm",
     "clip_grad_value",
     "convert",
     "cross_entropy",
     "explain",
     "forward",
+    "huber",
     "load",
+    "mae",
     "memory_plan",
     "mse",
     "num_threads",
