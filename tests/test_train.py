@@ -429,6 +429,8 @@ OPTIMIZERS = [
     (rk.SGD, "SGD", {"lr": 0.1, "momentum": 0.9}),
     (rk.Adam, "Adam", {}),
     (rk.Adam, "Adam", {"lr": 0.02, "betas": (0.5, 0.7), "eps": 0.1}),
+    (rk.SGD, "SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}),
+    (rk.AdamW, "AdamW", {"lr": 0.02, "weight_decay": 0.3}),
 ]
 SHAPES = {"weight": (150, 140), "bias": (3,)}  # the first takes two blocks of an optimizer
 
@@ -492,6 +494,31 @@ def test_parameters_of_one_optimizer_do_not_meet(
     for one in alone:
         for key, value in one.items():
             np.testing.assert_array_equal(together[key], value, strict=True)
+
+
+def test_groups_of_parameters_become_what_optimizers_of_their_own_make_of_them(random: np.random.Generator) -> None:
+    """Bitwise, also in a copy, by patterns of names of which the last that fits stands; a new lr moves all."""
+    layers = [{key: random.standard_normal(3) for key in ("weight", "bias")} for _ in range(2)]
+    expected = copy.deepcopy(layers)
+    for optimizer in (partial(rk.SGD, momentum=0.5), rk.AdamW):
+        groups = {"*.bias": {"weight_decay": 0, "lr_factor": 2}, "1.*": {"lr_factor": 0.25}}
+        copied = pickle.loads(pickle.dumps((layers, optimizer(layers, 0.1, weight_decay=0.3, groups=groups))))
+        alone = [
+            (layer[key], optimizer({"p": layer[key]}, 0.1 * factor, weight_decay=decay), factor)
+            for layer, factors in zip(expected, ((1, 2), (0.25, 0.25)), strict=True)
+            for (key, decay), factor in zip({"weight": 0.3, "bias": 0}.items(), factors, strict=True)
+        ]
+        for lr in (0.1, 0.05):
+            copied[1].lr = lr
+            grads = [{key: random.standard_normal(3) for key in ("weight", "bias")} for _ in range(2)]
+            copied[1].step(grads)
+            for (_, one, factor), gradient in zip(alone, (g for both in grads for g in both.values()), strict=True):
+                one.lr = lr * factor
+                one.step({"p": gradient})
+        for layer, other in zip(copied[0], expected, strict=True):
+            for key, value in layer.items():
+                np.testing.assert_array_equal(value, other[key], strict=True)
+        layers = copy.deepcopy(expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -558,6 +585,21 @@ def test_optimizers_name_what_is_wrong(call: Callable[[Any], object], error: typ
     """Argument, expectation and what came."""
     with pytest.raises(error, match=message):
         call({"a": np.ones((2, 3))})
+
+
+def test_options_of_optimizers_are_named() -> None:
+    """Argument, expectation and what came."""
+    parameters = {"a": np.ones(3), "b": np.ones(2)}
+    for optimizer, options, message in (
+        (rk.AdamW, {"weight_decay": -1}, "weight_decay: expected a finite number >= 0, got -1"),
+        (rk.AdamW, {"groups": ["0.a"]}, "groups: expected a mapping of patterns of names to mappings, got list"),
+        (rk.AdamW, {"groups": {"a": {}}}, "groups: expected patterns of the names 0.a, 0.b, got 'a'"),
+        (rk.AdamW, {"groups": {"*": 0.1}}, r"groups\['\*'\]: expected a mapping with lr_factor and weight_decay, got"),
+        (rk.Adam, {"groups": {"0.a": {"weight_decay": 1}}}, "expected a mapping with lr_factor, got weight_decay"),
+        (rk.Adam, {"groups": {"0.a": {"lr_factor": -1}}}, r"groups\['0.a'\]\['lr_factor'\]: expected a finite number"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            optimizer(parameters, **options)
 
 
 # All together

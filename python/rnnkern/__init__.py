@@ -7,7 +7,7 @@ from .functional import Grads, Tape, backward, forward
 from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
 from .losses import binary_cross_entropy, cross_entropy, huber, mae, mse
 from .planning import Division, Explanation, MemoryPlan, explain, memory_plan
-from .train import SGD, Adam, Linear, clip_grad_norm, clip_grad_value
+from .train import SGD, Adam, AdamW, Linear, clip_grad_norm, clip_grad_value
 from .weights import load, save
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "RNN",
     "SGD",
     "Adam",
+    "AdamW",
     "BackendUnavailableError",
     "Division",
     "Explanation",

@@ -1,4 +1,4 @@
-"""The output side of training from NumPy: `Linear`, clipping of gradients, SGD and Adam."""
+"""The output side of training from NumPy: `Linear`, clipping of gradients, SGD, Adam and AdamW."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,9 +31,10 @@ from .arguments import (
 from .copies import shared
 from .functional import Grads, Parameters, refuse_to_copy, uniform
 
-__all__ = ["SGD", "Adam", "Linear", "clip_grad_norm", "clip_grad_value"]
+__all__ = ["SGD", "Adam", "AdamW", "Linear", "clip_grad_norm", "clip_grad_value"]
 
 Array = NDArray[Any]
+Groups = Mapping[str, Mapping[str, float]]  # of an optimizer: options of the parameters whose names fit a pattern
 
 _BLOCK = 1 << 14  # elements an optimizer updates at a time: its temporaries stay in the L2 cache
 _SHORT = 1 << 13  # elements whose dot product OpenBLAS gives to no threads; over 10,000 it does
@@ -328,6 +330,14 @@ def clip_grad_value(grads: Any, value: float) -> None:
         np.clip(array, -limit, limit, out=array)
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What `groups` of an optimizer says of a parameter."""
+
+    lr_factor: float = 1.0
+    weight_decay: float | None = None  # None: the optimizer's
+
+
 class _Optimizer(ABC):
     """Parameters, the checks of their gradients, and the walk over both in blocks.
 
@@ -336,14 +346,19 @@ class _Optimizer(ABC):
     """
 
     _moments: tuple[str, ...] = ()
+    _group_options: tuple[str, ...] = ("lr_factor",)
+    weight_decay: float = 0.0
+    _decoupled = False  # whether weight decay leaves the gradient alone
 
-    def __init__(self, parameters: Any, lr: float) -> None:
+    def __init__(self, parameters: Any, lr: float, groups: Groups | None) -> None:
         self.lr = lr
         self.steps = 0
         self._parameters = _mappings("parameters", parameters)
         self._names = [f"{index}.{name}" for index, one in enumerate(self._parameters) for name in one]
         self._values = self._flat_parameters()
-        self._groups = _groups(self._values)
+        settings = _settings(groups, self._names, self._group_options)
+        self._groups = _groups(self._values, settings)
+        self._settings = [settings[group.start] for group in self._groups]
         self._state = {moment: [self._zeros(group) for group in self._groups] for moment in self._moments}
 
     def _flat_parameters(self) -> list[Array]:
@@ -407,21 +422,37 @@ class _Optimizer(ABC):
         with np.errstate(all="ignore"):
             gradients = self._checked(grads)
             self.steps += 1
-            for group, gradient, *moments in zip(self._groups, gradients, *self._state.values(), strict=True):
-                self._update(self._values[group], gradient, moments)
+            for group, setting, gradient, *moments in zip(
+                self._groups, self._settings, gradients, *self._state.values(), strict=True
+            ):
+                self._update(self._values[group], gradient, moments, setting)
 
-    def _update(self, values: Sequence[Array], gradient: Array, moments: Sequence[Array]) -> None:
+    def _update(self, values: Sequence[Array], gradient: Array, moments: Sequence[Array], setting: _Settings) -> None:
         """Update a group in place."""
+        lr = self.lr * setting.lr_factor
+        decay = self.weight_decay if setting.weight_decay is None else setting.weight_decay
         if len(values) > 1:  # no more than a block
-            for value, change in zip(values, _split(self._change(gradient, *moments), values), strict=True):
-                value -= change
+            self._update_block(values, gradient, moments, lr, decay)
             return
         for start in range(0, gradient.size, _BLOCK):
             block = slice(start, start + _BLOCK)
-            values[0][block] -= self._change(gradient[block], *[one[block] for one in moments])
+            self._update_block([values[0][block]], gradient[block], [one[block] for one in moments], lr, decay)
+
+    def _update_block(
+        self, values: Sequence[Array], gradient: Array, moments: Sequence[Array], lr: float, decay: float
+    ) -> None:
+        if decay and self._decoupled:
+            for value in values:
+                value *= 1 - lr * decay
+        elif decay:
+            gradient = gradient.copy()
+            for value, part in zip(values, _split(gradient, values), strict=True):
+                part += decay * value
+        for value, change in zip(values, _split(self._change(lr, gradient, *moments), values), strict=True):
+            value -= change
 
     @abstractmethod
-    def _change(self, gradient: Array, *moments: Array) -> Array:
+    def _change(self, lr: float, gradient: Array, *moments: Array) -> Array:
         """What to subtract from a block, whose moments are brought up to date in place."""
 
     def _checked(self, grads: Any) -> list[Array]:
@@ -510,7 +541,9 @@ class _Optimizer(ABC):
 
 
 class SGD(_Optimizer):
-    """Stochastic gradient descent, with momentum as `torch.optim.SGD` has it: v = momentum v + g, p -= lr v.
+    """Stochastic gradient descent, with momentum and weight decay as `torch.optim.SGD` has them.
+
+    v = momentum v + g + weight_decay p, p -= lr v.
 
     Parameters
     ----------
@@ -520,6 +553,12 @@ class SGD(_Optimizer):
         Learning rate >= 0; the attribute `lr` may be set between steps.
     momentum
         In [0, 1).
+    weight_decay
+        >= 0: the gradient of weight_decay / 2 times the squares of the parameters is added to that of the loss.
+    groups
+        What is different for some parameters: a mapping from patterns of their names, "<layer>.<name>" as in
+        `state_dict` (`*` stands for anything), to mappings with `lr_factor`, which multiplies lr, so that a schedule
+        moves all, and `weight_decay`, each >= 0. Of several patterns that fit, the last one stands.
 
     Raises
     ------
@@ -534,18 +573,29 @@ class SGD(_Optimizer):
     [0.0, 2.0]
     """
 
-    def __init__(self, parameters: Any, lr: float, momentum: float = 0.0) -> None:
-        self.momentum = fraction("momentum", momentum)
-        self._moments = ("velocity",) if self.momentum else ()
-        super().__init__(parameters, lr)
+    _group_options = ("lr_factor", "weight_decay")
 
-    def _change(self, gradient: Array, *moments: Array) -> Array:
+    def __init__(
+        self,
+        parameters: Any,
+        lr: float,
+        momentum: float = 0.0,
+        *,
+        weight_decay: float = 0.0,
+        groups: Groups | None = None,
+    ) -> None:
+        self.momentum = fraction("momentum", momentum)
+        self.weight_decay = positive("weight_decay", weight_decay, zero=True)
+        self._moments = ("velocity",) if self.momentum else ()
+        super().__init__(parameters, lr, groups)
+
+    def _change(self, lr: float, gradient: Array, *moments: Array) -> Array:
         direction = gradient
         if moments:
             (direction,) = moments
             direction *= self.momentum
             direction += gradient
-        return self.lr * direction
+        return lr * direction
 
 
 class Adam(_Optimizer):
@@ -563,6 +613,8 @@ class Adam(_Optimizer):
         b1 and b2, in [0, 1).
     eps
         Positive.
+    groups
+        As for `SGD`, with `lr_factor`; for weight decay there is `AdamW`.
 
     Raises
     ------
@@ -580,15 +632,21 @@ class Adam(_Optimizer):
     _moments = ("mean", "mean_square")
 
     def __init__(
-        self, parameters: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        self,
+        parameters: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        groups: Groups | None = None,
     ) -> None:
         if not isinstance(betas, Sequence) or len(betas) != 2:
             raise TypeError(f"betas: expected two numbers, got {betas!r}")
         self.betas = (fraction("betas[0]", betas[0]), fraction("betas[1]", betas[1]))
         self.eps = positive("eps", eps)
-        super().__init__(parameters, lr)
+        super().__init__(parameters, lr, groups)
 
-    def _change(self, gradient: Array, *moments: Array) -> Array:
+    def _change(self, lr: float, gradient: Array, *moments: Array) -> Array:
         mean, mean_square = moments
         b1, b2 = self.betas
         mean += (1 - b1) * (gradient - mean)
@@ -600,8 +658,54 @@ class Adam(_Optimizer):
         change /= math.sqrt(1 - b2**self.steps)
         change += self.eps
         np.divide(mean, change, out=change)
-        change *= self.lr / (1 - b1**self.steps)
+        change *= lr / (1 - b1**self.steps)
         return change
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), as `torch.optim.AdamW`.
+
+    The step of `Adam`, and p -= lr weight_decay p: the decay does not go through the moments, so that parameters with
+    large gradients decay as fast as others.
+
+    Parameters
+    ----------
+    parameters, lr, betas, eps
+        As for `Adam`.
+    weight_decay
+        >= 0.
+    groups
+        As for `SGD`, with `lr_factor` and `weight_decay`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter cannot be updated in place, or an option is out of range.
+
+    Examples
+    --------
+    >>> parameters = {"weight": np.array([1.0, 2.0]), "bias": np.array([1.0])}
+    >>> optimizer = AdamW(parameters, lr=0.5, weight_decay=0.1, groups={"*.bias": {"weight_decay": 0}})
+    >>> optimizer.step({"weight": np.array([100.0, -0.01]), "bias": np.array([0.0])})
+    >>> parameters["weight"].round(3).tolist(), parameters["bias"].tolist()
+    ([0.45, 2.4], [1.0])
+    """
+
+    _group_options = ("lr_factor", "weight_decay")
+    _decoupled = True
+
+    def __init__(
+        self,
+        parameters: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        weight_decay: float = 0.01,
+        groups: Groups | None = None,
+    ) -> None:
+        self.weight_decay = positive("weight_decay", weight_decay, zero=True)
+        super().__init__(parameters, lr, betas, eps, groups=groups)
 
 
 def _mappings(name: str, values: Any) -> list[Mapping[str, Array]]:
@@ -622,11 +726,34 @@ def _items(mappings: Sequence[Mapping[str, Array]]) -> Iterator[tuple[int, str, 
             yield index, name, array
 
 
-def _groups(values: Sequence[Array]) -> list[slice]:
-    """What an optimizer updates together: neighbours of one dtype that fit into a block, else each array by itself."""
+def _settings(groups: Groups | None, names: Sequence[str], options: Sequence[str]) -> list[_Settings]:
+    """What `groups` says of each parameter."""
+    settings = [_Settings()] * len(names)
+    if groups is None:
+        return settings
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups: expected a mapping of patterns of names to mappings, got {describe(groups)}")
+    for pattern, changes in groups.items():
+        chosen = [index for index, name in enumerate(names) if isinstance(pattern, str) and fnmatchcase(name, pattern)]
+        if not chosen:
+            raise ValueError(f"groups: expected patterns of the names {', '.join(names)}, got {pattern!r}")
+        if not isinstance(changes, Mapping) or not set(changes) <= set(options):
+            came = ", ".join(map(str, changes)) if isinstance(changes, Mapping) else describe(changes)
+            raise ValueError(f"groups[{pattern!r}]: expected a mapping with {' and '.join(options)}, got {came}")
+        checked = {key: positive(f"groups[{pattern!r}][{key!r}]", one, zero=True) for key, one in changes.items()}
+        for index in chosen:
+            settings[index] = replace(settings[index], **checked)
+    return settings
+
+
+def _groups(values: Sequence[Array], settings: Sequence[_Settings]) -> list[slice]:
+    """What an optimizer updates together: neighbours of one dtype and of the same settings that fit into a block, else
+    each array by itself.
+    """
     groups, start, size = [], 0, 0
     for index, value in enumerate(values):
-        if index > start and (size + value.size > _BLOCK or value.dtype != values[start].dtype):
+        alike = value.dtype == values[start].dtype and settings[index] == settings[start]
+        if index > start and (size + value.size > _BLOCK or not alike):
             groups.append(slice(start, index))
             start, size = index, 0
         size += value.size
