@@ -312,7 +312,6 @@ Z, ZT = np.zeros((5, 2, 3)), np.zeros((5, 2), int)
         (lambda: rk.mse(Z, Z[..., :1]), ValueError, "target: expected shape"),
         (lambda: rk.mse(Z, Z.astype(complex)), TypeError, "target: expected real numbers"),
         (lambda: rk.mse(Z.astype(complex), Z), TypeError, "prediction: expected"),
-        (lambda: rk.binary_cross_entropy(Z, Z + 2), ValueError, "targets: expected values from 0 to 1, got 2.0 to 2.0"),
     ],
 )
 def test_losses_name_what_is_wrong(call: Callable[[], object], error: type[Exception], message: str) -> None:
@@ -328,6 +327,7 @@ def test_options_of_losses_are_named() -> None:
         (rk.cross_entropy, ZT, {"weights": [1, -2, 1]}, r"weights: expected numbers >= 0 of shape \(3,\), got -2 to 1"),
         (rk.cross_entropy, ZT, {"label_smoothing": 1.1}, "label_smoothing: expected a number from 0 to 1, got 1.1"),
         (rk.cross_entropy, ZT, {"ignore_index": 1.0}, "ignore_index: expected an integer"),
+        (rk.binary_cross_entropy, Z + 2, {}, "targets: expected values from 0 to 1, got 2.0 to 2.0"),
         (rk.huber, Z, {"delta": 0}, "delta: expected a finite number > 0, got 0"),
         (rk.mse, Z, {"row_weights": np.ones((5, 2, 3))}, r"row_weights: expected numbers >= 0 that broadcast to shape"),
         (rk.mae, Z, {"row_weights": np.ones(5)}, r"that broadcast to shape \(5, 2\), got float64 of shape \(5,\)"),
@@ -600,6 +600,66 @@ def test_options_of_optimizers_are_named() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             optimizer(parameters, **options)
+
+
+# Schedules
+
+
+def test_schedules_agree_with_torch(torch: Any, random: np.random.Generator) -> None:
+    """Learning rate for learning rate, the best and not the last loss counts, and NaN is no better."""
+    theirs = torch.optim.lr_scheduler
+    losses = [*(1 / (1 + np.arange(12))), *random.random(25), math.nan, -1.0, *random.random(25)]
+    for ours, make in (
+        (partial(rk.CosineSchedule, total_steps=60, final_lr=0.1), lambda o: theirs.CosineAnnealingLR(o, 60, 0.1)),
+        (partial(rk.StepSchedule, every=7, factor=0.5), lambda o: theirs.StepLR(o, 7, 0.5)),
+        (
+            partial(rk.PlateauSchedule, factor=0.5, patience=3, threshold=0.1, final_lr=0.01),
+            lambda o: theirs.ReduceLROnPlateau(o, factor=0.5, patience=3, threshold=0.1, min_lr=0.01, eps=0),
+        ),
+    ):
+        optimizer = rk.SGD({"p": np.ones(2)}, lr=0.8)
+        other = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.8)
+        schedule, expected = ours(optimizer), make(other)
+        for loss in losses[:60]:
+            assert optimizer.lr == pytest.approx(other.param_groups[0]["lr"], rel=1e-12)
+            other.step()
+            given = [loss] if isinstance(schedule, rk.PlateauSchedule) else []
+            schedule.step(*given)
+            expected.step(*given)
+
+
+def test_schedules_go_on_from_their_state(tmp_path: Any) -> None:
+    """Saved and loaded, or copied with the optimizer, they set what they would have; what is wrong changes nothing."""
+    for make, given in (
+        (partial(rk.CosineSchedule, total_steps=9, warmup_steps=4), ()),
+        (partial(rk.StepSchedule, every=2), ()),
+        (partial(rk.PlateauSchedule, patience=0), (1.0,)),
+    ):
+        first = make(rk.SGD({"p": np.ones(2)}, lr=0.5))
+        for _ in range(5):
+            first.step(*given)
+        rk.save(tmp_path / "schedule", first.state_dict())
+        second, third = make(rk.Adam({"p": np.ones(2)}, lr=0.1)), pickle.loads(pickle.dumps(first))
+        before = second.state_dict()
+        for wrong in ({}, before | {"more": 1}, dict.fromkeys(before, -1), dict.fromkeys(before, "1")):
+            with pytest.raises((TypeError, ValueError), match="state"):
+                second.load_state_dict(wrong)
+        assert second.state_dict() == before
+        second.load_state_dict(rk.load(tmp_path / "schedule"))
+        for one in (second, third):
+            assert one.optimizer.lr == first.optimizer.lr
+            one.step(*given)
+        first.step(*given)
+        assert second.optimizer.lr == third.optimizer.lr == first.optimizer.lr
+    for call, message in (
+        (lambda o: rk.CosineSchedule(o.lr, 5), "optimizer: expected SGD, Adam or AdamW, got float 0.5"),
+        (lambda o: rk.CosineSchedule(o, 5, 5), "warmup_steps: expected an integer from 0 to 4, got 5"),
+        (lambda o: rk.StepSchedule(o, 0), "every: expected an integer >= 1, got 0"),
+        (lambda o: rk.PlateauSchedule(o, 1.0), r"factor: expected a number in \[0, 1\), got 1.0"),
+        (lambda o: rk.PlateauSchedule(o).step([1.0]), "loss: expected a number, got list"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call(rk.SGD({"p": np.ones(2)}, lr=0.5))
 
 
 # All together

@@ -7,6 +7,7 @@ from .functional import Grads, Tape, backward, forward
 from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
 from .losses import binary_cross_entropy, cross_entropy, huber, mae, mse
 from .planning import Division, Explanation, MemoryPlan, explain, memory_plan
+from .schedules import CosineSchedule, PlateauSchedule, StepSchedule
 from .train import SGD, Adam, AdamW, Linear, clip_grad_norm, clip_grad_value
 from .weights import load, save
 
@@ -18,13 +19,16 @@ __all__ = [
     "Adam",
     "AdamW",
     "BackendUnavailableError",
+    "CosineSchedule",
     "Division",
     "Explanation",
     "Frozen",
     "Grads",
     "Linear",
     "MemoryPlan",
+    "PlateauSchedule",
     "Recurrent",
+    "StepSchedule",
     "Stream",
     "Tape",
     "backend_names",
