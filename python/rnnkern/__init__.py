@@ -6,6 +6,7 @@ from .config import num_threads, set_num_threads, show_config
 from .functional import Grads, Tape, backward, forward
 from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
 from .losses import binary_cross_entropy, cross_entropy, huber, mae, mse
+from .pieces import Dropout, Embedding
 from .planning import Division, Explanation, MemoryPlan, explain, memory_plan
 from .schedules import CosineSchedule, PlateauSchedule, StepSchedule
 from .train import SGD, Adam, AdamW, Linear, clip_grad_norm, clip_grad_value
@@ -21,6 +22,8 @@ __all__ = [
     "BackendUnavailableError",
     "CosineSchedule",
     "Division",
+    "Dropout",
+    "Embedding",
     "Explanation",
     "Frozen",
     "Grads",

@@ -19,6 +19,7 @@ __all__ = [
     "as_array",
     "as_floats",
     "as_parameter",
+    "as_real_floats",
     "check_names",
     "check_out",
     "chosen_names",
@@ -29,6 +30,7 @@ __all__ = [
     "number",
     "positive",
     "probability",
+    "row_lengths",
     "seed_or_none",
     "warn_the_caller",
 ]
@@ -168,6 +170,31 @@ def as_parameter(name: str, value: object, shape: tuple[int, ...], dtype: np.dty
     return array
 
 
+def as_real_floats(name: str, value: object) -> Array:
+    """An array of float32 or float64, whichever it is, in the byte order of the machine."""
+    array = as_array(name, value)
+    if array.dtype not in (np.float32, np.float64):
+        raise TypeError(f"{name}: expected float32 or float64, got {array.dtype}")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def row_lengths(lengths: object, steps: int, batch: int) -> Array:
+    """Lengths int64 (B,) of rows of so many steps, a read-only copy."""
+    array = as_array("lengths", lengths)
+    if isinstance(lengths, list | tuple) and not len(lengths):
+        array = array.astype(np.int64)
+    expected = f"lengths: expected integers of shape ({batch},)"
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{expected}, got {describe(array)}")
+    if array.shape != (batch,):
+        raise ValueError(f"{expected}, got {describe(array)}")
+    if batch and (array.min() < 0 or array.max() > steps):
+        raise ValueError(f"lengths: expected values from 0 to {steps}, got {array.min()} to {array.max()}")
+    copied = array.astype(np.int64)
+    copied.setflags(write=False)
+    return copied
+
+
 def check_names(argument: str, given: Mapping[str, Any], expected: Iterable[str]) -> None:
     """The keys of a mapping are exactly the expected names."""
     if not isinstance(given, Mapping):
@@ -295,19 +322,7 @@ class Signature:
         """Lengths as backends take them, a copy that nobody writes to: kernels read memory by them."""
         if unbatched:
             raise ValueError(f"lengths: expected None with unbatched x, got {describe(lengths)}")
-        array = as_array("lengths", lengths)
-        if isinstance(lengths, list | tuple) and not len(lengths):
-            array = array.astype(np.int64)
-        expected = f"lengths: expected integers of shape ({batch},)"
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"{expected}, got {describe(array)}")
-        if array.shape != (batch,):
-            raise ValueError(f"{expected}, got {describe(array)}")
-        if batch and (array.min() < 0 or array.max() > steps):
-            raise ValueError(f"lengths: expected values from 0 to {steps}, got {array.min()} to {array.max()}")
-        copied = array.astype(np.int64)
-        copied.setflags(write=False)
-        return copied
+        return row_lengths(lengths, steps, batch)
 
     def resets(self, resets: object, steps: int, batch: int, unbatched: bool) -> Array:
         """Resets as backends take them, a copy."""

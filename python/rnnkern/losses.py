@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .arguments import as_array, describe, flag, integer, positive, probability
+from .arguments import as_array, as_real_floats, describe, flag, integer, positive, probability, row_lengths
 
 __all__ = ["binary_cross_entropy", "cross_entropy", "huber", "mae", "mse"]
 
@@ -94,7 +94,7 @@ def cross_entropy(
     >>> round(loss, 4), dlogits.round(2).tolist()
     (1.3863, [[0.2, 0.2, 0.2, -0.6], [0.0, 0.0, 0.0, 0.0]])
     """
-    z = _floats("logits", logits)
+    z = as_real_floats("logits", logits)
     if z.ndim < 2:
         raise ValueError(f"logits: expected shape (..., C) of at least 2 dimensions, got {z.shape}")
     chosen = as_array("targets", targets)
@@ -338,7 +338,7 @@ def _mean(
 ) -> tuple[float, Any]:
     """The mean of a loss over the elements of the rows that count, and its gradient."""
     name, target_name = loss.names
-    y, wanted = _floats(name, prediction), as_array(target_name, target)
+    y, wanted = as_real_floats(name, prediction), as_array(target_name, target)
     if wanted.dtype.kind not in "fiub":
         raise TypeError(f"{target_name}: expected real numbers, got {wanted.dtype}")
     if wanted.shape != y.shape:
@@ -378,13 +378,6 @@ def _sigmoid(z: Array) -> Array:
 _SQUARED = _Elementwise(lambda y, t: np.square(y - t, dtype=np.float64), lambda y, t: 2 * (y - t))
 _ABSOLUTE = _Elementwise(lambda y, t: np.abs(y - t), lambda y, t: np.sign(y - t))
 _BINARY = _Elementwise(_logistic_loss, lambda z, t: _sigmoid(z) - t, ("logits", "targets"), most=1.0)
-
-
-def _floats(name: str, value: ArrayLike) -> Array:
-    array = as_array(name, value)
-    if array.dtype not in (np.float32, np.float64):
-        raise TypeError(f"{name}: expected float32 or float64, got {array.dtype}")
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _weights(name: str, value: ArrayLike, shape: tuple[int, ...], *, broadcast: bool = False) -> Array:
@@ -433,14 +426,7 @@ def _valid_steps(name: str, values: Array, lengths: ArrayLike | None, batch_firs
     if values.ndim != 3:
         raise ValueError(f"lengths: expected {name} of 3 dimensions with them, got {name} of shape {values.shape}")
     B, T = values.shape[:2] if batch_first else values.shape[1::-1]
-    ends = as_array("lengths", lengths)
-    if ends.dtype.kind not in "iu":
-        raise TypeError(f"lengths: expected integers of shape ({B},), got {describe(ends)}")
-    if ends.shape != (B,):
-        raise ValueError(f"lengths: expected integers of shape ({B},), got {describe(ends)}")
-    if B and (ends.min() < 0 or ends.max() > T):
-        raise ValueError(f"lengths: expected values in [0, {T}], got {ends.min()} to {ends.max()}")
-    inside: Array = np.arange(T) < ends[:, None]
+    inside: Array = np.arange(T) < row_lengths(lengths, T, B)[:, None]
     return inside if batch_first else inside.T
 
 
