@@ -72,6 +72,35 @@ def test_dropout_has_its_derivative_and_evaluates_when_called(random: np.random.
         assert not grads.parameters
 
 
+def test_last_has_its_derivative(random: np.random.Generator) -> None:
+    """In each layout it is the row's own last step, or zero, as a layer's final state; NaN past its end is not read."""
+    for lengths in (None, [0, 4, 2]):
+        y, dlast = random.standard_normal((4, 3, 5)), random.standard_normal((3, 5))
+        ends = lengths or [4, 4, 4]
+        y[np.arange(4)[:, None] >= ends] = np.nan
+        rows = [y[n - 1, b] if n else np.zeros(5) for b, n in enumerate(ends)]
+        for batch_first in (False, True):
+            given = np.ascontiguousarray(y.swapaxes(0, 1)) if batch_first else y
+            np.testing.assert_array_equal(rk.last(given, lengths, batch_first=batch_first), rows, strict=True)
+            dy = rk.last_gradient(dlast, given.shape, lengths, batch_first=batch_first)
+            # last is linear: moving an element of y by 1 moves the sum of dlast times it by that element's derivative
+            whole = np.where(np.isnan(given), 0, given)
+            base = (rk.last(whole, lengths, batch_first=batch_first) * dlast).sum()
+            for index in np.ndindex(given.shape):
+                moved = whole.copy()
+                moved[index] += 1
+                change = (rk.last(moved, lengths, batch_first=batch_first) * dlast).sum() - base
+                assert change == pytest.approx(dy[index], abs=1e-13)
+    row = np.float32(random.standard_normal((4, 5)))
+    np.testing.assert_array_equal(rk.last(row), row[-1], strict=True)
+    np.testing.assert_array_equal(rk.last_gradient(row[0], (4, 5))[-1], row[0], strict=True)
+    np.testing.assert_array_equal(rk.last(row[:0]), np.zeros(5, np.float32), strict=True)
+    assert rk.last_gradient(row[0], (0, 5)).shape == (0, 5)
+    layer = rk.GRU(2, 5, seed=0)
+    output, state = layer(random.standard_normal((4, 3, 2)), lengths=[1, 4, 2])
+    np.testing.assert_array_equal(rk.last(output, [1, 4, 2]), state[-1], strict=True)
+
+
 def test_pieces_name_what_is_wrong_and_can_be_copied() -> None:
     """Argument, expectation and what came; a copy has arrays of its own, a tape refuses."""
     embedding, dropout, y = rk.Embedding(4, 2, seed=0), rk.Dropout(), np.zeros((5, 3, 2))
@@ -100,6 +129,11 @@ def test_pieces_name_what_is_wrong_and_can_be_copied() -> None:
         (lambda: rk.Dropout(1.5), "p: expected a number from 0 to 1, got 1.5"),
         (lambda: dropout([1, 2]), "x: expected float32 or float64, got int64"),
         (lambda: dropout.backward(dropped, dy), r"dy: expected float64 of shape \(5, 3, 2\), got"),
+        (lambda: rk.last(y[0, 0]), r"y: expected \(T, B, F\) or \(T, F\), got \(2,\)"),
+        (lambda: rk.last(y, [1, 2, 6]), "lengths: expected values from 0 to 5, got 1 to 6"),
+        (lambda: rk.last(y[0], [1]), "lengths: expected None with unbatched y, got list"),
+        (lambda: rk.last_gradient(dy, (5, 3, 2)), r"dlast: expected shape \(3, 2\), got \(2, 2\)"),
+        (lambda: rk.last_gradient(dy, 5), "shape: expected a sequence of integers, got int 5"),
         (lambda: pickle.dumps(tape), "tape: cannot be copied"),
         (lambda: copy.copy(dropped), "tape: cannot be copied"),
     ]

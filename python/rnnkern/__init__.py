@@ -6,7 +6,7 @@ from .config import num_threads, set_num_threads, show_config
 from .functional import Grads, Tape, backward, forward
 from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
 from .losses import binary_cross_entropy, cross_entropy, huber, mae, mse
-from .pieces import Dropout, Embedding
+from .pieces import Dropout, Embedding, last, last_gradient
 from .planning import Division, Explanation, MemoryPlan, explain, memory_plan
 from .schedules import CosineSchedule, PlateauSchedule, StepSchedule
 from .train import SGD, Adam, AdamW, Linear, clip_grad_norm, clip_grad_value
@@ -44,6 +44,8 @@ __all__ = [
     "explain",
     "forward",
     "huber",
+    "last",
+    "last_gradient",
     "load",
     "mae",
     "memory_plan",

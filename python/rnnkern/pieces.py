@@ -1,4 +1,4 @@
-"""What stands around recurrent layers beside `Linear`: `Embedding` and `Dropout`."""
+"""What stands around recurrent layers beside `Linear`: `Embedding`, `Dropout`, and the last step of each row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .arguments import (
     as_array,
@@ -17,14 +17,16 @@ from .arguments import (
     check_names,
     chosen_names,
     describe,
+    flag,
     float_dtype,
     integer,
     probability,
+    row_lengths,
     seed_or_none,
 )
 from .functional import Grads, Parameters, refuse_to_copy
 
-__all__ = ["Dropout", "Embedding"]
+__all__ = ["Dropout", "Embedding", "last", "last_gradient"]
 
 Array = NDArray[Any]
 
@@ -258,6 +260,113 @@ class Dropout:
         _check_tape(tape, _DropoutTape, self)
         rows = as_parameter("dy", dy, tape.mask.shape, tape.mask.dtype)
         return Grads(np.asarray(rows * tape.mask), (), Parameters({}))
+
+
+def last(y: ArrayLike, lengths: ArrayLike | None = None, *, batch_first: bool = False) -> Array:
+    """The last step of each row, for one answer to a whole sequence.
+
+    The final state that a layer returns has the same rows for its last layer and, of a bidirectional layer, those of
+    the reverse direction at *its* last step, which is the first; here stands what it has seen of the last step alone.
+
+    Parameters
+    ----------
+    y
+        float32 or float64, (T, B, F), (B, T, F) with `batch_first`, or (T, F) unbatched, without lengths.
+    lengths
+        Integers (B,), 0 <= length <= T; None where all rows have T steps. Past a row's end nothing is read.
+    batch_first
+        Whether the batch comes before the time.
+
+    Returns
+    -------
+    ndarray
+        (B, F), or (F,) unbatched, of the dtype of y; zero for a row of no steps.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong dtype, shape or range, naming the argument.
+
+    Examples
+    --------
+    >>> import rnnkern as rk
+    >>> y = np.arange(6.0).reshape(3, 2, 1)  # T, B, F
+    >>> rk.last(y, [3, 2]).tolist()
+    [[4.0], [3.0]]
+    >>> rk.last_gradient(np.ones((2, 1)), y.shape, [3, 2])[..., 0].tolist()
+    [[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    """
+    array = as_real_floats("y", y)
+    _check_dimensions("y", array.shape, lengths, batch_first)
+    if array.ndim == 2:
+        (row,) = last(array[:, None])
+        return np.asarray(row)
+    rows, at = _ends(array.shape, lengths, batch_first)
+    result = np.zeros((array.shape[0 if batch_first else 1], array.shape[-1]), array.dtype)
+    result[rows] = array[at]
+    return result
+
+
+def last_gradient(
+    dlast: ArrayLike, shape: Sequence[int], lengths: ArrayLike | None = None, *, batch_first: bool = False
+) -> Array:
+    """The gradient of y, of the gradient of what `last` gave.
+
+    Parameters
+    ----------
+    dlast
+        float32 or float64, (B, F), or (F,) unbatched.
+    shape
+        Of y.
+    lengths, batch_first
+        As given to `last`.
+
+    Returns
+    -------
+    ndarray
+        dy, of that shape and the dtype of dlast: zero but for the last step of each row.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong dtype, shape or range, naming the argument.
+
+    Examples
+    --------
+    >>> last_gradient(np.array([5.0]), (3, 1)).tolist()
+    [[0.0], [0.0], [5.0]]
+    """
+    gradient = as_real_floats("dlast", dlast)
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape: expected a sequence of integers, got {describe(shape)}")
+    sizes = tuple(integer(f"shape[{index}]", size, 0) for index, size in enumerate(shape))
+    _check_dimensions("shape", sizes, lengths, batch_first)
+    expected = sizes[1:] if len(sizes) == 2 else (sizes[0 if batch_first else 1], sizes[-1])
+    if gradient.shape != expected:
+        raise ValueError(f"dlast: expected shape {expected}, got {gradient.shape}")
+    if len(sizes) == 2:
+        return last_gradient(gradient[None], (sizes[0], 1, sizes[1]))[:, 0]
+    rows, at = _ends(sizes, lengths, batch_first)
+    dy = np.zeros(sizes, gradient.dtype)
+    dy[at] = gradient[rows]
+    return dy
+
+
+def _ends(shape: tuple[int, ...], lengths: ArrayLike | None, batch_first: bool) -> tuple[Array, tuple[Array, Array]]:
+    """Which rows have a last step, and the indices of these in y, of three dimensions."""
+    B, T = shape[:2] if batch_first else shape[1::-1]
+    ends = np.full(B, T) if lengths is None else row_lengths(lengths, T, B)
+    rows = np.flatnonzero(ends)
+    steps = ends[rows] - 1
+    return rows, (rows, steps) if batch_first else (steps, rows)
+
+
+def _check_dimensions(name: str, shape: tuple[int, ...], lengths: ArrayLike | None, batch_first: bool) -> None:
+    expected = f"({'B, T' if flag('batch_first', batch_first) else 'T, B'}, F) or (T, F)"
+    if len(shape) not in (2, 3):
+        raise ValueError(f"{name}: expected {expected}, got {shape}")
+    if len(shape) == 2 and lengths is not None:
+        raise ValueError(f"lengths: expected None with unbatched y, got {describe(lengths)}")
 
 
 def _check_tape(tape: _EmbeddingTape | _DropoutTape, kind: type, owner: object) -> None:
