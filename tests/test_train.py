@@ -426,11 +426,9 @@ def test_clipping_names_what_is_wrong(
 
 OPTIMIZERS = [
     (rk.SGD, "SGD", {"lr": 0.1}),
-    (rk.SGD, "SGD", {"lr": 0.1, "momentum": 0.9}),
-    (rk.Adam, "Adam", {}),
-    (rk.Adam, "Adam", {"lr": 0.02, "betas": (0.5, 0.7), "eps": 0.1}),
     (rk.SGD, "SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}),
-    (rk.AdamW, "AdamW", {"lr": 0.02, "weight_decay": 0.3}),
+    (rk.Adam, "Adam", {}),
+    (rk.AdamW, "AdamW", {"lr": 0.02, "betas": (0.5, 0.7), "eps": 0.1, "weight_decay": 0.3}),
 ]
 SHAPES = {"weight": (150, 140), "bias": (3,)}  # the first takes two blocks of an optimizer
 

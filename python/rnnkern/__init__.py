@@ -1,6 +1,6 @@
 """Recurrent networks from NumPy: fused forward and backpropagation through time for RNN, LSTM and GRU."""
 
-from . import convert
+from . import convert, data
 from .backends import BackendUnavailableError, backend_names
 from .config import num_threads, set_num_threads, show_config
 from .functional import Grads, Tape, backward, forward
@@ -41,6 +41,7 @@ __all__ = [
     "clip_grad_value",
     "convert",
     "cross_entropy",
+    "data",
     "explain",
     "forward",
     "huber",
