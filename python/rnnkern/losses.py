@@ -120,8 +120,9 @@ def cross_entropy(
     total = own.sum()
     if total == 0:
         return 0.0, np.zeros_like(z, order="C") if need_gradient else None
-    own *= (1 - smoothing) / total  # what the row's target counts
-    every = share * (smoothing / classes / total)  # what each class counts besides, times its weight
+    # Divide what a row counts: between its target, and every class times the weight of that.
+    own *= (1 - smoothing) / total
+    every = share * (smoothing / classes / total)
 
     at_target = (np.arange(len(rows)), chosen)
     with np.errstate(all="ignore"):  # Inf and NaN go through
@@ -136,9 +137,9 @@ def cross_entropy(
             loss += np.sum(every * (log_sums * of_class.sum() - logits_sum))
         if not need_gradient:
             return float(loss), None
-        gradient *= ((own + every * of_class.sum()) / sums)[:, None]
+        gradient *= ((own + every * of_class.sum()) / sums).astype(z.dtype)[:, None]
         if smoothing:
-            gradient -= every[:, None] * of_class
+            gradient -= np.multiply.outer(every, of_class).astype(z.dtype, copy=False)
         gradient[at_target] -= own
     return float(loss), _spread(gradient, counts, z)
 
@@ -359,7 +360,8 @@ def _mean(
         result = np.mean(values, dtype=np.float64) if share.ndim == 0 else np.sum(share * values)
         if not need_gradient:
             return float(result), None
-        gradient = np.asarray(loss.slope(rows, targets), dtype=y.dtype)  # a float64 target does not widen the result
+        # Keep the dtype of y, which a float64 target would widen.
+        gradient = np.asarray(loss.slope(rows, targets), dtype=y.dtype)
         gradient *= share.astype(y.dtype)
     return float(result), _spread(gradient, counts, y)
 

@@ -126,7 +126,7 @@ class Embedding:
         -------
         Grads
             `x` None, since symbols have no gradient; an empty `state`; `parameters`, where each symbol's row of
-            `weight` is the sum of dy over the places where it stood, added up in their order.
+            `weight` is the sum of dy over the places where it stood.
 
         Raises
         ------
@@ -221,7 +221,8 @@ class Dropout:
     [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
 
-    parameters: Mapping[str, Array] = Parameters({})  # so that it may stand among layers
+    # Be empty and not absent, so that it may stand among layers where an optimizer is given several.
+    parameters: Mapping[str, Array] = Parameters({})
 
     def __init__(self, p: float = 0.5, *, seed: int | None = None) -> None:
         self.p = probability("p", p)
@@ -380,7 +381,8 @@ def _add_by_index(sums: Array, indices: Array, rows: Array) -> None:
     """Add each of the rows to the one of `sums` that its index names."""
     if not indices.size:
         return
-    order = np.argsort(indices, kind="stable")  # a half to a third of the time of np.add.at
+    # Sort, which takes 0.3 to 0.6 of the time of np.add.at.
+    order = np.argsort(indices, kind="stable")
     ordered = indices[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     sums[ordered[starts]] += np.add.reduceat(rows[order], starts, axis=0)
