@@ -128,11 +128,12 @@ RNNKERN_INLINE void backward_part(const V* saved, const V* extra, const V* prev,
                                   V* dr, V* dprev, V* dextra) noexcept {
   using P = PhaseOf<Cell, p>;
   constexpr int from = P::means ? 0 : P::first, to = P::means ? P::means : Cell::separate_recurrent ? P::end : P::first;
-  P::Part::backward(Values<const V, Cell::saved>{saved}, Values<const V, Cell::extras>{extra},
-                    Values<const V, Cell::states, P::Step::projects>{prev + P::Step::projects}, Values < const V,
-                    P::is_last&& Cell::saved == 0 > {h}, Values<const V, P::sets>{dnew}, Values<V, P::end>{dx},
-                    Values<V, to, from>{dr}, Values<V, Cell::states, P::Step::projects>{dprev + P::Step::projects},
-                    Values<V, Cell::extras>{dextra});
+  constexpr int outputs = P::is_last && Cell::saved == 0;  // h, for parts that have it from y alone
+  using Previous = Values<const V, Cell::states, P::Step::projects>;
+  P::Part::backward(
+      Values<const V, Cell::saved>{saved}, Values<const V, Cell::extras>{extra}, Previous{prev + P::Step::projects},
+      Values<const V, outputs>{h}, Values<const V, P::sets>{dnew}, Values<V, P::end>{dx}, Values<V, to, from>{dr},
+      Values<V, Cell::states, P::Step::projects>{dprev + P::Step::projects}, Values<V, Cell::extras>{dextra});
 }
 
 // What phase p gave to the product behind it.
