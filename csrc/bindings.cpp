@@ -126,15 +126,16 @@ Packed* pack(const std::string& cell, const std::string& format, std::int64_t in
                       weights, training);
 }
 
-// Packs weights for training and runs a forward with them: what two calls would do, in one crossing. Returns the packed
-// weights, the final state and what backward needs.
-py::tuple train(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
-                std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
-                const py::object& weights, const py::object& x, const py::object& state, const py::object& lengths,
-                const py::object& resets, const py::object& masks, const py::object& y) {
-  const py::object packed = py::cast(
-      pack(cell, format, input_size, hidden_size, proj_size, num_layers, std::move(directions), names, weights, true),
-      py::return_value_policy::take_ownership);
+// Packs weights and runs a forward with them: what two calls would do, in one crossing. Returns the packed weights, the
+// final state and, when training, what backward needs.
+py::tuple run_unpacked(const std::string& cell, const std::string& format, std::int64_t input_size,
+                       std::int64_t hidden_size, std::int64_t proj_size, std::int64_t num_layers,
+                       std::vector<bool> directions, const py::tuple& names, const py::object& weights, bool training,
+                       const py::object& x, const py::object& state, const py::object& lengths,
+                       const py::object& resets, const py::object& masks, const py::object& y) {
+  const py::object packed = py::cast(pack(cell, format, input_size, hidden_size, proj_size, num_layers,
+                                          std::move(directions), names, weights, training),
+                                     py::return_value_policy::take_ownership);
   const py::tuple results = packed.cast<const Packed&>().forward(x, state, lengths, resets, masks, y);
   return py::make_tuple(packed, results[0], results[1]);
 }
@@ -245,9 +246,10 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
         py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("names"), py::arg("weights"),
         py::arg("training"));
 
-  m.def("train", &train, py::arg("cell"), py::arg("format"), py::arg("input_size"), py::arg("hidden_size"),
+  m.def("run", &run_unpacked, py::arg("cell"), py::arg("format"), py::arg("input_size"), py::arg("hidden_size"),
         py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("names"), py::arg("weights"),
-        py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"), py::arg("masks"), py::arg("y"));
+        py::arg("training"), py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"), py::arg("masks"),
+        py::arg("y"));
 
   m.def("abi_bytes", &abi_bytes, py::arg("isa"), py::arg("cell"), py::arg("dtype"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("steps"),

@@ -339,7 +339,7 @@ def test_weights_are_packed_once_while_frozen(monkeypatch):
     """That is what it is for."""
     backend = backends.pick()
     packs = []
-    for name in ("pack", "train"):
+    for name in ("pack", "run"):
         original = getattr(backend, name)
         monkeypatch.setattr(backend, name, lambda *given, original=original: packs.append(1) or original(*given))
     module, x = rt.GRU(3, 4).freeze(), torch.rand(5, 2, 3)
@@ -355,14 +355,14 @@ def test_contiguous_tensors_are_not_copied(monkeypatch):
     """The backend reads and writes the memory that the tensors have."""
     backend = backends.pick()
     seen = []
-    train = backend.train
+    run = backend.run
 
     def watched(stack, weights, call):
         seen.append([array.ctypes.data for one in weights for array in one.values()])
         seen.append((call.x.ctypes.data, [one.ctypes.data for one in call.state], call.y.ctypes.data))
-        return train(stack, weights, call)
+        return run(stack, weights, call)
 
-    monkeypatch.setattr(backend, "train", watched)
+    monkeypatch.setattr(backend, "run", watched)
     module, x, state = rt.LSTM(3, 4), torch.rand(5, 2, 3), (torch.rand(1, 2, 4), torch.rand(1, 2, 4))
     y, _ = module(x, state)
     assert seen[0] == [parameter.data_ptr() for parameter in module.parameters()]

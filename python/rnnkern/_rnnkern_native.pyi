@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'abi_bytes', 'activation', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'set_num_threads', 'stream', 'supply', 'train', 'unknown_max_isa', 'use_isa']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Saved', 'Steps', 'abi_bytes', 'activation', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'run', 'set_num_threads', 'stream', 'supply', 'unknown_max_isa', 'use_isa']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -106,6 +106,8 @@ def num_threads() -> int:
     ...
 def pack(cell: str, format: str, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], names: tuple, weights: typing.Any, training: bool) -> Packed:
     ...
+def run(cell: str, format: str, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], names: tuple, weights: typing.Any, training: bool, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any) -> tuple:
+    ...
 def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def stream(packed: typing.Any, batch: typing.SupportsInt | typing.SupportsIndex, arguments: typing.Any) -> Steps:
@@ -114,8 +116,6 @@ def supply() -> tuple[int, int]:
     """
     The CPUs of this machine, and the threads on it that have one or wait for one now, 0 where that is not known.
     """
-def train(cell: str, format: str, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], names: tuple, weights: typing.Any, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any) -> tuple:
-    ...
 def unknown_max_isa() -> str:
     """
     RNNKERN_MAX_ISA where it names no compiled ISA, else empty.

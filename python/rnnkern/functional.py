@@ -288,8 +288,7 @@ def dropout_masks(stack: Stack, steps: int, batch: int, dropout: float, seed: in
 
 def run_inference(
     signature: Signature,
-    backend: ModuleType,
-    packed: Any,
+    forward: Callable[[Forward], State],
     x: Any,
     state: Any,
     lengths: Any,
@@ -297,7 +296,7 @@ def run_inference(
     out: Any,
     parameters: Sequence[Weights] = (),
 ) -> tuple[Array, Any]:
-    """y and the final state; keeps nothing. `parameters`: what `out` may not overlap beside the arguments."""
+    """y and the final state that `forward` gives. `parameters`: what `out` may not overlap beside the arguments."""
     inputs, states, lengths_, resets_, unbatched = signature.arguments(x, state, lengths, resets)
     steps, batch, _ = inputs.shape
     if out is None:
@@ -307,7 +306,7 @@ def run_inference(
         held = (array for weights in parameters for array in weights.values())
         check_out(out, signature.output_shape(steps, batch, unbatched), signature.dtype, (*given, *held))
         y = signature.from_caller(out, unbatched)
-    final = _forward(signature, backend, packed, Forward(inputs, states, y, None, lengths_, resets_))
+    final = forward(Forward(inputs, states, y, None, lengths_, resets_))
     if out is not None:
         if signature.batch_first and not unbatched and not np.may_share_memory(out, y):
             signature.time_major(out)[...] = y
@@ -317,12 +316,12 @@ def run_inference(
     return y, signature.state_to_caller(final, unbatched)
 
 
-def _forward(signature: Signature, backend: ModuleType, packed: Any, call: Forward) -> State:
-    """The final state of an inference; that before it where x has no elements."""
+def run_packed(backend: ModuleType, stack: Stack, packed: Any, call: Forward) -> State:
+    """The final state of a forward with packed weights, for inference."""
     if call.x.size:
-        final: State = backend.forward(signature.stack, packed, call)[0]
+        final: State = backend.forward(stack, packed, call)[0]
         return final
-    return no_steps(signature.stack, call)
+    return no_steps(stack, call)
 
 
 def no_steps(stack: Stack, call: Forward) -> State:
@@ -330,13 +329,13 @@ def no_steps(stack: Stack, call: Forward) -> State:
     return tuple(one.copy() for one in stack.filled(call.state, call.x.shape[1]))
 
 
-def train(backend: ModuleType, stack: Stack, weights: Sequence[Weights], call: Forward) -> tuple[Any, State, Any]:
+def run(backend: ModuleType, stack: Stack, weights: Sequence[Weights], call: Forward) -> tuple[Any, State, Any]:
     """The packed weights, the final state and what backward needs; where x has no elements only the state."""
     if not call.x.size:
         return None, no_steps(stack, call), None
-    at_once = getattr(backend, "train", None)
+    at_once = getattr(backend, "run", None)
     if at_once is None:
-        packed = backend.pack(stack, weights, True)
+        packed = backend.pack(stack, weights, call.save is not None)
         return packed, *backend.forward(stack, packed, call)
     results: tuple[Any, State, Any] = at_once(stack, weights, call)
     return results
@@ -397,7 +396,7 @@ def run_forward(
     x, state, lengths, resets, unbatched = arguments
     y = np.empty((*x.shape[:2], signature.output_size), signature.dtype)
     call = Forward(x, state, y, "gates", lengths, resets, masks)
-    packed, final, saved = train(backend, signature.stack, weights, call)
+    packed, final, saved = run(backend, signature.stack, weights, call)
     for array in (y, *final):
         array.setflags(write=False)
     tape = Tape(signature, backend, names, packed, saved, call, unbatched, owner)

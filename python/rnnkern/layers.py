@@ -37,12 +37,14 @@ from .functional import (
     check_save,
     check_tape,
     dropout_masks,
+    run,
     run_backward,
     run_forward,
     run_inference,
+    run_packed,
     uniform,
 )
-from .stack import Stack, State, Weights
+from .stack import Forward, Stack, State, Weights
 
 __all__ = ["GRU", "LSTM", "RNN", "Frozen", "Recurrent", "Stream"]
 
@@ -283,8 +285,12 @@ class Recurrent(Generic[StateT]):
         ValueError, TypeError
             An argument is not as above; the message names it.
         """
-        packed = self._backend.pack(self._signature.stack, self._weights, False)
-        return run_inference(self._signature, self._backend, packed, x, state, lengths, resets, out, self._weights)
+        backend, stack, weights = self._backend, self._signature.stack, self._weights
+
+        def forward(call: Forward) -> State:
+            return run(backend, stack, weights, call)[1]
+
+        return run_inference(self._signature, forward, x, state, lengths, resets, out, weights)
 
     def forward(
         self,
@@ -628,7 +634,8 @@ class Frozen(Generic[StateT]):
     def _pack(self) -> None:
         self._backend = backends.pick(self._chosen_backend)
         self._packed = self._backend.pack(self._signature.stack, self._weights, False)
-        self._call = partial(run_inference, self._signature, self._backend, self._packed)
+        forward = partial(run_packed, self._backend, self._signature.stack, self._packed)
+        self._call = partial(run_inference, self._signature, forward)
         if hasattr(self._backend, "frozen_call"):
             self._call = self._backend.frozen_call(self._packed, self._call, self._signature.batch_first)
 

@@ -21,9 +21,9 @@ A backend that runs exact arrays sooner than Python has looked at them also has:
     stream(packed, batch, arguments) -> steps
         with what `functional.Steps` has; arguments(x_t, out) -> (x_t, y) are the friendly checks of a step
 
-A backend that packs and runs a training forward in one crossing also has:
+A backend that packs weights and runs a forward with them in one crossing also has:
 
-    train(stack, weights, call) -> (packed, final state, saved)
+    run(stack, weights, call) -> (packed, final state, saved)
 
 A backend that can say how it runs a training call before it does also has:
 

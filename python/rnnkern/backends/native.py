@@ -42,8 +42,8 @@ __all__ = [
     "native_module",
     "pack",
     "plan",
+    "run",
     "stream",
-    "train",
     "unavailable",
 ]
 
@@ -92,12 +92,14 @@ def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -
     return _native.pack(*stack.description, stack.weight_names["b_ih" in weights[0]], weights, training)
 
 
-def train(stack: Stack, weights: Sequence[Mapping[str, Array]], call: Forward) -> tuple[Any, State, Any]:
+def run(stack: Stack, weights: Sequence[Mapping[str, Array]], call: Forward) -> tuple[Any, State, Any]:
     """See `backends`."""
-    x, state, y, _, lengths, resets, masks = call
-    names = stack.weight_names["b_ih" in weights[0]]
-    packed, final, saved = _native.train(*stack.description, names, weights, x, state, lengths, resets, masks, y)
-    return packed, final, saved
+    x, state, y, save, lengths, resets, masks = call
+    names, training = stack.weight_names["b_ih" in weights[0]], save is not None
+    results: tuple[Any, State, Any] = _native.run(
+        *stack.description, names, weights, training, x, state, lengths, resets, masks, y
+    )
+    return results
 
 
 def forward(stack: Stack, packed: Any, call: Forward) -> tuple[State, Any]:

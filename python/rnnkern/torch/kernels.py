@@ -19,8 +19,8 @@ from ..arguments import Signature
 from ..backends.native import native_module
 from ..cells import CELLS
 from ..config import num_threads
-from ..functional import dropout_masks, no_steps, train
-from ..stack import Backward, Forward, Stack, State
+from ..functional import dropout_masks, run, run_packed
+from ..stack import Backward, Forward, Stack
 
 __all__ = [
     "DTYPES",
@@ -185,21 +185,23 @@ class Kernels:
         """y and the final state."""
         if rows.masks is not None:  # weights packed for inference take no masks
             return self.forward(arrays, x, state, rows)[0]
-        return self.run(self.pack(arrays, False), x, state, rows)
+        call = self.call(x, state, rows, None)
+        final = run(self.backend, self.signature.stack, arrays, call)[1]
+        return [torch.from_numpy(call.y), *map(torch.from_numpy, final)]
 
     def run(self, packed: Any, x: Tensor, state: Sequence[Tensor], rows: Rows) -> list[Tensor]:
         """What `infer` gives, with weights packed for inference."""
-        call, stack = self.call(x, state, rows, None), self.signature.stack
-        final = self.backend.forward(stack, packed, call)[0] if call.x.size else no_steps(stack, call)
-        return self.results(call, final)
+        call = self.call(x, state, rows, None)
+        final = run_packed(self.backend, self.signature.stack, packed, call)
+        return [torch.from_numpy(call.y), *map(torch.from_numpy, final)]
 
     def forward(
         self, arrays: Sequence[dict[str, Array]], x: Tensor, state: Sequence[Tensor], rows: Rows
     ) -> tuple[list[Tensor], Tape]:
         """What `infer` gives, and the tape."""
         call = self.call(x, state, rows, "gates")
-        packed, final, saved = train(self.backend, self.signature.stack, arrays, call)
-        results = self.results(call, final)
+        packed, final, saved = run(self.backend, self.signature.stack, arrays, call)
+        results = [torch.from_numpy(call.y), *map(torch.from_numpy, final)]
         return results, Tape(packed, saved, call, (x.data_ptr(), results[0].data_ptr()))
 
     def call(self, x: Tensor, state: Sequence[Tensor], rows: Rows, save: str | None) -> Forward:
@@ -209,11 +211,6 @@ class Kernels:
         self._make_way(steps * batch)
         y = np.empty((steps, batch, signature.output_size), signature.dtype)
         return Forward(inputs, tuple([array_of(one) for one in state]) if state else None, y, save, *rows)
-
-    @staticmethod
-    def results(call: Forward, final: State) -> list[Tensor]:
-        """y (T, B, D*P) with the final state, as tensors."""
-        return [torch.from_numpy(call.y), *map(torch.from_numpy, final)]
 
     def again(
         self, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], rows: Rows
