@@ -108,6 +108,18 @@ OPTIONS: list[tuple[dict[str, Any], tuple[int, ...]]] = [
     ({"bias": False}, (50, 96, 64)),
     ({"hidden_size": 3}, (10, 2_000, 64)),
 ]
+
+
+def held(layer: Any, x: Any, dy: Any) -> tuple[int, int, int]:
+    """Bytes of arrays between the calls, and the tracer's peaks of forward and backward."""
+    with traced():
+        results = layer.forward(x)
+        forward, kept = tracemalloc.get_traced_memory()[1], bytes_of_arrays()
+        tracemalloc.reset_peak()
+        layer.backward(results[-1], dy)
+        return kept, forward, tracemalloc.get_traced_memory()[1]
+
+
 OBJECTS = 16_000  # bytes that Python allocates in a call, at most; 7,000 were seen
 
 
@@ -118,12 +130,8 @@ def test_each_call_holds_what_is_planned(cell: str, options: dict[str, Any], sha
     layer = rk.Recurrent(cell, 64, seed=0, **{"hidden_size": 64} | options)
     x, dy = arrays(layer, shape)
     plan = rk.memory_plan(layer, shape)
-    with traced():
-        results = layer.forward(x)
-        forward, kept = tracemalloc.get_traced_memory()[1], bytes_of_arrays()
-        tracemalloc.reset_peak()
-        layer.backward(results[-1], dy)
-        backward = tracemalloc.get_traced_memory()[1]
+    # The tracer counts all threads, and one of the test runner's may be busy: the least of three is the call's.
+    kept, forward, backward = map(min, zip(*(held(layer, x, dy) for _ in range(3)), strict=True))
     assert kept == sum(plan.kept.values())
     assert 0 <= forward - sum(plan.forward.values()) < OBJECTS
     assert 0 <= backward - sum(plan.backward.values()) < OBJECTS
