@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import backends
-from .arguments import Signature, as_array, as_parameter, check_out, chosen_names, describe, flag
+from .arguments import Signature, as_array, as_parameter, check_names, check_out, chosen_names, describe, flag
 from .cells import CELLS, Cell
 from .copies import shared
 from .stack import Backward, Forward, GivenState, LayerSizes, Stack, State, Weights
@@ -40,6 +40,20 @@ class Parameters(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._arrays)
+
+    def copies(self) -> dict[str, Array]:
+        """A copy of each array, by name."""
+        return {name: array.copy() for name, array in self._arrays.items()}
+
+    def load(self, argument: str, given: Mapping[str, Any]) -> None:
+        """Copy values into the arrays: all of them, or none when a name, shape or dtype is wrong."""
+        check_names(argument, given, self._arrays)
+        new = {
+            name: as_parameter(f"{argument}[{name!r}]", given[name], array.shape, array.dtype).copy()
+            for name, array in self._arrays.items()
+        }
+        for name, array in self._arrays.items():
+            array[...] = new[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_arrays": shared(self._arrays)}

@@ -17,8 +17,6 @@ from numpy.typing import DTypeLike, NDArray
 from . import backends
 from .arguments import (
     Signature,
-    as_parameter,
-    check_names,
     flag,
     float_dtype,
     integer,
@@ -391,7 +389,7 @@ class Recurrent(Generic[StateT]):
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters by name."""
-        return {name: array.copy() for name, array in self._parameters.items()}
+        return self._parameters.copies()
 
     def load_state_dict(self, weights: Mapping[str, Any]) -> None:
         """Copy values into the parameters: all of them, or none when a name, shape or dtype is wrong.
@@ -401,13 +399,7 @@ class Recurrent(Generic[StateT]):
         ValueError, TypeError
             A name is missing or unknown, or an array does not fit; the message names it.
         """
-        check_names("weights", weights, self._parameters)
-        checked = {
-            name: as_parameter(f"weights[{name!r}]", weights[name], array.shape, array.dtype).copy()
-            for name, array in self._parameters.items()
-        }
-        for name, array in self._parameters.items():
-            array[...] = checked[name]
+        self._parameters.load("weights", weights)
 
     def freeze(self, weights: str | None = None) -> Frozen[StateT]:
         """A packed snapshot of the parameters for inference; later changes of the parameters do not reach it.

@@ -14,7 +14,6 @@ from .arguments import (
     as_array,
     as_parameter,
     as_real_floats,
-    check_names,
     chosen_names,
     describe,
     flag,
@@ -145,7 +144,7 @@ class Embedding:
 
     def state_dict(self) -> dict[str, Array]:
         """A copy of the parameters."""
-        return {name: array.copy() for name, array in self.parameters.items()}
+        return self._parameters.copies()
 
     def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
         """Copy the parameters in, or, with an error, nothing.
@@ -155,9 +154,7 @@ class Embedding:
         TypeError, ValueError
             A name is missing or unknown, or an array does not fit.
         """
-        check_names("mapping", mapping, self.parameters)
-        weight = self.parameters["weight"]
-        weight[...] = as_parameter("mapping['weight']", mapping["weight"], weight.shape, self.dtype)
+        self._parameters.load("mapping", mapping)
 
     def _indices(self, x: Any) -> Array:
         """x as intp, a copy."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .cells import Cell
 from .stack import Backward, Forward, LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
 
 __all__ = ["EXACT", "Arithmetic", "backward_layer", "forward_layer"]
@@ -172,23 +173,34 @@ def backward_layer(
             dprev = [np.where(cut[t][:, None], 0, d) for d in dprev]
         carried = [np.where(active, d, c) for d, c in zip(dprev, carried, strict=True)]
 
-    def sum_of_outer(left: Array, right: Array) -> Array:
-        return product(left.reshape(T * B, left.shape[-1]).T, right.reshape(T * B, right.shape[-1]).T)
-
-    gradients = {"w_ih": sum_of_outer(dx_gates, inputs), "w_hh": sum_of_outer(dr_gates, before)}
-    if cell.late_gates:
-        gradients["w_hh"][early:] = sum_of_outer(dr_gates[..., early:], scaled_h)
-    ones = np.ones((T, B, 1), dtype)
-    if "b_ih" in weights:
-        gradients["b_ih"] = sum_of_outer(dx_gates, ones)[:, 0]
-        gradients["b_hh"] = sum_of_outer(dr_gates, ones)[:, 0]
-    if "w_hr" in weights:
-        gradients["w_hr"] = sum_of_outer(dh_rows, hidden)
-    for name, rows in zip(cell.extras, dextra_rows, strict=True):
-        gradients[name] = sum_of_outer(rows, ones)[:, 0]
+    of_steps: dict[str, Array] = {"dx": dx_gates, "dr": dr_gates, "dh": dh_rows, "x": inputs, "h": before}
+    of_steps |= {"scaled": scaled_h, "hidden": hidden} | dict(zip(cell.extras, dextra_rows, strict=True))
+    gradients = _gradients(cell, weights, of_steps, product)
     if wanted is not None:
         gradients = {key: value for key, value in gradients.items() if key in wanted}
     return product(dx_gates, weights["w_ih"].T) if need_x else None, tuple(carried), gradients
+
+
+def _gradients(cell: Cell, weights: Weights, rows: Weights, product: Callable[..., Any]) -> dict[str, Array]:
+    """The gradients of the weights: sums over the rows (T, B, .) of all steps, zero where a row is inactive."""
+    flat = {name: one.reshape(-1, one.shape[-1]) for name, one in rows.items()}
+    ones = np.ones((len(flat["dx"]), 1), flat["dx"].dtype)
+    late = flat["dr"].shape[-1] - cell.late_gates * flat["scaled"].shape[-1]
+
+    def sum_of_outer(left: Array, right: Array) -> Any:
+        return product(left.T, right.T)
+
+    gradients = {"w_ih": sum_of_outer(flat["dx"], flat["x"]), "w_hh": sum_of_outer(flat["dr"], flat["h"])}
+    if cell.late_gates:
+        gradients["w_hh"][late:] = sum_of_outer(flat["dr"][:, late:], flat["scaled"])
+    if "b_ih" in weights:
+        gradients["b_ih"] = sum_of_outer(flat["dx"], ones)[:, 0]
+        gradients["b_hh"] = sum_of_outer(flat["dr"], ones)[:, 0]
+    if "w_hr" in weights:
+        gradients["w_hr"] = sum_of_outer(flat["dh"], flat["hidden"])
+    for name in cell.extras:
+        gradients[name] = sum_of_outer(flat[name], ones)[:, 0]
+    return gradients
 
 
 # The backend `reference`: the functions above over a stack, in float64.

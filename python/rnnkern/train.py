@@ -17,7 +17,6 @@ from . import backends
 from .arguments import (
     as_floats,
     as_parameter,
-    check_names,
     check_out,
     chosen_names,
     describe,
@@ -218,7 +217,7 @@ class Linear:
 
     def state_dict(self) -> dict[str, Array]:
         """A copy of the parameters."""
-        return {name: array.copy() for name, array in self.parameters.items()}
+        return self._parameters.copies()
 
     def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
         """Copy parameters in; all of them or, with an error, none.
@@ -228,13 +227,7 @@ class Linear:
         TypeError, ValueError
             A name is missing or unknown, or an array does not fit.
         """
-        check_names("mapping", mapping, self.parameters)
-        new = {
-            name: as_parameter(f"mapping[{name!r}]", mapping[name], array.shape, self.dtype).copy()
-            for name, array in self.parameters.items()
-        }
-        for name, array in self.parameters.items():
-            array[...] = new[name]
+        self._parameters.load("mapping", mapping)
 
     def _rows(self, x: Any) -> tuple[Array, tuple[int, ...]]:
         """x as (rows, in_features), and its leading dimensions."""
