@@ -75,17 +75,31 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     for (std::int64_t end = call.steps; end > 0; end -= call.block_steps) {
       if (!this->begin_block()) break;
       block_first_ = end > call.block_steps ? end - call.block_steps : 0;
-      for (std::int64_t i = end - 1; i >= block_first_; --i) {
+      if (!run_parts(steps, end)) break;
+      if (!this->takes_part()) continue;
+      add_gradients({block_first_, end});
+      this->wait();
+    }
+    if (this->takes_part()) steps.leave();
+    return *this;
+  }
+
+  // Runs the steps of a block and makes its rows of dx, a part after the other. Returns false when the call was given
+  // up.
+  bool run_parts(Steps& steps, std::int64_t end) noexcept {
+    for (std::int64_t first; end > block_first_; end = first) {
+      first = end - block_first_ > call.part_steps ? end - call.part_steps : block_first_;
+      if (!this->await_layer(1, call.steps - first)) return false;
+      for (std::int64_t i = end - 1; i >= first; --i) {
         this->begin();
         if (this->takes_part()) steps.step(time(i), i - block_first_);
       }
       if (!this->takes_part()) continue;
       this->wait();
-      add_gradients(end);
-      this->wait();
+      if (layer_.dx) add_to_dx({first, end});
+      this->hand_over(call.steps - first);
     }
-    if (this->takes_part()) steps.leave();
-    return *this;
+    return true;
   }
 
  protected:
@@ -111,41 +125,40 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     return saved_row(before(t), b) + Cell::kept[state] * padded_h_;
   }
 
-  // Lists the block's active rows in the order of backward, the same for every block size; row(t, b, index in block).
+  // Lists the active rows of some steps of a block in the order of backward, the same for every block size; row(t, b,
+  // index in block).
   template <class Row>
-  std::int64_t list(std::int64_t end, const T** rows, Row&& row) const noexcept {
+  std::int64_t list(Range steps, const T** rows, Row&& row) const noexcept {
     std::int64_t count = 0;
-    for (std::int64_t i = end - 1; i >= block_first_; --i)
+    for (std::int64_t i = steps.end - 1; i >= steps.begin; --i)
       for (std::int64_t b = 0; b < call.batch; ++b)
         if (time(i) < this->length(b)) rows[count++] = row(time(i), b, (i - block_first_) * call.batch + b);
     return count;
   }
 
   // The same for rows that are `stride` apart in working memory.
-  std::int64_t list(std::int64_t end, const T** rows, const T* first, std::int64_t stride) const noexcept {
-    return list(end, rows, [&](std::int64_t, std::int64_t, std::int64_t row) { return first + row * stride; });
+  std::int64_t list(Range steps, const T** rows, const T* first, std::int64_t stride) const noexcept {
+    return list(steps, rows, [&](std::int64_t, std::int64_t, std::int64_t row) { return first + row * stride; });
   }
 
-  // Adds the block's part of every gradient that is a sum over rows and asked for, divided by output elements, and its
-  // rows of dx.
-  void add_gradients(std::int64_t end) noexcept {
+  // Adds a block's part of every gradient that is a sum over rows and asked for, divided by output elements.
+  void add_gradients(Range steps) noexcept {
     const std::int64_t I = layer_.sizes.inputs, gates = Cell::gates * H_;
     const LayerWeights<void*>& to = layer_.gradients;
     const Range own = share(gates, worker.index, worker.count, kTileRows<Plain::vectors>);
-    const std::int64_t rows = list(end, s_.left, s_.dx_gates, s_.gate_stride);
+    const std::int64_t rows = list(steps, s_.left, s_.dx_gates, s_.gate_stride);
     if (to.w_ih) {
-      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return this->x_row(t, b); });
+      list(steps, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return this->x_row(t, b); });
       add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
     }
     if (to.b_ih) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_ih));
-    if (layer_.dx) add_to_dx(rows, end);
-    if constexpr (Cell::separate_recurrent) list(end, s_.left, s_.dr_gates, s_.gate_stride);
+    if constexpr (Cell::separate_recurrent) list(steps, s_.left, s_.dr_gates, s_.gate_stride);
     for_each_phase<Cell>([&]<int p>() {
-      if constexpr (PhaseOf<Cell, p>::multiplies) add_gradients_of<p>(rows, end, own);
+      if constexpr (PhaseOf<Cell, p>::multiplies) add_gradients_of<p>(rows, steps, own);
     });
     for (int e = 0; e < Cell::extras; ++e) {
       if (!to.extra[e]) continue;
-      list(end, s_.left, s_.dextra + e * H_, Cell::extras * H_);
+      list(steps, s_.left, s_.dextra + e * H_, Cell::extras * H_);
       const Range units = share(H_, worker.index, worker.count);
       add_rows(rows, s_.left, units.begin, units.end, static_cast<T*>(to.extra[e]));
     }
@@ -154,7 +167,7 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   // Adds the gradients of the weights and biases of a phase; left: the gradients of the gates, recurrent side. The rows
   // of the gates are divided alike for all phases: `own` of them.
   template <int p>
-  void add_gradients_of(std::int64_t rows, std::int64_t end, Range own) noexcept {
+  void add_gradients_of(std::int64_t rows, Range steps, Range own) noexcept {
     using Phase = PhaseOf<Cell, p>;
     const ProductSizes of = product_of<Phase>(layer_.sizes);
     const LayerWeights<void*>& to = layer_.gradients;
@@ -166,24 +179,22 @@ class BackwardLoop : protected LayerContext<Cell, T> {
       own = {own.begin < first ? first : own.begin, own.end < last ? own.end : last};
     if (!Phase::projects && to.b_hh) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_hh));
     if (!weights) return;
-    if constexpr (Phase::projects) list(end, s_.left, s_.dh, shape_.stride[0]);
+    if constexpr (Phase::projects) list(steps, s_.left, s_.dh, shape_.stride[0]);
     if constexpr (p > 0)
-      list(end, s_.right, s_.given[p - 1], padded_h_);
+      list(steps, s_.right, s_.given[p - 1], padded_h_);
     else
-      list(end, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous(0, t, b); });
+      list(steps, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous(0, t, b); });
     add_outer_products(rows, s_.left, s_.right, own.begin, own.end, of.depth, weights, s_.buffer);
   }
 
-  // dx = dx_gates W_ih for this worker's part of the `rows` listed in left; zero in rows past their end.
-  void add_to_dx(std::int64_t rows, std::int64_t end) noexcept {
+  // dx = dx_gates W_ih for this worker's part of the rows of some steps; zero in rows past their end.
+  void add_to_dx(Range steps) noexcept {
     const std::int64_t I = layer_.sizes.inputs;
+    const std::int64_t rows = list(steps, s_.left, s_.dx_gates, s_.gate_stride);
     std::int64_t count = 0;
-    const auto at = [&](std::int64_t t, std::int64_t b) {
-      return static_cast<T*>(layer_.dx) + (t * call.batch + b) * I;
-    };
-    for (std::int64_t i = end - 1; i >= block_first_; --i)
+    for (std::int64_t i = steps.end - 1; i >= steps.begin; --i)
       for (std::int64_t b = 0; b < call.batch; ++b) {
-        T* row = at(time(i), b);
+        T* row = static_cast<T*>(layer_.dx) + (time(i) * call.batch + b) * I;
         if (time(i) < this->length(b))
           s_.outputs[count++] = row;
         else if (!layer_.add_to_dx && b % worker.count == worker.index)

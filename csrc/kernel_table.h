@@ -50,7 +50,9 @@ struct Layer {
   LayerWeights<void*> gradients;  // null: not wanted; else zeroed by the caller
 };
 
-enum class Split : int { rows, units };  // what the threads of a call divide among them
+// What the threads of a call divide among them: the rows of the batch, the units of a layer, or the layer-directions,
+// each of which is one thread's.
+enum class Split : int { rows, units, layers };
 
 // A stack of L layers of D directions, one call; layer-direction (l, d) is layers[l * D + d].
 struct KernelCall {
@@ -63,11 +65,14 @@ struct KernelCall {
   void* const* masked;       // [L-1] of [T, B, D*P]: forward writes y * mask here, the input of the next layer
   Split split;
   std::int64_t block_steps;  // steps whose gates are worked on while they are in cache
+  std::int64_t part_steps;   // of a block of backward: steps after which dx is there for the layer below
   int max_threads;
   void* scratch;        // scratch_bytes() of this struct, 64-byte aligned
   bool (*poll)(void*);  // called by worker 0 between blocks; true: give up, the results are not wanted
   void* poll_context;
-  std::int64_t* stop;  // 0 on entry; the number of the first block that is not worked on once poll says so
+  std::int64_t* stop;      // 0 on entry; the number of the first block that is not worked on once poll says so
+  std::int64_t* progress;  // where layers are divided, zeros on entry: the steps that each layer-direction has done,
+                           // and behind them how many were begun; else null
 };
 
 // y = x W^T + b and its gradients for `rows` rows. weight [outputs, inputs]

@@ -6,16 +6,23 @@
 namespace rnnkern {
 namespace {
 
-// to = a * b, elementwise, this worker's part of `count` elements; to may be a.
-template <class T>
-void multiply(const Worker& worker, std::int64_t count, const T* a, const T* b, T* to) noexcept {
+// to = combine(a, b), elementwise, this worker's part of `count` elements; to may be a.
+template <class T, class Combine>
+void combine_elements(const Worker& worker, std::int64_t count, const void* a, const void* b, void* to,
+                      Combine&& combine) noexcept {
   using V = Vec<T>;
   const Range own = share(count, worker.index, worker.count, kLanes<T>);
   for (std::int64_t i = own.begin; i < own.end; i += kLanes<T>) {
-    const int some = own.end - i < kLanes<T> ? static_cast<int>(own.end - i) : kLanes<T>;
-    store_some<V>(to + i, load_some<V>(a + i, some) * load_some<V>(b + i, some), some);
+    const int some = static_cast<int>(smaller(own.end - i, kLanes<T>));
+    store_some<V>(
+        static_cast<T*>(to) + i,
+        combine(load_some<V>(static_cast<const T*>(a) + i, some), load_some<V>(static_cast<const T*>(b) + i, some)),
+        some);
   }
 }
+
+constexpr auto kMultiply = [](auto a, auto b) RNNKERN_INLINE_LAMBDA { return a * b; };
+constexpr auto kAdd = [](auto a, auto b) RNNKERN_INLINE_LAMBDA { return a + b; };
 
 // Runs all layer-directions of a call, from the first or from the last on.
 template <class Cell, class T, class OneLayer, class Scratch>
@@ -32,13 +39,71 @@ void run_layers(const KernelCall& call, Worker& worker, bool backwards) noexcept
     if (!call.masks || i == call.layer_count - 1 || !loop.takes_part()) continue;
     const std::int64_t rows = call.steps * call.batch;
     if (backwards)
-      multiply(worker, rows * layer->sizes.inputs, static_cast<const T*>(layer->dx),
-               static_cast<const T*>(call.masks[l - 1]), static_cast<T*>(layer->dx));
+      combine_elements<T>(worker, rows * layer->sizes.inputs, layer->dx, call.masks[l - 1], layer->dx, kMultiply);
     else
-      multiply(worker, rows * layer->y_stride, static_cast<const T*>(layer->y), static_cast<const T*>(call.masks[l]),
-               static_cast<T*>(call.masked[l]));
+      combine_elements<T>(worker, rows * layer->y_stride, layer->y, call.masks[l], call.masked[l], kMultiply);
     loop.wait();
   }
+}
+
+// A call whose layer-directions are divided, as one of its workers runs its own of them: alone.
+KernelCall alone_in(const KernelCall& call) noexcept {
+  KernelCall one = call;
+  one.split = Split::rows, one.max_threads = 1;
+  return one;
+}
+
+template <class Scratch>
+std::int64_t scratch_of(const KernelCall& call) noexcept {
+  if (call.split == Split::layers) return call.max_threads * scratch_of<Scratch>(alone_in(call));
+  Arena arena(nullptr);
+  Scratch(arena, call, 0);
+  return arena.used();
+}
+
+// Runs the layer-directions of a call side by side. Each worker takes the next one that nobody has taken and runs it
+// alone; it waits for what that one takes from others, which were taken before it and so are at work or done.
+template <class Cell, class T, class OneLayer, class Scratch>
+void run_side_by_side(const KernelCall& call, Worker& worker, bool backwards) noexcept {
+  const FlushDenormals flush;
+  KernelCall own = alone_in(call);
+  if (worker.index > 0) own.poll = nullptr;
+  Worker alone{0, 1, &worker, nullptr, -1, nullptr};
+  if (worker.admit)
+    alone.admit = [](void* of, std::int64_t place) noexcept {
+      Worker& outer = *static_cast<Worker*>(of);
+      if (outer.admit && outer.admit(outer.team, place) > 1) outer.admit = nullptr;
+      return 1;
+    };
+  Arena arena(static_cast<char*>(call.scratch) + worker.index * scratch_of<Scratch>(own));
+  const Scratch scratch(arena, own, 0);
+  Context<Cell, T> loop{own, alone};
+  const int D = call.directions, count = call.layer_count * D;
+  std::int64_t* const begun = call.progress + count;
+  for (;;) {
+    const auto next = static_cast<int>(__atomic_fetch_add(begun, 1, __ATOMIC_RELAXED));
+    if (next >= count) break;
+    const int i = backwards ? (call.layer_count - 1 - next / D) * D + next % D : next;
+    const Layer& layer = call.layers[i];
+    OneLayer(loop, layer, scratch).run();
+    if (backwards && layer.dx && i % D > 0) {
+      if (!loop.await(i - 1, call.steps)) break;
+      void* const sum = call.layers[i - 1].dx;
+      combine_elements<T>(alone, call.steps * call.batch * layer.sizes.inputs, sum, layer.dx, sum, kAdd);
+    }
+    __atomic_store_n(call.progress + i, call.steps, __ATOMIC_RELEASE);
+  }
+  // The others are waited for here, where it is seen that the call is given up.
+  for (int i = 0; worker.index == 0 && i < count; ++i)
+    if (!loop.await(i, call.steps)) break;
+}
+
+template <class Cell, class T, class OneLayer, class Scratch>
+void run_all(const KernelCall& call, Worker& worker, bool backwards) noexcept {
+  if (call.split == Split::layers)
+    run_side_by_side<Cell, T, OneLayer, Scratch>(call, worker, backwards);
+  else
+    run_layers<Cell, T, OneLayer, Scratch>(call, worker, backwards);
 }
 
 template <class Cell, class Format, class T = typename Format::T>
@@ -46,8 +111,8 @@ void forward(void* context, Worker& worker) noexcept {
   const KernelCall& call = *static_cast<const KernelCall*>(context);
   if constexpr (kCanBeNarrow<Cell> && std::is_same_v<Format, AsStates<T>>)
     if (is_narrow<Cell, T>(call))
-      return run_layers<Cell, T, NarrowForward<Cell, T>, NarrowScratch<Cell, T>>(call, worker, false);
-  run_layers<Cell, T, ForwardLayer<Cell, Format>, ForwardScratch<Cell, T>>(call, worker, false);
+      return run_all<Cell, T, NarrowForward<Cell, T>, NarrowScratch<Cell, T>>(call, worker, false);
+  run_all<Cell, T, ForwardLayer<Cell, Format>, ForwardScratch<Cell, T>>(call, worker, false);
 }
 
 template <class Cell, class T>
@@ -55,20 +120,15 @@ void backward(void* context, Worker& worker) noexcept {
   using Scratch = BackwardScratch<Cell, T>;
   const KernelCall& call = *static_cast<const KernelCall*>(context);
   if constexpr (kCanBeNarrow<Cell>)
-    if (is_narrow<Cell, T>(call)) return run_layers<Cell, T, NarrowBackward<Cell, T>, Scratch>(call, worker, true);
-  run_layers<Cell, T, BackwardLayer<Cell, T>, Scratch>(call, worker, true);
+    if (is_narrow<Cell, T>(call)) return run_all<Cell, T, NarrowBackward<Cell, T>, Scratch>(call, worker, true);
+  run_all<Cell, T, BackwardLayer<Cell, T>, Scratch>(call, worker, true);
 }
 
 template <class Cell, class T>
 std::int64_t scratch_bytes(const KernelCall& call, bool for_backward) noexcept {
-  Arena arena(nullptr);
-  if (for_backward)
-    BackwardScratch<Cell, T>(arena, call, 0);
-  else if (is_narrow<Cell, T>(call))
-    NarrowScratch<Cell, T>(arena, call, 0);
-  else
-    ForwardScratch<Cell, T>(arena, call, 0);
-  return arena.used();
+  if (for_backward) return scratch_of<BackwardScratch<Cell, T>>(call);
+  if (is_narrow<Cell, T>(call)) return scratch_of<NarrowScratch<Cell, T>>(call);
+  return scratch_of<ForwardScratch<Cell, T>>(call);
 }
 
 template <class Cell, class T>

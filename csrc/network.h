@@ -123,6 +123,12 @@ class Network {
   std::int64_t between_bytes(const KernelCall& call) const {
     return times(static_cast<std::int64_t>(between_count()), output_bytes(call.steps, call.batch));
   }
+  // The second direction's gradient of a layer's input, where the two are worked on side by side in backward.
+  std::int64_t aside_bytes(const KernelCall& call) const {
+    if (call.split != Split::layers || reverse_.size() == 1) return 0;
+    const std::int64_t widest = layer_count() > 1 ? std::max(inputs_, width_) : inputs_;
+    return times(times(times(call.steps, call.batch), widest), bytes_);
+  }
 
   // Of what the steps of layer-direction i save for backward.
   std::int64_t saved_bytes(std::size_t i, std::int64_t T, std::int64_t B) const {
@@ -145,14 +151,16 @@ class Network {
 
   // Adds to a call its layers and how it is divided.
   Plan complete(KernelCall& call, const std::vector<Layer>& layers, bool backward) const {
-    const Plan plan = make_plan(
-        {call.steps, call.batch, input_size(), hidden_, outputs_, static_cast<std::int64_t>(layer_directions()),
-         kernels_.row_grain(sizes(0), call.batch), entry_.gates, entry_.saved, num_threads(), bytes_, backward});
+    const Plan plan =
+        make_plan({call.steps, call.batch, input_size(), hidden_, outputs_, static_cast<std::int64_t>(layer_count()),
+                   static_cast<std::int64_t>(directions()), kernels_.row_grain(sizes(0), call.batch), entry_.gates,
+                   entry_.saved, num_threads(), bytes_, backward, call.masks != nullptr});
     call.layer_count = static_cast<int>(layer_count());
-    call.directions = static_cast<int>(reverse_.size());
+    call.directions = static_cast<int>(directions());
     call.layers = layers.data();
     call.split = plan.split;
     call.block_steps = plan.block_steps;
+    call.part_steps = plan.part_steps;
     call.max_threads = plan.threads;
     return plan;
   }

@@ -279,10 +279,11 @@ py::dict Packed::plan(std::int64_t steps, std::int64_t batch, bool backward) con
   for (std::size_t i = 0; i < layers.size(); ++i)
     if (saved_bytes(i, steps, batch) > 0) layers[i].saved = &layers[i];  // forward works in it instead of in scratch
   const Plan plan = complete(call, layers, backward);
-  const std::int64_t scratch = kernels().scratch_bytes(call, backward) + (backward ? between_bytes(call) : 0);
+  std::int64_t scratch = kernels().scratch_bytes(call, backward);
+  if (backward) scratch += between_bytes(call) + aside_bytes(call);
   py::dict described;
   described["threads"] = plan.threads;
-  described["split"] = plan.split == Split::rows ? "rows" : "units";
+  described["split"] = plan.split == Split::rows ? "rows" : plan.split == Split::units ? "units" : "layers";
   described["block_steps"] = plan.block_steps;
   described["kept"] = backward || kept == 0 ? 0 : Buffer::with_room(kept);
   described["scratch"] = Scratch::beside_stack(scratch);

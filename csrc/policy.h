@@ -24,31 +24,56 @@ inline int most_threads(const std::vector<std::string>& siblings, double quota) 
 // Of one core, within a factor of two: they only weigh work against the cost of waking and waiting.
 constexpr double kFlopsPerNs = 30, kWakeNs = 15'000;
 
-// How a call is divided: among how many threads, by rows or by units, and in blocks of how many steps. Results do not
-// depend on it, only the time.
+// How a call is divided: among how many threads, by rows, units or layers, and in blocks of how many steps. Results do
+// not depend on it, only the time.
 struct Plan {
   Split split;
   int threads;
-  std::int64_t block_steps;
+  std::int64_t block_steps, part_steps;  // part_steps: of a block, after which backward hands on what it has of dx
   std::int64_t expected_ns;
 };
 
 struct PlanInput {
-  std::int64_t steps, batch, inputs, hidden, outputs, layers;  // layers: layer-directions
-  std::int64_t row_grain;                                      // rows that one thread works on together
+  std::int64_t steps, batch, inputs, hidden, outputs, layer_count, directions;
+  std::int64_t row_grain;  // rows that one thread works on together
   int gates, saved, max_threads;
   std::int64_t element_bytes;
   bool backward;
+  bool masked;  // dropout between the layers
+
+  std::int64_t layers() const { return layer_count * directions; }
 };
+
+// Layers and directions side by side: the directions of a layer are independent of each other, and a layer follows the
+// one below a block of steps behind it.
+struct SideBySide {
+  int threads;
+  std::int64_t parts;  // of the steps, so that no layer waits long for the next
+  double gain;         // against one thread
+};
+
+inline SideBySide side_by_side(const PlanInput& in) noexcept {
+  const std::int64_t at_once = in.directions > 1 ? in.directions : in.layer_count;
+  const std::int64_t threads = std::min<std::int64_t>(in.max_threads, at_once);
+  if (threads < 2 || in.masked) return {1, 1, 1};
+  if (in.directions > 1) return {static_cast<int>(threads), 1, static_cast<double>(threads)};
+  const std::int64_t parts = std::clamp<std::int64_t>(in.steps * in.batch / 12, 1, 8);
+  const std::int64_t rounds = (in.layer_count + threads - 1) / threads;
+  const double until_all_work = static_cast<double>(threads - 1) / static_cast<double>(parts);  // rounds
+  return {static_cast<int>(threads), parts,
+          static_cast<double>(in.layer_count) / (static_cast<double>(rounds) + until_all_work)};
+}
 
 inline Plan make_plan(const PlanInput& in) {
   const double rows = static_cast<double>(in.steps) * static_cast<double>(in.batch);
   const double weights = static_cast<double>(in.gates) * static_cast<double>(in.hidden) *
-                         static_cast<double>(in.inputs + in.outputs) * static_cast<double>(in.layers);
-  const double total_ns = rows * (weights * (in.backward ? 4 : 2) / kFlopsPerNs + static_cast<double>(in.layers) * 20);
-  const double step_ns = total_ns / static_cast<double>(std::max<std::int64_t>(in.steps * in.layers, 1));
+                         static_cast<double>(in.inputs + in.outputs) * static_cast<double>(in.layers());
+  const double total_ns =
+      rows * (weights * (in.backward ? 4 : 2) / kFlopsPerNs + static_cast<double>(in.layers()) * 20);
+  const double step_ns = total_ns / static_cast<double>(std::max<std::int64_t>(in.steps * in.layers(), 1));
 
-  Plan plan{Split::rows, in.max_threads, 1, 0};
+  Plan plan{Split::rows, in.max_threads, 1, 1, 0};
+  const SideBySide side = side_by_side(in);
   if (in.row_grain > 1) {
     // Backward divides its sums over rows whatever the steps divide.
     if (!in.backward)
@@ -59,7 +84,10 @@ inline Plan make_plan(const PlanInput& in) {
     // forward, 1.1 backward), GRU 32 a fifth (0.4); GRU 64 gains 1.15x to 1.7x (1.7, 3.3), LSTM 64 1.2x to 1.6x (2.2,
     // 4.4), GRU 128 1.7x (6.5, 13), LSTM 256 2.0x.
     plan.split = Split::units;
-    if (step_ns < (in.backward ? 3'000 : 1'500)) plan.threads = 1;
+    const double meeting_ns = in.backward ? 1'500 : 750, threads = static_cast<double>(plan.threads);
+    double gain = step_ns / (step_ns / threads + meeting_ns);
+    if (gain < 1) plan.threads = 1, gain = 1;
+    if (side.gain > gain) plan.split = Split::layers, plan.threads = side.threads;
   }
   if (total_ns < 2 * kWakeNs) plan.threads = 1;
   plan.expected_ns = static_cast<std::int64_t>(std::min(total_ns / plan.threads, 1e15));
@@ -68,15 +96,22 @@ inline Plan make_plan(const PlanInput& in) {
   constexpr std::int64_t block_bytes = 256 * 1024;
   const std::int64_t values = in.backward ? in.gates : std::max(in.gates, in.saved);
   const std::int64_t row_bytes = values * in.hidden * in.element_bytes;
-  std::int64_t block_rows = block_bytes * plan.threads / std::max<std::int64_t>(row_bytes, 1);
+  const int sharers = plan.split == Split::layers ? 1 : plan.threads;
+  std::int64_t block_rows = block_bytes * sharers / std::max<std::int64_t>(row_bytes, 1);
   // A block of backward reads and writes the whole gradient of the weights: at least enough rows to pay for that.
   block_rows = std::clamp<std::int64_t>(block_rows, in.backward ? 256 : 1, 4096);
   // A helper that was asleep comes some 30 to 100 us late. It can join forward at each block, so that the first one
   // must not be half of the call; backward spends more time in steps.
   if (!in.backward && plan.threads > 1)
     block_rows = std::min(block_rows, std::max<std::int64_t>(in.steps * in.batch / 8, 48));
-  plan.block_steps = std::clamp<std::int64_t>(block_rows / std::max<std::int64_t>(in.batch, 1), 1,
-                                              std::max<std::int64_t>(in.steps, 1));
+  // Forward hands on whole blocks.
+  const bool in_parts = plan.split == Split::layers && plan.threads > 1;
+  const std::int64_t part_rows = in_parts ? in.steps * in.batch / side.parts + 1 : block_rows;
+  const auto steps_of = [&](std::int64_t rows) {
+    return std::clamp<std::int64_t>(rows / std::max<std::int64_t>(in.batch, 1), 1, std::max<std::int64_t>(in.steps, 1));
+  };
+  plan.block_steps = steps_of(in.backward ? block_rows : std::min(block_rows, part_rows));
+  plan.part_steps = std::min(plan.block_steps, steps_of(part_rows));
   return plan;
 }
 

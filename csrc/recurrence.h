@@ -8,6 +8,7 @@
 
 #include "cells.h"
 #include "gemm.h"
+#include "patience.h"
 
 namespace rnnkern {
 namespace {
@@ -92,13 +93,27 @@ struct Context {
     if (takes_part()) wait();
   }
 
-  // Begins a block; returns false when the call was given up. Worker 0 says so a block ahead, and between two blocks
-  // there is either a barrier or nothing that waits, so that no worker is left alone at a barrier.
-  bool begin_block() noexcept {
+  // Asks whether the call is given up, if that is this worker's to do. Returns the block from which on it is; 0: it is
+  // not.
+  std::int64_t stop() const noexcept {
     if (worker.index == 0 && call.poll && !__atomic_load_n(call.stop, __ATOMIC_RELAXED) && call.poll(call.poll_context))
       __atomic_store_n(call.stop, block + 1, __ATOMIC_RELEASE);
-    const std::int64_t stop = __atomic_load_n(call.stop, __ATOMIC_ACQUIRE);
-    const bool goes_on = stop == 0 || block < stop;
+    return __atomic_load_n(call.stop, __ATOMIC_ACQUIRE);
+  }
+
+  // Waits until layer-direction i has done so many steps. Returns false when the call was given up.
+  bool await(std::int64_t i, std::int64_t steps) const noexcept {
+    for (Patience patience; __atomic_load_n(call.progress + i, __ATOMIC_ACQUIRE) < steps; patience.wait())
+      if (stop() != 0) return false;
+    return true;
+  }
+
+  // Begins a block; returns false when the call was given up. Worker 0 says so a block ahead, and between two blocks
+  // there is either a barrier or nothing that waits, so that no worker is left alone at a barrier. Workers that have
+  // layers of their own meet at none.
+  bool begin_block() noexcept {
+    const std::int64_t last = stop();
+    const bool goes_on = last == 0 || (block < last && !call.progress);
     ++block;
     begin();
     return goes_on;
@@ -206,6 +221,21 @@ class LayerContext : protected Context<Cell, T> {
     return static_cast<T*>(layer_.saved) + (t * call.batch + b) * Cell::saved * padded_h_;
   }
 
+  // Where layers are worked on side by side: waits until the layer `above` or below (-1), from which this one takes its
+  // steps, has done so many, or of two directions all. Returns false when the call was given up.
+  bool await_layer(int above, std::int64_t steps) const noexcept {
+    const std::int64_t D = call.directions, first = (number() / D + above) * D;
+    if (!call.progress || first < 0 || first >= call.layer_count * D) return true;
+    for (std::int64_t i = first; i < first + D; ++i)
+      if (!this->await(i, D == 1 ? steps : call.steps)) return false;
+    return true;
+  }
+  // Lets the layer above or below have the steps done so far.
+  void hand_over(std::int64_t steps) const noexcept {
+    if (call.progress && call.directions == 1) __atomic_store_n(call.progress + number(), steps, __ATOMIC_RELEASE);
+  }
+  std::int64_t number() const noexcept { return &layer_ - call.layers; }
+
   // Move this worker's rows of the states from and to memory of the user, where null stands for zeros; make zeros too.
   void enter_states(const void* const* given, T* const* states, T* zeros) const noexcept {
     if (this->worker.index == 0) copy_row<T>(zeros, nullptr, 0, padded_h_);
@@ -246,8 +276,8 @@ class ForwardLoop : protected LayerContext<Cell, T> {
     Steps& steps = static_cast<Steps&>(*this);
     if (this->takes_part()) steps.enter();
     for (std::int64_t first = 0; first < call.steps; first += call.block_steps) {
-      if (!this->begin_block()) break;
-      const std::int64_t count = first + call.block_steps < call.steps ? call.block_steps : call.steps - first;
+      const std::int64_t count = smaller(call.block_steps, call.steps - first);
+      if (!this->begin_block() || !this->await_layer(-1, first + count)) break;
       block_first_ = first;
       if (this->takes_part()) {
         steps.add_input_share(count);
@@ -259,6 +289,7 @@ class ForwardLoop : protected LayerContext<Cell, T> {
         steps.step(this->time(i));
         this->wait_if_units();
       }
+      this->hand_over(first + count);
     }
     if (this->takes_part()) steps.leave();
     return *this;

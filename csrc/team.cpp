@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "cores.h"
+#include "patience.h"
 #include "policy.h"
 
 namespace rnnkern {
@@ -29,32 +30,11 @@ using std::chrono::microseconds;
 using std::chrono::nanoseconds;
 
 constexpr int kMaxThreads = 1024;
-constexpr int kSpins = 50;                  // 1 to 2 us, longer than threads with equal shares wait for each other
-constexpr microseconds kAwakeCheckIn{2};    // a helper that spins is there within a fraction of that
-constexpr microseconds kLook{200};          // free CPUs are asked for again this often while there are none
-constexpr microseconds kOthersCheckIn{30};  // between the first of several woken helpers and the last
+constexpr microseconds kAwakeCheckIn{2};           // a helper that spins is there within a fraction of that
+constexpr microseconds kLook{200};                 // free CPUs are asked for again this often while there are none
+constexpr microseconds kOthersCheckIn{30};         // between the first of several woken helpers and the last
 constexpr nanoseconds kLongestCheckIn{2'000'000};  // a woken one takes 10 to 50 us, on a virtual core up to 300
 constexpr std::size_t kCacheLine = 64;
-
-// Waiting that costs nothing while it is short, and leaves the core to whoever else needs it when it is long.
-class Patience {
- public:
-  void wait() noexcept {
-    if (spins_ == kSpins) {
-      std::this_thread::yield();
-      return;
-    }
-    ++spins_;
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-
- private:
-  int spins_ = 0;
-};
 
 nanoseconds cpu_time() noexcept {
   timespec now{};

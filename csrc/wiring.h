@@ -99,9 +99,10 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
 }
 
 // Adds where each layer-direction of a backward finds its gradients. Between layers the gradient of one layer's input
-// is that of the output below it; these take turns in `between`.
+// is that of the output below it; these take turns in `between`. Behind them, where directions are worked on side by
+// side, is the second one's gradient, which is added to that of the first in the end.
 inline void connect(const Network& network, std::vector<Layer>& layers, const ForwardCall& call,
-                    const BackwardCall& slopes, void* between) {
+                    const BackwardCall& slopes, void* between, void* aside) {
   const std::int64_t width = network.output_size();
   const auto input_gradient = [&](std::size_t layer) {
     return layer == 0 ? slopes.dx : network.offset(between, layer % 2 ? 0 : call.steps * call.batch * width);
@@ -114,6 +115,7 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
     one.dy_stride = width;
     one.dx = input_gradient(layer);
     one.add_to_dx = i % network.directions() > 0;
+    if (one.add_to_dx && one.dx && aside) one.dx = aside, one.add_to_dx = false;
     one.gradients = slopes.gradients[i];
     for (std::size_t s = 0; s < network.state_count(); ++s) {
       one.dlast[s] = network.state_of(slopes.dlast, s, i, call.batch);
@@ -143,10 +145,14 @@ void run(const Network& network, const ForwardCall& call, const BackwardCall* sl
   kernel_call.masks = call.masks, kernel_call.masked = masked.data();
   const Plan plan = network.complete(kernel_call, layers, backward);
   const std::int64_t own = network.kernels().scratch_bytes(kernel_call, backward);
-  const typename Host::Scratch scratch(own + (kept && !backward ? 0 : network.between_bytes(kernel_call)));
-  void* const between = static_cast<char*>(scratch.data()) + own;
+  const std::int64_t between_bytes = kept && !backward ? 0 : network.between_bytes(kernel_call);
+  const std::int64_t aside_bytes = backward ? network.aside_bytes(kernel_call) : 0;
+  const typename Host::Scratch scratch(own + between_bytes + aside_bytes);
+  char* const between = static_cast<char*>(scratch.data()) + own;
   connect(network, layers, call, kept ? &*kept : nullptr, between);
-  if (backward) connect(network, layers, call, *slopes, between);
+  if (backward) connect(network, layers, call, *slopes, between, aside_bytes ? between + between_bytes : nullptr);
+  std::vector<std::int64_t> progress(plan.split == Split::layers ? layers.size() + 1 : 0);
+  if (!progress.empty()) kernel_call.progress = progress.data();
   kernel_call.scratch = scratch.data();
   Host::launch(backward ? network.kernels().backward : network.kernels().forward, kernel_call, plan);
 }

@@ -9,6 +9,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,9 +145,17 @@ def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, s
 
 
 def test_helpers_that_come_during_a_call_change_no_bit(cell, native):
-    """They are asleep when it begins, and join at one step or another; for shared rows and shared units."""
-    for B, I, H in ((1, 40, 160), (6, 40, 160), (200, 40, 3)):
-        problem = Problem(cell, T=60, B=B, I=I, H=H, num_layers=2, bidirectional=True, dropout=0.3, lengths=B > 1)
+    """They are asleep when it begins, and join at one step or another; for shared rows, units and layers."""
+    one_way: dict[str, Any] = {"num_layers": 4, "resets": True}
+    both_ways: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
+    for T, B, I, H, stack in (
+        (60, 1, 40, 160, both_ways | {"dropout": 0.3}),
+        (60, 6, 40, 160, both_ways | {"dropout": 0.3, "lengths": True}),
+        (60, 200, 40, 3, both_ways | {"dropout": 0.3, "lengths": True}),
+        (100, 1, 40, 160, both_ways),
+        (200, 1, 40, 70, one_way),
+    ):
+        problem = Problem(cell, T=T, B=B, I=I, H=H, **stack)
         before = rk.num_threads()
         try:
             rk.set_num_threads(1)

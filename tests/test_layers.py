@@ -695,10 +695,11 @@ def test_a_stream_refuses_a_second_thread(backend):
 
 
 @pytest.mark.skipif(backends.get("native").unavailable() is not None, reason="the compiled module is missing")
-def test_a_signal_ends_a_long_call():
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_signal_ends_a_long_call(bidirectional):
     """Ctrl-C, or what a handler raises, comes before the last step: a call of seconds cannot be waited for."""
-    layer, steps = rk.LSTM(1, 512, backend="native", seed=0), 25_000
-    out = np.full((steps, 1, 512), np.nan, np.float32)
+    layer, steps = rk.LSTM(1, 512, bidirectional=bidirectional, backend="native", seed=0), 25_000
+    out = np.full((steps, 1, 512 * (1 + bidirectional)), np.nan, np.float32)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.15)
@@ -707,7 +708,8 @@ def test_a_signal_ends_a_long_call():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert np.isnan(out[-1]).all()
+    assert np.isnan(out[-1, :, :512]).all()
+    assert np.isnan(out[0, :, 512:]).all()
 
 
 def test_a_bidirectional_layer_has_no_stream():

@@ -100,7 +100,7 @@ def test_the_peak_is_that_of_numpys_domain(layer: Any, shape: tuple[int, ...]) -
 # All of them are large beside what Python's objects take, a state too but for a single row.
 OPTIONS: list[tuple[dict[str, Any], tuple[int, ...]]] = [
     ({}, (100, 96, 64)),
-    ({}, (2_000, 64)),
+    ({"bidirectional": True, "num_layers": 2}, (2_000, 64)),
     ({"batch_first": True}, (96, 100, 64)),
     ({"batch_first": True}, (1, 2_000, 64)),
     ({"batch_first": True, "bidirectional": True, "num_layers": 2}, (96, 50, 64)),
@@ -188,17 +188,21 @@ def test_an_explanation_says_what_a_call_does() -> None:
 
 
 def test_an_explanation_names_what_threads_divide() -> None:
-    """Rows where there are enough, else units; one thread divides nothing."""
+    """Rows where there are enough, else units, or layers and directions; one thread divides nothing."""
     before = rk.num_threads()
     rk.set_num_threads(2)
     try:
         rows = rk.explain(rk.LSTM(256, 256, seed=0), (50, 32, 256), limits=MACHINE)
         units = rk.explain(rk.LSTM(256, 256, seed=0), (50, 1, 256), limits=MACHINE)
+        both_ways = rk.explain(rk.LSTM(64, 64, bidirectional=True, seed=0), (100, 64), limits=MACHINE)
+        one_after_the_other = rk.explain(rk.LSTM(64, 64, 2, seed=0), (100, 64), limits=MACHINE)
         alone = rk.explain(rk.LSTM(2, 2, seed=0), (1, 1, 2), limits=MACHINE)
     finally:
         rk.set_num_threads(before)
     assert "2 threads divide the rows;" in str(rows)
     assert "2 threads divide the units and meet at every step;" in str(units)
+    for layers in (both_ways, one_after_the_other):
+        assert str(layers).count("2 threads work on layers and directions side by side;") == 2
     assert "1 thread; blocks of 1 steps;" in str(alone)
 
 

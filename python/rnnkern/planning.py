@@ -26,7 +26,7 @@ class Division:
     """How one call, forward or backward, is divided among threads and in time, and the bytes it works in."""
 
     threads: int
-    split: str  # what the threads divide among them: "rows" of the batch or "units" of the layer
+    split: str  # what the threads divide among them: "rows", "units" or "layers" and directions
     block_steps: int  # steps that are worked on while their gates are in cache
     kept: int  # bytes that forward keeps for backward beside y and the states
     scratch: int  # bytes of arrays that go when the call returns
@@ -111,6 +111,7 @@ def _sentence(division: Division, flops: int) -> str:
     who = {
         "rows": f"{division.threads} threads divide the rows",
         "units": f"{division.threads} threads divide the units and meet at every step",
+        "layers": f"{division.threads} threads work on layers and directions side by side",
     }
     threads = who[division.split] if division.threads > 1 else "1 thread"
     return f"{threads}; blocks of {division.block_steps:,} steps; {flops / 1e9:.3g} GFLOP"
