@@ -123,7 +123,7 @@ Packed* pack(const std::string& cell, const std::string& format, std::int64_t in
              std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
              const py::object& weights, bool training) {
   return make<Packed>(cell, format, input_size, hidden_size, proj_size, num_layers, std::move(directions), names,
-                      weights, training);
+                      weights, training, py::none());
 }
 
 // Packs weights and runs a forward with them: what two calls would do, in one crossing. Returns the packed weights, the
@@ -132,9 +132,12 @@ py::tuple run_unpacked(const std::string& cell, const std::string& format, std::
                        std::int64_t hidden_size, std::int64_t proj_size, std::int64_t num_layers,
                        std::vector<bool> directions, const py::tuple& names, const py::object& weights, bool training,
                        const py::object& x, const py::object& state, const py::object& lengths,
-                       const py::object& resets, const py::object& masks, const py::object& y) {
-  const py::object packed = py::cast(pack(cell, format, input_size, hidden_size, proj_size, num_layers,
-                                          std::move(directions), names, weights, training),
+                       const py::object& resets, const py::object& masks, const py::object& y,
+                       const py::object& reserve) {
+  if (!reserve.is_none() && !py::isinstance<Reserve>(reserve))
+    throw py::type_error("reserve: expected a Reserve or None");
+  const py::object packed = py::cast(make<Packed>(cell, format, input_size, hidden_size, proj_size, num_layers,
+                                                  std::move(directions), names, weights, training, reserve),
                                      py::return_value_policy::take_ownership);
   const py::tuple results = packed.cast<const Packed&>().forward(x, state, lengths, resets, masks, y);
   return py::make_tuple(packed, results[0], results[1]);
@@ -217,6 +220,12 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   seal(py::class_<Saved>(m, "Saved", "What a training forward keeps for backward.", py::is_final())
            .def_property_readonly("nbytes", [](const Saved& self) { return self.nbytes(); }, "Bytes of saved gates."));
 
+  seal(py::class_<Reserve>(m, "Reserve", "Memory that a layer keeps for its next call.", py::is_final())
+           .def(
+               "release", [](Reserve& self) { self.release(); }, "Gives up what no call is at work in.")
+           .def_property_readonly("nbytes", [](const Reserve& self) { return self.nbytes(); }));
+  m.def("reserve", [] { return make<Reserve>(); });
+
   seal(py::class_<Packed>(m, "Packed", "The weights of a stack, packed for the ISA that was active when it was made.",
                           py::is_final())
            .def("forward", &Packed::forward, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"),
@@ -249,7 +258,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def("run", &run_unpacked, py::arg("cell"), py::arg("format"), py::arg("input_size"), py::arg("hidden_size"),
         py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("names"), py::arg("weights"),
         py::arg("training"), py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"), py::arg("masks"),
-        py::arg("y"));
+        py::arg("y"), py::arg("reserve"));
 
   m.def("abi_bytes", &abi_bytes, py::arg("isa"), py::arg("cell"), py::arg("dtype"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("steps"),

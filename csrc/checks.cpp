@@ -86,13 +86,49 @@ py::array copy_of(py::handle array, const py::dtype& dtype, const Shape& shape) 
 
 void fill_with_zeros(py::handle array) { std::memset(bytes_of(array), 0, size_of(array)); }
 
-Buffer::Buffer(std::int64_t bytes)
-    : owner(new_array(py::dtype::of<std::uint8_t>(), {with_room(bytes)})),
+Buffer::Buffer(std::int64_t bytes) : Buffer(new_array(py::dtype::of<std::uint8_t>(), {with_room(bytes)})) {}
+
+Buffer::Buffer(py::array of)
+    : owner(std::move(of)),
       data(reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(bytes_of(owner)) + 63) & ~std::uintptr_t{63})) {}
 
 std::int64_t Buffer::with_room(std::int64_t bytes) {
   if (bytes > std::numeric_limits<std::int64_t>::max() - 64) throw std::bad_alloc();
   return bytes + 64;
+}
+
+Buffer Reserve::take(Purpose purpose, std::int64_t bytes) {
+  auto held = py::reinterpret_steal<py::array>(held_[purpose].exchange(nullptr));
+  if (held && held.nbytes() >= Buffer::with_room(bytes)) return Buffer(std::move(held));
+  held = py::array();  // before there is another one
+  return Buffer(bytes);
+}
+
+void Reserve::give_back(Purpose purpose, Buffer&& buffer) noexcept {
+  Py_XDECREF(held_[purpose].exchange(buffer.owner.release().ptr()));
+}
+
+void Reserve::release() noexcept {
+  for (auto& one : held_) Py_XDECREF(one.exchange(nullptr));
+}
+
+std::int64_t Reserve::nbytes() const {
+  std::int64_t total = 0;
+  for (auto& one : held_)
+    if (PyObject* array = one.exchange(nullptr)) {
+      total += py::reinterpret_borrow<py::array>(array).nbytes();
+      Py_XDECREF(one.exchange(array));
+    }
+  return total;
+}
+
+Borrowed::Borrowed(py::object reserve, Reserve::Purpose purpose, std::int64_t bytes)
+    : reserve_(std::move(reserve)),
+      purpose_(purpose),
+      buffer_(reserve_.is_none() ? Buffer(bytes) : reserve_.cast<Reserve&>().take(purpose, bytes)) {}
+
+Borrowed::~Borrowed() {
+  if (reserve_ && !reserve_.is_none()) reserve_.cast<Reserve&>().give_back(purpose_, std::move(buffer_));
 }
 
 }  // namespace rnnkern

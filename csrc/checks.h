@@ -5,6 +5,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -59,9 +61,46 @@ struct Buffer {
   void* data;
 
   explicit Buffer(std::int64_t bytes);
+  explicit Buffer(py::array owner);  // of with_room() bytes
 
   // The size of owner.
   static std::int64_t with_room(std::int64_t bytes);
+};
+
+// Memory that a layer keeps for its next call, one buffer for each purpose. Whoever needs one takes it, and gives it
+// back when done; who comes second makes a new one. Nothing in it is ever shown to a user.
+class Reserve {
+ public:
+  enum Purpose { packed, saved };
+
+  Reserve() = default;
+  ~Reserve() { release(); }
+  Reserve(const Reserve&) = delete;
+  Reserve& operator=(const Reserve&) = delete;
+
+  // Returns a buffer of at least as many bytes.
+  Buffer take(Purpose purpose, std::int64_t bytes);
+  void give_back(Purpose purpose, Buffer&& buffer) noexcept;
+  void release() noexcept;
+  std::int64_t nbytes() const;
+
+ private:
+  mutable std::array<std::atomic<PyObject*>, 2> held_{};  // arrays; null: at work or not there
+};
+
+// A buffer of a reserve, or without one its own.
+class Borrowed {
+ public:
+  Borrowed(py::object reserve, Reserve::Purpose purpose, std::int64_t bytes);
+  Borrowed(Borrowed&&) noexcept = default;
+  ~Borrowed();
+
+  const Buffer& buffer() const { return buffer_; }
+
+ private:
+  py::object reserve_;
+  Reserve::Purpose purpose_;
+  Buffer buffer_;
 };
 
 // The same for the time of a call; what is small lies on the stack, since calls of a microsecond feel an allocation.

@@ -73,21 +73,24 @@ WeightFormat format_of(const std::string& name) {
 
 Packed::Packed(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
                std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
-               const py::object& weights, bool training)
+               const py::object& weights, bool training, const py::object& reserve)
     : Network(active(), cell, format_of(format), input_size, hidden_size, proj_size, num_layers, std::move(directions)),
       dtype_(element_bytes() == 8 ? py::dtype::of<double>() : py::dtype::of<float>()),
       training_(training),
       names_(names),
-      biased_(names.size() == weight_count(true)) {
+      biased_(names.size() == weight_count(true)),
+      reserve_(reserve),
+      packed_(reserve, Reserve::packed, Network::packed_bytes(training)) {
   if (names.size() != weight_count(biased_) || !std::ranges::all_of(names, py::isinstance<py::str>))
     throw py::value_error("names: expected " + std::to_string(weight_count(biased_)) + " strings");
   if (training && format_of(format) == WeightFormat::bfloat16)
     throw py::value_error(std::string("format: expected float32 or float64 for training, got ").append(format));
   const auto given = elements(weights, "weights", layer_directions());
-  for (std::size_t i = 0; i < given.size(); ++i) pack_next(i, given[i]);
+  char* to = static_cast<char*>(packed_.buffer().data);
+  for (std::size_t i = 0; i < given.size(); to += packed_bytes(i, training), ++i) pack_next(i, given[i], to);
 }
 
-void Packed::pack_next(std::size_t i, const py::object& weights) {
+void Packed::pack_next(std::size_t i, const py::object& weights, void* to) {
   const Name name{"weights", i};
   if (!py::isinstance<py::dict>(weights)) throw py::type_error(name.text() + ": expected a dict of arrays");
   const auto dict = py::reinterpret_borrow<py::dict>(weights);
@@ -105,14 +108,13 @@ void Packed::pack_next(std::size_t i, const py::object& weights) {
   std::vector<const void*> data;
   for (std::size_t k = 0; k < given.size(); ++k)
     data.push_back(bytes_of(checked(given[k], {"weights", i, k}, dtype_, shapes[k])));
-  packed_.emplace_back(packed_bytes(i, training_));
-  add(packed_.back().data);
+  add(to);
   const auto pointers = weights_at(data.data(), biased_);
   if (packing_ns(packed_bytes(i, training_)) < kKeepsGil) {
-    pack(i, pointers, training_, packed_.back().data);
+    pack(i, pointers, training_, to);
   } else {
     const WithoutGil gil;
-    pack(i, pointers, training_, packed_.back().data);
+    pack(i, pointers, training_, to);
   }
 }
 
@@ -144,12 +146,6 @@ std::vector<py::object> Packed::checked_states(const std::vector<py::object>& gi
   return arrays;
 }
 
-std::int64_t Packed::nbytes() const {
-  std::int64_t total = 0;
-  for (const auto& one : packed_) total += one.owner.nbytes();
-  return total;
-}
-
 // What `saved` refers to and the caller holds too is what the kernels need: its shape may be set at any time.
 void Packed::check(const Saved& saved) const {
   const std::int64_t T = saved.steps, B = saved.batch;
@@ -171,7 +167,7 @@ ForwardCall Packed::call_of(const Saved& saved, std::vector<const void*>& masks)
   call.x = bytes_of(saved.x), call.y = bytes_of(saved.y);
   call.initial = bytes_of(saved.initial);
   call.training = training_;
-  if (saved.kept) call.kept = saved.kept->data;
+  if (saved.kept) call.kept = saved.kept->buffer().data;
   return call;
 }
 
@@ -201,7 +197,7 @@ py::tuple Packed::forward(const py::object& x, const py::object& state, const py
       for (std::size_t s = 0; s < state_count(); ++s)
         if (!saved.initial[s].is_none()) saved.initial[s] = copy_of(saved.initial[s], dtype_, state_shape(s, B));
       if (const std::int64_t bytes = kept_bytes(*this, T, B, !saved.masks.empty()); bytes > 0)
-        saved.kept.emplace(bytes);
+        saved.kept.emplace(reserve_, Reserve::saved, bytes);
     }
     std::vector<const void*> mask_data;
     ForwardCall call = call_of(saved, mask_data);

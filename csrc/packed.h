@@ -25,9 +25,9 @@ struct Saved {
   py::object x, lengths = py::none(), resets = py::none(), y;
   std::vector<py::object> masks;    // of each layer but the last; none: no dropout
   std::vector<py::object> initial;  // h, c: (L*D, B, ...), or None for zeros
-  std::optional<Buffer> kept;       // absent where that is nothing
+  std::optional<Borrowed> kept;     // absent where that is nothing
 
-  std::int64_t nbytes() const { return kept ? kept->owner.nbytes() : 0; }
+  std::int64_t nbytes() const { return kept ? kept->buffer().owner.nbytes() : 0; }
 };
 
 // Arrays, or None in place of one.
@@ -52,7 +52,7 @@ class Packed : public Network {
  public:
   Packed(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
          std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
-         const py::object& weights, bool training);
+         const py::object& weights, bool training, const py::object& reserve);
 
   // Fills y. Returns the final state, and what backward needs when the weights were packed for training, else None.
   // None for the state, or in place of one, is zeros. Lengths and resets are read again by backward.
@@ -79,13 +79,13 @@ class Packed : public Network {
   std::vector<py::array> new_states(std::int64_t B) const;
   std::vector<py::object> checked_states(const std::vector<py::object>& given, const char* name, std::int64_t B) const;
 
-  std::int64_t nbytes() const;
+  std::int64_t nbytes() const { return packed_.buffer().owner.nbytes(); }
 
  private:
   // Of the weights of a layer-direction, in the order of LayerWeights; none: not wanted.
   using Gradients = std::vector<std::optional<py::array>>;
 
-  void pack_next(std::size_t i, const py::object& weights);
+  void pack_next(std::size_t i, const py::object& weights, void* to);
   std::vector<Shape> weight_shapes(std::size_t i) const;
   Gradients zero_gradients(std::size_t i, const Wanted& wanted) const;
   py::dict dict_of(const Gradients& gradients) const;
@@ -99,7 +99,8 @@ class Packed : public Network {
   bool training_;
   py::tuple names_;  // of the weights of a layer-direction, in the order of LayerWeights
   bool biased_;
-  std::vector<Buffer> packed_;
+  py::object reserve_;  // a Reserve or None
+  Borrowed packed_;     // of all layer-directions, one after the other
 };
 
 }  // namespace rnnkern

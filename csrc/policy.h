@@ -73,7 +73,7 @@ inline Plan make_plan(const PlanInput& in) {
   const double step_ns = total_ns / static_cast<double>(std::max<std::int64_t>(in.steps * in.layers(), 1));
 
   Plan plan{Split::rows, in.max_threads, 1, 1, 0};
-  const SideBySide side = side_by_side(in);
+  SideBySide side{};
   if (in.row_grain > 1) {
     // Backward divides its sums over rows whatever the steps divide.
     if (!in.backward)
@@ -87,6 +87,7 @@ inline Plan make_plan(const PlanInput& in) {
     const double meeting_ns = in.backward ? 1'500 : 750, threads = static_cast<double>(plan.threads);
     double gain = step_ns / (step_ns / threads + meeting_ns);
     if (gain < 1) plan.threads = 1, gain = 1;
+    side = side_by_side(in);
     if (side.gain > gain) plan.split = Split::layers, plan.threads = side.threads;
   }
   if (total_ns < 2 * kWakeNs) plan.threads = 1;
@@ -104,14 +105,14 @@ inline Plan make_plan(const PlanInput& in) {
   // must not be half of the call; backward spends more time in steps.
   if (!in.backward && plan.threads > 1)
     block_rows = std::min(block_rows, std::max<std::int64_t>(in.steps * in.batch / 8, 48));
-  // Forward hands on whole blocks.
-  const bool in_parts = plan.split == Split::layers && plan.threads > 1;
-  const std::int64_t part_rows = in_parts ? in.steps * in.batch / side.parts + 1 : block_rows;
   const auto steps_of = [&](std::int64_t rows) {
     return std::clamp<std::int64_t>(rows / std::max<std::int64_t>(in.batch, 1), 1, std::max<std::int64_t>(in.steps, 1));
   };
-  plan.block_steps = steps_of(in.backward ? block_rows : std::min(block_rows, part_rows));
-  plan.part_steps = std::min(plan.block_steps, steps_of(part_rows));
+  plan.block_steps = plan.part_steps = steps_of(block_rows);
+  if (plan.split == Split::layers && plan.threads > 1) {
+    plan.part_steps = std::min(plan.block_steps, steps_of(in.steps * in.batch / side.parts + 1));
+    if (!in.backward) plan.block_steps = plan.part_steps;  // forward hands on whole blocks
+  }
   return plan;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -65,6 +66,7 @@ def peak_while_sampled(layer: Any, x: Any, dy: Any) -> int:
         while not over.is_set():
             most = max(most, bytes_of_arrays())
 
+    layer.release()
     with traced():
         looker = threading.Thread(target=look)
         looker.start()
@@ -112,6 +114,7 @@ OPTIONS: list[tuple[dict[str, Any], tuple[int, ...]]] = [
 
 def held(layer: Any, x: Any, dy: Any) -> tuple[int, int, int]:
     """Bytes of arrays between the calls, and the tracer's peaks of forward and backward."""
+    layer.release()
     with traced():
         results = layer.forward(x)
         forward, kept = tracemalloc.get_traced_memory()[1], bytes_of_arrays()
@@ -136,6 +139,30 @@ def test_each_call_holds_what_is_planned(cell: str, options: dict[str, Any], sha
     assert 0 <= forward - sum(plan.forward.values()) < OBJECTS
     assert 0 <= backward - sum(plan.backward.values()) < OBJECTS
     assert plan.peak == max(sum(plan.forward.values()), sum(plan.backward.values()))
+
+
+def test_a_layer_leaves_memory_to_its_next_call(cell: str) -> None:
+    """As much as planned, none after `release`; another tape, a shorter call or a copy is not in its way."""
+    layer = rk.Recurrent(cell, 64, 64, num_layers=2, seed=0)
+    x, dy = arrays(layer, (100, 4, 64))
+    layer.release()
+    y, _, tape = layer.forward(x)
+    other = layer.forward(2 * x)[-1]  # while the first tape is there
+    expected = layer.backward(tape, dy).parameters
+    del tape, other
+    plan = rk.memory_plan(layer, x.shape)
+    assert layer._reserve.nbytes == sum(plan.stays.values())
+    copied = copy.deepcopy(layer)
+    layer(x[:50])
+    with traced():
+        again, _, tape = layer.forward(x)
+        assert bytes_of_arrays() == sum(plan.kept.values()) - sum(plan.stays.values())
+    assert np.array_equal(again, y)
+    for name, gradient in layer.backward(tape, dy).parameters.items():
+        assert np.array_equal(gradient, expected[name])
+    del tape
+    layer.release()
+    assert layer._reserve.nbytes == copied._reserve.nbytes == 0
 
 
 @pytest.mark.usefixtures("threads")

@@ -309,6 +309,7 @@ def run_inference(
     resets: Any,
     out: Any,
     parameters: Sequence[Weights] = (),
+    reserve: Any = None,
 ) -> tuple[Array, Any]:
     """y and the final state that `forward` gives. `parameters`: what `out` may not overlap beside the arguments."""
     inputs, states, lengths_, resets_, unbatched = signature.arguments(x, state, lengths, resets)
@@ -320,7 +321,7 @@ def run_inference(
         held = (array for weights in parameters for array in weights.values())
         check_out(out, signature.output_shape(steps, batch, unbatched), signature.dtype, (*given, *held))
         y = signature.from_caller(out, unbatched)
-    final = forward(Forward(inputs, states, y, None, lengths_, resets_))
+    final = forward(Forward(inputs, states, y, None, lengths_, resets_, reserve=reserve))
     if out is not None:
         if signature.batch_first and not unbatched and not np.may_share_memory(out, y):
             signature.time_major(out)[...] = y
@@ -405,11 +406,12 @@ def run_forward(
     masks: Sequence[Array] | None,
     arguments: tuple[Array, GivenState | None, Array | None, Array | None, bool],
     owner: object,
+    reserve: Any = None,
 ) -> tuple[Array, Any, Tape]:
     """y and the final state, read-only, and the tape. `arguments` are those of `Signature.arguments`."""
     x, state, lengths, resets, unbatched = arguments
     y = np.empty((*x.shape[:2], signature.output_size), signature.dtype)
-    call = Forward(x, state, y, "gates", lengths, resets, masks)
+    call = Forward(x, state, y, "gates", lengths, resets, masks, reserve)
     packed, final, saved = run(backend, signature.stack, weights, call)
     for array in (y, *final):
         array.setflags(write=False)

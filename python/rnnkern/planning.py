@@ -38,7 +38,8 @@ class MemoryPlan:
     """Bytes of the arrays that a forward and a backward allocate, by purpose; `str` gives a table.
 
     `forward` and `backward` are the moments of each call at which it holds the most, `kept` is the time between them:
-    what the tape and the caller hold. The purposes:
+    what the tape and the caller hold, and `stays` what the layer keeps for its next call once the tape is gone, unless
+    `layer.release()` is called; a call takes it from there instead of allocating it. The purposes:
 
     - packed weights: those of forward and, with inputs and outputs exchanged, of backward.
     - saved values: for each direction of each layer T B H elements times 5 (LSTM), 4 (GRU), 3 (GRU with the reset gate
@@ -56,6 +57,7 @@ class MemoryPlan:
     forward: Mapping[str, int]
     kept: Mapping[str, int]
     backward: Mapping[str, int]
+    stays: Mapping[str, int]
     estimated: bool = False
 
     @property
@@ -64,7 +66,7 @@ class MemoryPlan:
         return max(sum(self.forward.values()), sum(self.backward.values()))
 
     def __str__(self) -> str:
-        columns = {"in forward": self.forward, "kept": self.kept, "in backward": self.backward}
+        columns = {"in forward": self.forward, "kept": self.kept, "in backward": self.backward, "stays": self.stays}
         purposes = dict.fromkeys(purpose for column in columns.values() for purpose in column)
         lines = [("bytes, estimated" if self.estimated else "bytes", *columns)]
         for purpose in purposes:
@@ -122,7 +124,8 @@ def memory_plan(layer: Recurrent, shape: Sequence[int]) -> MemoryPlan:
 
     It is what `tracemalloc` shows in NumPy's domain, to the byte, where x and dy are C-contiguous arrays of the layer's
     dtype (they are the caller's and not counted), without lengths, resets, initial state, `dstate`, dropout and `into`,
-    with `need_x`, and with the number of threads and the instruction set that are in use now. Without the compiled
+    with `need_x`, and with the number of threads and the instruction set that are in use now, for the first call or one
+    after `layer.release()`. Without the compiled
     kernels, on the backends numba and reference, it is an estimate, within a fifth for all but small layers.
 
     Scratch of one layer is below 2 MiB a thread, mostly below 1, as long as 256 rows of gates (G H elements each, for a
@@ -148,7 +151,7 @@ def memory_plan(layer: Recurrent, shape: Sequence[int]) -> MemoryPlan:
     >>> plan.kept["y"] == 100 * 32 * 128 * 4
     True
     >>> print(plan)
-    bytes                         in forward              kept       in backward
+    bytes                         in forward              kept       in backward             stays
     packed weights           ...
     """
     steps, batch = _steps_and_batch(layer, shape)
@@ -264,6 +267,7 @@ def _memory(
         _larger(kept | {"y": y, "scratch": forward.scratch}, kept),
         kept,
         _larger(in_backward | {"scratch": backward.scratch}, in_backward | {"gradient of x": x * (1 + copied)}),
+        {purpose: kept[purpose] for purpose in ("packed weights", "saved values") if layer._reserve is not None},
         forward.estimated,
     )
 

@@ -45,6 +45,7 @@ class Forward(NamedTuple):
     lengths: Array | None = None  # int64 (B,)
     resets: Array | None = None  # bool (T, B)
     masks: Sequence[Array] | None = None  # one scaled (T, B, D*P) for each layer but the last; only with `save`
+    reserve: Any = None  # what the backend's `reserve` made: memory that calls leave for those after them
 
 
 class Backward(NamedTuple):

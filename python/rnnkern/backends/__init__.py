@@ -24,6 +24,8 @@ A backend that runs exact arrays sooner than Python has looked at them also has:
 A backend that packs weights and runs a forward with them in one crossing also has:
 
     run(stack, weights, call) -> (packed, final state, saved)
+    reserve() -> reserve
+        memory that such calls of a layer leave to the next one, in `call.reserve`; with `nbytes` and `release()`
 
 A backend that can say how it runs a training call before it does also has:
 
@@ -40,8 +42,9 @@ import os
 import sys
 import warnings
 from types import ModuleType
+from typing import Any
 
-__all__ = ["ORDER", "BackendUnavailableError", "backend_names", "get", "pick"]
+__all__ = ["ORDER", "BackendUnavailableError", "backend_names", "get", "pick", "reserve_of"]
 
 # Best first. A CUDA backend is used only by name: moving arrays to a device is the caller's decision.
 ORDER = ("native", "numba", "reference", "numba_cuda")
@@ -109,6 +112,12 @@ def pick(name: str = "auto") -> ModuleType:
             return module
         reasons.append(f"{candidate}: {reason}")
     raise BackendUnavailableError("no backend is available: " + "; ".join(reasons))
+
+
+def reserve_of(backend: ModuleType) -> Any:
+    """A new reserve of memory for the calls of a layer; None for a backend that has no use for one."""
+    make = getattr(backend, "reserve", None)
+    return None if make is None else make()
 
 
 def _warn_once(chosen: str, reasons: list[str]) -> None:

@@ -42,6 +42,7 @@ __all__ = [
     "native_module",
     "pack",
     "plan",
+    "reserve",
     "run",
     "stream",
     "unavailable",
@@ -94,17 +95,22 @@ def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -
 
 def run(stack: Stack, weights: Sequence[Mapping[str, Array]], call: Forward) -> tuple[Any, State, Any]:
     """See `backends`."""
-    x, state, y, save, lengths, resets, masks = call
+    x, state, y, save, lengths, resets, masks, reserve = call
     names, training = stack.weight_names["b_ih" in weights[0]], save is not None
     results: tuple[Any, State, Any] = _native.run(
-        *stack.description, names, weights, training, x, state, lengths, resets, masks, y
+        *stack.description, names, weights, training, x, state, lengths, resets, masks, y, reserve
     )
     return results
 
 
+def reserve() -> Any:
+    """See `backends`."""
+    return _native.reserve()
+
+
 def forward(stack: Stack, packed: Any, call: Forward) -> tuple[State, Any]:
     """See `backends`."""
-    x, state, y, _, lengths, resets, masks = call
+    x, state, y, _, lengths, resets, masks, _ = call
     final, saved = packed.forward(x, state, lengths, resets, masks, y)
     return final, saved
 
