@@ -88,6 +88,11 @@ int usable_cores() {
 
 #ifdef __linux__
 
+std::int64_t private_cache() noexcept {
+  static const std::int64_t bytes = std::clamp(sysconf(_SC_LEVEL2_CACHE_SIZE), 1L << 18, 1L << 22);
+  return bytes;
+}
+
 int online_cpus() noexcept {
   static const int cpus = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
   return cpus;
@@ -125,6 +130,7 @@ void ThreadCpus::restore() noexcept {
 
 #else
 
+std::int64_t private_cache() noexcept { return 1 << 20; }
 int online_cpus() noexcept { return 0; }
 int runnable_threads() noexcept { return 0; }
 ThreadCpus::ThreadCpus() noexcept {}

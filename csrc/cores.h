@@ -1,6 +1,8 @@
 // How many threads can run at once in this process, and where one that is woken should run.
 #pragma once
 
+#include <cstdint>
+
 #ifdef __linux__
 #include <sched.h>
 #include <sys/types.h>
@@ -11,6 +13,9 @@ namespace rnnkern {
 // The physical cores among the CPUs that scheduling affinity allows, no more than the cgroup's CPU quota (rounded up);
 // at least 1.
 int usable_cores();
+
+// Bytes of the largest cache that a core has to itself, as the system says; a guess where it does not.
+std::int64_t private_cache() noexcept;
 
 // The CPUs of this machine.
 int online_cpus() noexcept;

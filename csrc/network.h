@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cores.h"
 #include "dispatch.h"
 #include "kernel_table.h"
 #include "policy.h"
@@ -154,7 +155,7 @@ class Network {
     const Plan plan =
         make_plan({call.steps, call.batch, input_size(), hidden_, outputs_, static_cast<std::int64_t>(layer_count()),
                    static_cast<std::int64_t>(directions()), kernels_.row_grain(sizes(0), call.batch), entry_.gates,
-                   entry_.saved, num_threads(), bytes_, backward, call.masks != nullptr});
+                   entry_.saved, num_threads(), bytes_, private_cache(), backward, call.masks != nullptr});
     call.layer_count = static_cast<int>(layer_count());
     call.directions = static_cast<int>(directions());
     call.layers = layers.data();
