@@ -14,10 +14,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cells import Cell
+from .cells import Cell, CellMath
 from .stack import Backward, Forward, LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
 
-__all__ = ["EXACT", "Arithmetic", "backward_layer", "forward_layer"]
+__all__ = [
+    "EXACT",
+    "Arithmetic",
+    "Saved",
+    "backward_layer",
+    "backward_rows",
+    "backward_step",
+    "forward_layer",
+    "weight_gradients",
+]
 
 Array = NDArray[Any]
 
@@ -120,6 +129,81 @@ def forward_layer(
     return tuple(current), saved
 
 
+def backward_step(
+    sizes: LayerSizes,
+    weights: Weights,
+    math: CellMath,
+    values: Sequence[Array],
+    prev: Sequence[Array],
+    dnew: Sequence[Array],
+    product: Callable[[Array, Array], Array] = _matmul,
+) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
+    """Gradients of the states after a step taken to those before it, a product with the transposed Jacobian.
+
+    `values` and `prev` are what `forward_layer` has saved of the step; `dnew` may have dimensions before theirs.
+    Returns the gradients of x's and h's share of each gate, of the states before the step, and of the extras.
+    """
+    cell, early = sizes.cell, (len(sizes.cell.gates) - sizes.cell.late_gates) * sizes.hidden_size
+    w_hh, G = weights["w_hh"], len(cell.gates)
+    if "w_hr" in weights:
+        dnew = [product(dnew[0], weights["w_hr"].T), *dnew[1:]]
+    dx: list[Any] = [None] * G
+    dr: list[Any] = [None] * G
+    dprev: list[Any] = [None] * len(cell.states)
+    dextra: list[Any] = [None] * len(cell.extras)
+    math.backward(values, [weights[name] for name in cell.extras], prev, dnew, dx, dr, dprev, dextra)
+    if math.prepare_backward is not None:
+        dscaled = product(_rows(dr[-cell.late_gates :]), w_hh[early:].T)
+        math.prepare_backward(values, prev, [dscaled], dx, dr, dprev)
+    recurrent = product(_rows(dr[: G - cell.late_gates]), w_hh[:early].T)
+    dprev[0] = recurrent + dprev[0]
+    return dx, dr, dprev, dextra
+
+
+def backward_rows(
+    sizes: LayerSizes,
+    weights: Weights,
+    x: Array,
+    saved: Saved,
+    lengths: Array | None,
+    cut: Array | None,
+    dy: Array | None,
+    dstate: State,
+    arithmetic: Arithmetic = EXACT,
+) -> tuple[dict[str, Array], State]:
+    """What the sums over steps and rows run over, and the gradient of the initial state.
+
+    By name, (T, B, .) and zero where a row is inactive: the gradients `dx` and `dr` of x's and h's share of the gates,
+    `dh` of h after each step, and of each extra by its name; and the inputs `x`, `h` before each step, `scaled` of the
+    late product and `hidden` of the projection.
+    """
+    cell, H = sizes.cell, sizes.hidden_size
+    math = cell.math(arithmetic)
+    gates = len(cell.gates) * H
+    (T, B), dtype = x.shape[:2], dstate[0].dtype
+    widths = {"dx": gates, "dr": gates, "dh": sizes.state_size, "h": sizes.state_size, "scaled": H, "hidden": H}
+    rows = {name: np.zeros((T, B, width), dtype) for name, width in (widths | dict.fromkeys(cell.extras, H)).items()}
+    rows["x"] = np.zeros_like(x)
+    carried = list(dstate)
+    for t in reversed(_order(T, sizes.reverse)):
+        active = np.ones((B, 1), bool) if lengths is None else (t < lengths)[:, None]
+        prev = saved.prev[t]
+        dnew = [carried[0] if dy is None else carried[0] + np.where(active, dy[t], 0), *carried[1:]]
+        dx, dr, dprev, dextra = backward_step(sizes, weights, math, saved.values[t], prev, dnew, arithmetic.product)
+        of_step = {"dx": _rows(dx), "dr": _rows(dr), "dh": dnew[0], "x": x[t], "h": prev[0]}
+        of_step |= dict(zip(cell.extras, dextra, strict=True))
+        if "w_hr" in weights:
+            of_step["hidden"] = saved.hidden[t]
+        if cell.late_gates:
+            of_step["scaled"] = saved.scaled[t][0]
+        for name, one in of_step.items():
+            rows[name][t] = np.where(active, one, 0)
+        if cut is not None:
+            dprev = [np.where(cut[t][:, None], 0, d) for d in dprev]
+        carried = [np.where(active, d, c) for d, c in zip(dprev, carried, strict=True)]
+    return rows, tuple(carried)
+
+
 def backward_layer(
     sizes: LayerSizes,
     weights: Weights,
@@ -134,55 +218,17 @@ def backward_layer(
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[Array | None, State, dict[str, Array]]:
     """Gradients of one layer-direction: of x (T, B, I), of the initial state, and of the wanted weights (None: all)."""
-    cell, H = sizes.cell, sizes.hidden_size
-    math = cell.math(arithmetic)
-    G, early = len(cell.gates), (len(cell.gates) - cell.late_gates) * H
-    w_hh, product = weights["w_hh"], arithmetic.product
-    extra = [weights[name] for name in cell.extras]
-    (T, B), dtype = x.shape[:2], dstate[0].dtype
-    # Every sum over t and b runs over these rows; inactive rows stay zero on both sides of the product.
-    dx_gates, dr_gates = np.zeros((T, B, G * H), dtype), np.zeros((T, B, G * H), dtype)
-    inputs, before = np.zeros_like(x), np.zeros((T, B, sizes.state_size), dtype)
-    scaled_h, hidden, dh_rows = np.zeros((T, B, H), dtype), np.zeros((T, B, H), dtype), np.zeros_like(before)
-    dextra_rows = [np.zeros((T, B, H), dtype) for _ in cell.extras]
-    carried = list(dstate)
-    for t in reversed(_order(T, sizes.reverse)):
-        active = np.ones((B, 1), bool) if lengths is None else (t < lengths)[:, None]
-        prev = saved.prev[t]
-        dnew = [carried[0] if dy is None else carried[0] + np.where(active, dy[t], 0), *carried[1:]]
-        dh_rows[t] = np.where(active, dnew[0], 0)
-        if "w_hr" in weights:
-            dnew[0] = product(dnew[0], weights["w_hr"].T)
-            hidden[t] = np.where(active, saved.hidden[t], 0)
-        dx: list[Any] = [None] * G
-        dr: list[Any] = [None] * G
-        dprev: list[Any] = [None] * len(cell.states)
-        dextra: list[Any] = [None] * len(cell.extras)
-        math.backward(saved.values[t], extra, prev, dnew, dx, dr, dprev, dextra)
-        if math.prepare_backward is not None:
-            dscaled = product(_rows(dr[-cell.late_gates :]), w_hh[early:].T)
-            math.prepare_backward(saved.values[t], prev, [dscaled], dx, dr, dprev)
-            scaled_h[t] = np.where(active, saved.scaled[t][0], 0)
-        recurrent = product(_rows(dr[: G - cell.late_gates]), w_hh[:early].T)
-        dprev[0] = recurrent + dprev[0]
-        for rows, one in zip(dextra_rows, dextra, strict=True):
-            rows[t] = np.where(active, one, 0)
-        dx_gates[t], dr_gates[t] = np.where(active, _rows(dx), 0), np.where(active, _rows(dr), 0)
-        inputs[t], before[t] = np.where(active, x[t], 0), np.where(active, prev[0], 0)
-        if cut is not None:
-            dprev = [np.where(cut[t][:, None], 0, d) for d in dprev]
-        carried = [np.where(active, d, c) for d, c in zip(dprev, carried, strict=True)]
-
-    of_steps: dict[str, Array] = {"dx": dx_gates, "dr": dr_gates, "dh": dh_rows, "x": inputs, "h": before}
-    of_steps |= {"scaled": scaled_h, "hidden": hidden} | dict(zip(cell.extras, dextra_rows, strict=True))
-    gradients = _gradients(cell, weights, of_steps, product)
+    rows, initial = backward_rows(sizes, weights, x, saved, lengths, cut, dy, dstate, arithmetic)
+    gradients = weight_gradients(sizes.cell, weights, rows, arithmetic.product)
     if wanted is not None:
         gradients = {key: value for key, value in gradients.items() if key in wanted}
-    return product(dx_gates, weights["w_ih"].T) if need_x else None, tuple(carried), gradients
+    return arithmetic.product(rows["dx"], weights["w_ih"].T) if need_x else None, initial, gradients
 
 
-def _gradients(cell: Cell, weights: Weights, rows: Weights, product: Callable[..., Any]) -> dict[str, Array]:
-    """The gradients of the weights: sums over the rows (T, B, .) of all steps, zero where a row is inactive."""
+def weight_gradients(
+    cell: Cell, weights: Weights, rows: Weights, product: Callable[..., Any] = _matmul
+) -> dict[str, Array]:
+    """The gradients of the weights: sums over the rows of all steps that `backward_rows` gives."""
     flat = {name: one.reshape(-1, one.shape[-1]) for name, one in rows.items()}
     ones = np.ones((len(flat["dx"]), 1), flat["dx"].dtype)
     late = flat["dr"].shape[-1] - cell.late_gates * flat["scaled"].shape[-1]
