@@ -1,6 +1,6 @@
 """Recurrent networks from NumPy: fused forward and backpropagation through time for RNN, LSTM and GRU."""
 
-from . import convert, data
+from . import convert, data, init
 from .backends import BackendUnavailableError, backend_names
 from .config import num_threads, set_num_threads, show_config
 from .functional import Grads, Tape, backward, forward
@@ -45,6 +45,7 @@ __all__ = [
     "explain",
     "forward",
     "huber",
+    "init",
     "last",
     "last_gradient",
     "load",

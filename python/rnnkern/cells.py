@@ -63,6 +63,10 @@ class Cell:
     states: tuple[str, ...]
     saved: tuple[str, ...]
     math: Callable[[Math], CellMath]
+    activations: tuple[str, ...]  # of each gate, by its name in `Math`
+    keeps: str = ""  # the gate that says how much of the state stays: all of it where the gate is 1
+    renews: str = ""  # the same the other way round: nothing of it where the gate is 1
+    admits: str = ""  # the gate of what is new, where that is not 1 less what stays
     extras: tuple[str, ...] = ()  # vectors of H elements beside the matrices and biases
     late_gates: int = 0  # last gates whose recurrent product waits for `prepare`
     projects: bool = False  # may have a projection: the math never reads the previous h elementwise
@@ -332,7 +336,7 @@ class _Registry(Mapping[str, Cell]):
 
 CELLS: Mapping[str, Cell] = _Registry(
     *(
-        Cell(f"rnn_{name}", ("h",), ("h",), ("h",), _rnn(name), nonlinearity=name, source="Elman 1990")
+        Cell(f"rnn_{name}", ("h",), ("h",), ("h",), _rnn(name), (name,), nonlinearity=name, source="Elman 1990")
         for name in ("tanh", "relu", "sigmoid")
     ),
     Cell(
@@ -341,6 +345,9 @@ CELLS: Mapping[str, Cell] = _Registry(
         ("h", "c"),
         ("i", "f", "g", "o", "c"),
         _lstm,
+        ("sigmoid", "sigmoid", "tanh", "sigmoid"),
+        keeps="f",
+        admits="i",
         projects=True,
         source="Hochreiter and Schmidhuber 1997, Gers et al. 2000",
     ),
@@ -350,6 +357,9 @@ CELLS: Mapping[str, Cell] = _Registry(
         ("h", "c"),
         ("i", "f", "g", "o", "c"),
         _lstm_peephole,
+        ("sigmoid", "sigmoid", "tanh", "sigmoid"),
+        keeps="f",
+        admits="i",
         extras=("p_i", "p_f", "p_o"),
         projects=True,
         source="Gers and Schmidhuber 2000",
@@ -360,6 +370,8 @@ CELLS: Mapping[str, Cell] = _Registry(
         ("h",),
         ("r", "z", "n", "m"),
         _gru,
+        ("sigmoid", "sigmoid", "tanh"),
+        keeps="z",
         separate_gates=("n",),
         source="Cho et al. 2014, the reset gate after the product as in PyTorch and cuDNN",
     ),
@@ -369,10 +381,22 @@ CELLS: Mapping[str, Cell] = _Registry(
         ("h",),
         ("r", "z", "n"),
         _gru_reset_before,
+        ("sigmoid", "sigmoid", "tanh"),
+        keeps="z",
         late_gates=1,
         source="Cho et al. 2014, equations 5 to 8",
     ),
-    Cell("mgu", tuple("fn"), ("h",), ("f", "n"), _mgu, late_gates=1, source="Zhou et al. 2016, equation 8"),
+    Cell(
+        "mgu",
+        tuple("fn"),
+        ("h",),
+        ("f", "n"),
+        _mgu,
+        ("sigmoid", "tanh"),
+        renews="f",
+        late_gates=1,
+        source="Zhou et al. 2016, equation 8",
+    ),
 )
 
 # The cells of `rnnkern.RNN` by its argument `nonlinearity`.
