@@ -4,6 +4,7 @@ from . import convert, data, init
 from .backends import BackendUnavailableError, backend_names
 from .config import num_threads, set_num_threads, show_config
 from .functional import Grads, Tape, backward, forward
+from .insight import Diagnosis, LayerDiagnosis, diagnose
 from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
 from .losses import binary_cross_entropy, cross_entropy, huber, mae, mse
 from .pieces import Dropout, Embedding, last, last_gradient
@@ -21,12 +22,14 @@ __all__ = [
     "AdamW",
     "BackendUnavailableError",
     "CosineSchedule",
+    "Diagnosis",
     "Division",
     "Dropout",
     "Embedding",
     "Explanation",
     "Frozen",
     "Grads",
+    "LayerDiagnosis",
     "Linear",
     "MemoryPlan",
     "PlateauSchedule",
@@ -42,6 +45,7 @@ __all__ = [
     "convert",
     "cross_entropy",
     "data",
+    "diagnose",
     "explain",
     "forward",
     "huber",

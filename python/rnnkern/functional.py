@@ -6,15 +6,15 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import backends
+from . import backends, reference
 from .arguments import Signature, as_array, as_parameter, check_names, check_out, chosen_names, describe, flag
 from .cells import CELLS, Cell
 from .copies import shared
@@ -81,7 +81,30 @@ class Tape:
     saved: Any
     call: Forward
     unbatched: bool
+    weights: Sequence[Weights]  # those of the layer, not copied
     owner: object = field(default=None)  # the layer, None for the functional pair
+
+    @property
+    def gates(self) -> Mapping[str, Array]:
+        """What the gates and the states beside h were at every step: fresh, read-only copies (T, B, H).
+
+        The keys are like those of the parameters, such as `f_l0` and `c_l1_reverse`; those of the functional pair are
+        `f` and `c`. An RNN has `h_l0`. Time comes first whatever `batch_first`, (T, H) unbatched; past a row's end
+        there are zeros. The backend native recomputes them from x and the parameters, in float64 and NumPy.
+
+        Raises
+        ------
+        ValueError
+            They must be recomputed, and the parameters or x are no longer those of the forward.
+
+        Examples
+        --------
+        >>> import numpy as np, rnnkern as rk
+        >>> _, _, tape = rk.LSTM(3, 4, seed=0).forward(np.ones((5, 2, 3)))
+        >>> {name: gate.shape for name, gate in tape.gates.items()}["c_l0"], list(tape.gates)
+        ((5, 2, 4), ['i_l0', 'f_l0', 'g_l0', 'o_l0', 'c_l0'])
+        """
+        return read_gates(self)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_to_copy()
@@ -415,11 +438,52 @@ def run_forward(
     packed, final, saved = run(backend, signature.stack, weights, call)
     for array in (y, *final):
         array.setflags(write=False)
-    tape = Tape(signature, backend, names, packed, saved, call, unbatched, owner)
+    tape = Tape(signature, backend, names, packed, saved, call, unbatched, weights, owner)
     shown = signature.to_caller(y, unbatched)
     if shown is not y:
         shown.setflags(write=False)
     return shown, signature.state_to_caller(final, unbatched), tape
+
+
+def read_gates(tape: Tape) -> Mapping[str, Array]:
+    """See `Tape.gates`."""
+    stack, call = tape.signature.stack, tape.call
+    cell, steps = stack.cell, np.arange(len(call.x))
+    past_end = None if call.lengths is None else steps[:, None] >= call.lengths
+    gates: dict[str, Array] = {}
+    for names, values in zip(tape.names, _saved_values(tape), strict=True):
+        suffix = names["w_ih"].removeprefix("weight_ih").removeprefix("w_ih")
+        for name, value in zip(cell.saved, values, strict=True):
+            if name not in (*cell.gates, *cell.states):  # what only backward needs
+                continue
+            with np.errstate(all="ignore"):
+                copied = value.astype(stack.dtype)
+            if past_end is not None:
+                copied[past_end] = 0
+            copied.setflags(write=False)
+            gates[name + suffix] = copied[:, 0] if tape.unbatched else copied
+    return MappingProxyType(gates)
+
+
+def _saved_values(tape: Tape) -> Sequence[Sequence[Array]]:
+    """Of each layer-direction, the saved values of the cell, (T, B, H) each; anything past a row's end."""
+    stack, call = tape.signature.stack, tape.call
+    if tape.saved is None:
+        nothing = np.zeros((*call.x.shape[:2], stack.hidden_size), stack.dtype)
+        return [[nothing] * len(stack.cell.saved) for _ in stack.layers]
+    if hasattr(tape.backend, "saved_values"):
+        values: Sequence[Sequence[Array]] = tape.backend.saved_values(stack, tape.saved, call)
+        return values
+    again = call._replace(y=np.empty_like(call.y))
+    run(tape.backend, stack, tape.weights, again)
+    if not np.array_equal(again.y, call.y, equal_nan=True):  # the same bits come out of the same numbers
+        raise ValueError(
+            "gates: expected the parameters and x of the forward, since gates are recomputed from them, got others; "
+            "read the gates before the optimizer's step"
+        )
+    exact = replace(stack, dtype=np.dtype(np.float64), stored="")
+    saved = reference.forward(exact, reference.pack(exact, tape.weights, True), call._replace(y=again.y))[1]
+    return reference.saved_values(exact, saved, call)
 
 
 def run_backward(

@@ -274,6 +274,12 @@ def forward(stack: Stack, packed: Sequence[Weights], call: Forward) -> tuple[Sta
         return tuple(s.astype(stack.dtype) for s in final), saved if call.save else None
 
 
+def saved_values(stack: Stack, saved: Any, call: Forward) -> list[list[Array]]:
+    """See `backends`."""
+    count = range(len(stack.cell.saved))
+    return [[np.array([values[v] for values in kept.values]) for v in count] for _, kept in saved]
+
+
 def backward(
     stack: Stack, packed: Sequence[Weights], saved: Any, call: Forward, asked: Backward
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:

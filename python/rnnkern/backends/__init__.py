@@ -27,6 +27,11 @@ A backend that packs weights and runs a forward with them in one crossing also h
     reserve() -> reserve
         memory that such calls of a layer leave to the next one, in `call.reserve`; with `nbytes` and `release()`
 
+A backend that can read what a forward has saved also has:
+
+    saved_values(stack, saved, call) -> for each layer-direction the saved values of the cell, (T, B, H) each
+        anything past a row's end
+
 A backend that can say how it runs a training call before it does also has:
 
     plan(stack, weights, steps, batch) -> (bytes of the packed weights, forward, backward)

@@ -8,7 +8,17 @@ from typing import Any
 from ..stack import Stack, Weights
 from .numba_layers import functions_of, kept_columns
 
-__all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "plan", "unavailable"]
+__all__ = [
+    "backward",
+    "forward",
+    "linear_backward",
+    "linear_forward",
+    "name",
+    "pack",
+    "plan",
+    "saved_values",
+    "unavailable",
+]
 
 name = "numba"
 
@@ -22,7 +32,7 @@ def unavailable() -> str | None:
     return None
 
 
-pack, forward, backward, linear_forward, linear_backward = functions_of("numba_cpu_kernels")
+pack, forward, saved_values, backward, linear_forward, linear_backward = functions_of("numba_cpu_kernels")
 
 
 def plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .numba_layers import functions_of
 
-__all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "unavailable"]
+__all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "saved_values", "unavailable"]
 
 name = "numba_cuda"
 
@@ -20,4 +20,4 @@ def unavailable() -> str | None:
     return None if found else "Numba finds no CUDA GPU; where there is one: python -m pip install numba-cuda"
 
 
-pack, forward, backward, linear_forward, linear_backward = functions_of("numba_cuda_kernels")
+pack, forward, saved_values, backward, linear_forward, linear_backward = functions_of("numba_cuda_kernels")

@@ -166,6 +166,11 @@ def _forward(kernels: Any, stack: Stack, packed: Any, call: Forward) -> tuple[St
     return final, saved if call.save else None
 
 
+def _saved_values(kernels: Any, stack: Stack, saved: Any, call: Forward) -> list[Array]:
+    shape = (*call.x.shape[:2], len(stack.cell.saved), stack.hidden_size)
+    return [np.moveaxis(kernels.host(kept["values"]).reshape(shape), 2, 0) for _, kept in saved]
+
+
 def _backward(
     kernels: Any, stack: Stack, packed: Any, saved: Any, call: Forward, asked: Backward
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
@@ -186,7 +191,9 @@ def _linear_backward(
 
 
 def functions_of(module: str) -> list[Callable[..., Any]]:
-    """pack, forward, backward, linear_forward, linear_backward with a module of kernels, imported when called."""
+    """pack, forward, saved_values, backward, linear_forward, linear_backward with a module of kernels, imported when
+    called.
+    """
 
     def bind(function: Callable[..., Any]) -> Callable[..., Any]:
         def bound(*arguments: Any, **options: Any) -> Any:
@@ -195,5 +202,12 @@ def functions_of(module: str) -> list[Callable[..., Any]]:
 
         return bound
 
-    functions: tuple[Callable[..., Any], ...] = (_pack, _forward, _backward, _linear_forward, _linear_backward)
+    functions: tuple[Callable[..., Any], ...] = (
+        _pack,
+        _forward,
+        _saved_values,
+        _backward,
+        _linear_forward,
+        _linear_backward,
+    )
     return [bind(function) for function in functions]
