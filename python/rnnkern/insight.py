@@ -87,7 +87,8 @@ class LayerDiagnosis:
     memory: Array | None  # (H,) steps 1 / (1 - f) of each unit, f the mean of the gate that keeps; None without one
     sensitivity: float  # norm of the gradient of the parameters of this layer-direction, root mean square over rows
     reach: int  # steps
-    flow: Array  # (T,) norm of dL/dh at each lag, root mean square over the rows that are so long
+    flow: Array  # (T,) norm of the gradient of the state at each lag, root mean square over the rows that are so long
+    flow_of_h: Array  # (T,) of h alone; as `flow` but for cells with more states
 
     def numbers(self) -> dict[str, str]:
         """The seven numbers as text, by name."""
@@ -151,7 +152,8 @@ def diagnose(
     """Measure how far and how well gradients flow through a layer, in seven numbers for each layer and direction.
 
     half-life
-        Steps in which the norm of dL/dh halves on its way back: the slope of its logarithm over the lag.
+        Steps in which the norm of the gradient of the state (h, and c of an LSTM) halves on its way back: the slope of
+        its logarithm over the lag.
     Lyapunov exponents
         Growth per step of the k directions that grow fastest, from products with the transposed Jacobian of the states,
         and QR (Engelken et al. 2023; Vogt et al. 2022); mean over the first 4 rows that have steps. Above 0: chaos.
@@ -272,7 +274,7 @@ def _of_steps(name: str, steps: Steps, k: int, generator: np.random.Generator) -
     """The seven numbers."""
     cell = steps.sizes.cell
     with np.errstate(all="ignore"):
-        flow = flow_of(steps)
+        flow, flow_of_h = flow_of(steps, steps.sizes.cell.states), flow_of(steps, ("h",))
         grown = growth(steps, k, generator)
         lengths = steps.lengths[steps.lengths > 0][: len(grown)]
         exponents = -np.sort(-(grown / lengths[:, None]).mean(0))
@@ -289,12 +291,13 @@ def _of_steps(name: str, steps: Steps, k: int, generator: np.random.Generator) -
             sensitivity_of(steps),
             reach_of(flow),
             flow,
+            flow_of_h,
         )
 
 
-def flow_of(steps: Steps) -> Array:
-    """The norm of dL/dh at each lag (T,), root mean square over the rows that have a step there; 0 where none has."""
-    squares = (steps.rows["dh"] ** 2).sum(-1)
+def flow_of(steps: Steps, states: tuple[str, ...]) -> Array:
+    """The norm of the gradient of states at each lag (T,), root mean square over the rows that have a step there."""
+    squares = sum((steps.rows[f"d{state}"] ** 2).sum(-1) for state in states)
     taken, T = steps.taken, len(squares)
     lags = steps.lags[taken]
     counts = np.bincount(lags, minlength=T)

@@ -174,15 +174,17 @@ def backward_rows(
     """What the sums over steps and rows run over, and the gradient of the initial state.
 
     By name, (T, B, .) and zero where a row is inactive: the gradients `dx` and `dr` of x's and h's share of the gates,
-    `dh` of h after each step, and of each extra by its name; and the inputs `x`, `h` before each step, `scaled` of the
-    late product and `hidden` of the projection.
+    those of the states after each step, `dh` and `dc`, and of each extra by its name; and the inputs `x`, `h` before
+    each step, `scaled` of the late product and `hidden` of the projection.
     """
     cell, H = sizes.cell, sizes.hidden_size
     math = cell.math(arithmetic)
     gates = len(cell.gates) * H
     (T, B), dtype = x.shape[:2], dstate[0].dtype
-    widths = {"dx": gates, "dr": gates, "dh": sizes.state_size, "h": sizes.state_size, "scaled": H, "hidden": H}
-    rows = {name: np.zeros((T, B, width), dtype) for name, width in (widths | dict.fromkeys(cell.extras, H)).items()}
+    of_states = [f"d{state}" for state in cell.states]
+    widths = dict.fromkeys((*of_states, *cell.extras, "scaled", "hidden"), H)
+    widths |= {"dx": gates, "dr": gates, "dh": sizes.state_size, "h": sizes.state_size}
+    rows = {name: np.zeros((T, B, width), dtype) for name, width in widths.items()}
     rows["x"] = np.zeros_like(x)
     carried = list(dstate)
     for t in reversed(_order(T, sizes.reverse)):
@@ -190,8 +192,8 @@ def backward_rows(
         prev = saved.prev[t]
         dnew = [carried[0] if dy is None else carried[0] + np.where(active, dy[t], 0), *carried[1:]]
         dx, dr, dprev, dextra = backward_step(sizes, weights, math, saved.values[t], prev, dnew, arithmetic.product)
-        of_step = {"dx": _rows(dx), "dr": _rows(dr), "dh": dnew[0], "x": x[t], "h": prev[0]}
-        of_step |= dict(zip(cell.extras, dextra, strict=True))
+        of_step = {"dx": _rows(dx), "dr": _rows(dr), "x": x[t], "h": prev[0]}
+        of_step |= dict(zip((*of_states, *cell.extras), (*dnew, *dextra), strict=True))
         if "w_hr" in weights:
             of_step["hidden"] = saved.hidden[t]
         if cell.late_gates:
@@ -309,7 +311,9 @@ def plan(
     packed = sum(array.size for one in weights for array in one.values()) * itemsize
     widest = max(sizes.input_size for sizes in stack.layers)
     in_forward = elements * (gates + stack.output_size)
-    in_backward = elements * (2 * gates + 2 * widest + 2 * P + H * (2 + len(cell.extras)) + stack.output_size)
+    in_backward = elements * (
+        2 * gates + 2 * widest + 2 * P + H * (1 + len(cell.states) + len(cell.extras)) + stack.output_size
+    )
     common = {"threads": 1, "split": "rows", "block_steps": steps, "estimated": True}
     return packed, common | {"kept": kept, "scratch": in_forward}, common | {"kept": 0, "scratch": in_backward}
 
