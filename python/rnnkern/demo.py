@@ -29,7 +29,7 @@ from .text import Symbols, Text, read_text, witten_bell_bits
 from .train import Adam, Linear, clip_grad_norm
 from .weights import load, save
 
-__all__ = ["Options", "Session", "Terminal", "prepare", "run"]
+__all__ = ["Options", "Session", "Terminal", "new_session", "one_hot", "prepare", "run", "train"]
 
 BATCH = 16
 STEPS = 32
@@ -145,17 +145,25 @@ def prepare(options: Options) -> Session:
         What was asked for cannot be had; the message fits on a line.
     """
     text = read_text(options.text)
-    batch = min(BATCH, (len(text.train) - 1) // STEPS)
-    if batch == 0 or len(text.held_out) == 0:
+    if len(text.train) <= STEPS or len(text.held_out) == 0:
         raise ValueError(f"{text.name}: expected at least {2 * STEPS} characters, got {len(text.train)} to train on")
     saved = saved_model(options, text)
     cell = saved.get("cell", options.cell or DEFAULT_CELL)
     hidden = saved.get("hidden", options.hidden or DEFAULT_HIDDEN)
-    layer = Recurrent(cell, len(text.alphabet), hidden, backend=options.backend, seed=options.seed)
-    output = Linear(hidden, len(text.alphabet), backend=options.backend, seed=options.seed + 1)
+    session = new_session(text, cell, hidden, options.backend, options.seed)
+    if saved:
+        session.load_state_dict(saved)
+    return session
+
+
+def new_session(text: Text, cell: str, hidden: int, backend: str, seed: int) -> Session:
+    """An untrained model of a text of more than `STEPS` characters to train on."""
+    layer = Recurrent(cell, len(text.alphabet), hidden, backend=backend, seed=seed)
+    output = Linear(hidden, len(text.alphabet), backend=backend, seed=seed + 1)
+    batch = min(BATCH, (len(text.train) - 1) // STEPS)
     length = (len(text.train) - 1) // batch
     starts = np.arange(batch) * length
-    session = Session(
+    return Session(
         text,
         cell,
         layer,
@@ -163,9 +171,6 @@ def prepare(options: Options) -> Session:
         Adam([layer.parameters, output.parameters], LEARNING_RATE),
         text.train[np.arange(length + 1)[:, None] + starts],
     )
-    if saved:
-        session.load_state_dict(saved)
-    return session
 
 
 def saved_model(options: Options, text: Text) -> Mapping[str, Any]:

@@ -360,7 +360,8 @@ def growth(steps: Steps, k: int, generator: np.random.Generator) -> Array:
     widths = [sizes.state_size] + [sizes.hidden_size] * (len(cell.states) - 1)
     ends, k = np.cumsum(widths)[:-1], min(k, sum(widths))
     chosen = np.flatnonzero(steps.lengths)[:SPECTRUM_ROWS]
-    lengths, back = steps.lengths[chosen], partial(reference.backward_step, sizes, steps.weights, cell.math(EXACT))
+    lengths = steps.lengths[chosen]
+    back = partial(reference.backward_step, sizes, steps.weights, cell.math(EXACT), product=_product_of_all)
     q = np.linalg.qr(generator.standard_normal((len(chosen), sum(widths), k)))[0].swapaxes(1, 2)  # (rows, k, states)
     total, since = np.zeros((len(chosen), k)), np.zeros(len(chosen), np.int64)
     block = 1
@@ -368,8 +369,9 @@ def growth(steps: Steps, k: int, generator: np.random.Generator) -> Array:
     for t in (*order, last):
         active = t < lengths
         values, prev = ([one[chosen, None] for one in of_all[t]] for of_all in (steps.saved.values, steps.saved.prev))
-        _, _, dprev, _ = back(values, prev, np.split(q, ends, axis=-1))
-        q = np.where(active[:, None, None], np.concatenate(dprev, axis=-1), q)
+        _, _, dprev, _ = back(values, prev, np.split(q, ends, axis=-1) if len(ends) else [q])
+        before = np.concatenate(dprev, axis=-1) if len(ends) else dprev[0]
+        q = before if active.all() else np.where(active[:, None, None], before, q)
         since += active
         if since.max() < block and t != last:
             continue
@@ -381,6 +383,11 @@ def growth(steps: Steps, k: int, generator: np.random.Generator) -> Array:
         block = int(np.clip(BLOCK_GROWTH / apart, 1, BLOCK_STEPS)) if apart > 0 else BLOCK_STEPS
         since[:] = 0
     return total
+
+
+def _product_of_all(a: Array, w: Array) -> Array:
+    """a (..., K) times w (N, K) in one product; NumPy alone makes one for each of the leading dimensions."""
+    return (a.reshape(-1, a.shape[-1]) @ w.T).reshape(*a.shape[:-1], len(w))
 
 
 def _steps(half_life: float) -> str:

@@ -78,7 +78,7 @@ class Saved:
 
 def _rows(values: Sequence[Array]) -> Array:
     """Arrays of one gate each, (B, H), as the rows of a matrix product: (B, G*H)."""
-    return np.concatenate(list(values), axis=-1)
+    return np.concatenate(list(values), axis=-1) if len(values) > 1 else values[0]
 
 
 def _order(steps: int, reverse: bool) -> range:
