@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import os
 import re
 import signal
@@ -16,8 +18,9 @@ import numpy as np
 import pytest
 
 import rnnkern as rk
-from rnnkern import backends, cli, demo, doctor, reference, terminal
+from rnnkern import backends, cli, demo, doctor, flow, reference, terminal
 from rnnkern.cells import CELLS
+from rnnkern.flow_page import NAMES
 from rnnkern.text import Text, read_text, witten_bell_bits
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog does not mind: it is lazy.\n"
@@ -409,3 +412,76 @@ def test_lines_replace_progress_where_there_is_no_terminal(capsys: pytest.Captur
             shown.progress(f"step {count}")
         shown.say("done")
     assert capsys.readouterr().out == f"step 0{os.linesep}done{os.linesep}"
+
+
+# flow
+
+
+def flow_page(*arguments: str, out: Path) -> str:
+    """The page of a call, which needs no other file and names no other place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "FRESH_STEPS", 20)
+        patch.setattr(flow, "PASSAGE", 60)
+        assert cli.main(["flow", *arguments, "--out", str(out)]) == 0
+    page = out.read_text(encoding="utf-8")
+    assert not re.search(r"(?:src|href)=|url\(|https?:", page)
+    assert "nan" not in page.lower().replace("nanos", "")
+    return page
+
+
+def test_flow_draws_a_layer_that_it_trains(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The seven numbers, each character's influence on the others, and four fresh cells at each gain."""
+    page = flow_page("--text", str(text), "--hidden", "8", "--seconds", "0.3", "--cell", "gru", out=tmp_path / "p.html")
+    assert "half-life" in capsys.readouterr().out
+    (data,) = re.findall(r'id="influence">(.*?)</script>', page)
+    found = json.loads(data)
+    levels = np.frombuffer(base64.b64decode(found["levels"]), np.uint8).reshape(found["n"], found["n"])
+    assert (levels.max(1) == 255).all()
+    assert not np.triu(levels, 1).any()  # the future has no influence
+    for cell in flow.CELLS_SHOWN:
+        assert page.count(f"<figcaption>{NAMES[cell]}</figcaption>") == 2
+    assert page.count('class="key') == 2 * len(flow.CELLS_SHOWN) * len(flow.GAINS)
+
+
+def test_influence_is_the_derivative_of_what_the_model_says(text: Path, tmp_path: Path) -> None:
+    """Of a model that the demo has saved: a small change of each input, against the loss at each place."""
+    assert cli.main(quick(text, tmp_path, "--hidden", "6", "--cell", "lstm_peephole")) == 0
+    options = flow.Options(file=tmp_path / "model.npz", text=str(text))
+    model = flow.prepare(options, terminal.Terminal())
+    found = flow.influence(model)
+    assert model.layer.cell == "lstm_peephole"
+    symbols = np.array([model.alphabet.find(one) for one in found.characters])
+    layer = rk.Recurrent("lstm_peephole", len(model.alphabet), 6, dtype="float64", backend="reference")
+    layer.load_state_dict({name: one.astype(np.float64) for name, one in model.layer.state_dict().items()})
+    output = {name: one.astype(np.float64) for name, one in model.output.state_dict().items()}
+    p, s = 9, 7
+    x = np.repeat(demo.one_hot(symbols[: p + 1, None], len(model.alphabet), np.float64), 2 * len(model.alphabet), 1)
+    step = 1e-4
+    for character in range(len(model.alphabet)):
+        x[s, 2 * character : 2 * character + 2, character] += (step, -step)
+    logits = layer(x)[0][p] @ output["weight"].T + output["bias"]
+    losses = np.log(np.exp(logits).sum(-1)) - logits[:, symbols[p + 1]]
+    gradient = (losses[::2] - losses[1::2]) / (2 * step)
+    assert found.strength[p, s] == pytest.approx(np.linalg.norm(gradient), rel=1e-3)
+    assert "influence" in flow_page(str(tmp_path / "model.npz"), "--text", str(text), out=tmp_path / "p.html")
+
+
+def test_flow_reads_a_saved_layer_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes follow from the parameters of every cell; what they leave open must be said."""
+    path, out = tmp_path / "layer.npz", str(tmp_path / "p.html")
+    for cell, entry in CELLS.items():
+        projected = {"proj_size": 2} if entry.projects else {}
+        layer = rk.Recurrent(cell, 3, 4, num_layers=2, bidirectional=True, bias=False, seed=0, **projected)
+        saved = layer.state_dict()
+        read = flow.read_layer(path, {"encoder": saved, "epoch": 3}, None, cell)
+        assert repr(read) == repr(layer)
+        np.testing.assert_array_equal(read.parameters["weight_hh_l1_reverse"], saved["weight_hh_l1_reverse"])
+    rk.save(path, {"encoder": saved, "decoder": saved})
+    assert "expected the parameters of one layer (--layer NAME), got encoder, decoder" in error_of(
+        capsys, ["flow", str(path), "--out", out]
+    )
+    assert "l1_reverse" in flow_page(str(path), "--layer", "encoder", out=tmp_path / "p.html")
+    rk.save(path, rk.GRU(3, 4).state_dict())
+    error = error_of(capsys, ["flow", str(path), "--out", out])
+    assert "expected one of the cells gru, gru_reset_before (--cell), got no --cell" in error
+    assert "No such file" in error_of(capsys, ["flow", str(tmp_path / "none.npz"), "--out", out])

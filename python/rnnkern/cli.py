@@ -1,4 +1,4 @@
-"""The command line: `rnnkern demo | doctor | cells | bench`. A command is a function that adds its parser."""
+"""The command line: `rnnkern demo | flow | doctor | cells | bench`. A command is a function that adds its parser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, backends, demo, doctor
+from . import __version__, backends, demo, doctor, flow
 from .bench import report, runner
 from .bench.peers import PEERS
 from .bench.workloads import named
@@ -103,6 +103,45 @@ def add_demo(commands: Any) -> None:
             parser.exit(2, f"rnnkern demo: {' '.join(str(error).split())}\n")
         with Terminal() as terminal:
             return demo.run(session, wanted, terminal)
+
+    parser.set_defaults(run=run)
+
+
+def add_flow(commands: Any) -> None:
+    """`rnnkern flow`."""
+    defaults = flow.Options()
+    parser = commands.add_parser(
+        "flow",
+        help="draw how far gradients flow",
+        description="Write one page that shows where gradients go: what each character of a text owes to those before "
+        "it, seven numbers on a layer with what to try, and fresh layers at several scales. The layer is that of a "
+        "FILE of rnnkern.save, as `rnnkern demo` writes it, or else a small one that is trained first. Ctrl-C ends "
+        "that training early.",
+    )
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="saved parameters of a layer")
+    parser.add_argument("--layer", metavar="NAME", help="key of the layer in a file with several")
+    parser.add_argument("--cell", choices=tuple(CELLS), help="cell of the layer (default: lstm, or that of the file)")
+    parser.add_argument(
+        "--hidden", type=_positive_integer, default=defaults.hidden, help="hidden units to train (default: %(default)d)"
+    )
+    parser.add_argument(
+        "--seconds", type=_positive_number, default=defaults.seconds, help="time to train (default: %(default)g)"
+    )
+    parser.add_argument("--text", metavar="FILE", help="text, in UTF-8 (default: the help topics of this Python)")
+    parser.add_argument("--seed", type=_natural, default=defaults.seed, help="of weights and inputs")
+    parser.add_argument(
+        "--out", type=Path, default=defaults.out, metavar="PAGE", help="for the page (default: %(default)s)"
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        wanted = flow.Options(**{name: value for name, value in vars(options).items() if name != "run"})
+        try:
+            _try_folder(wanted.out.parent)
+            with Terminal() as terminal:
+                flow.run(flow.prepare(wanted, terminal), wanted, terminal)
+        except (OSError, ValueError, backends.BackendUnavailableError) as error:
+            parser.exit(2, f"rnnkern flow: {' '.join(str(error).split())}\n")
+        return 0
 
     parser.set_defaults(run=run)
 
@@ -200,7 +239,7 @@ def add_bench(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_doctor, add_cells, add_bench)
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_flow, add_doctor, add_cells, add_bench)
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:

@@ -418,14 +418,15 @@ def _of_half_life(one: LayerDiagnosis) -> str:
 
 
 def _of_exponents(one: LayerDiagnosis) -> str:
-    if one.exponents[0] > 0.01:
+    grown = one.exponents[0] * len(one.flow)
+    if grown > -math.log(REACHED):
         return (
-            "Above 0 small differences grow, chaos: gradients explode over long rows. Shrink the recurrent weights, or "
-            "clip."
+            "Above 0 small differences grow, chaos: over these rows gradients explode. Shrink the recurrent weights, "
+            "or clip."
         )
-    if one.exponents[0] < -0.1:
-        return f"Well below 0 every direction dies out, and with it the past. Try {_longer(one)}."
-    return "Near 0 the past is kept without exploding, which is where learning over long lags works best."
+    if grown < math.log(REACHED):
+        return f"Below 0 every direction dies out within these rows, and with it the past. Try {_longer(one)}."
+    return "So near 0 the past is kept over these rows without exploding, where learning over long lags works best."
 
 
 def _of_conditioning(one: LayerDiagnosis) -> str:
