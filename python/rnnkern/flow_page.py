@@ -19,7 +19,7 @@ __all__ = ["Fresh", "Influence", "Page", "render"]
 
 Array = NDArray[Any]
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 250, 50, 12, 12, 36  # of a plot and around its axes
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 330, 220, 48, 12, 12, 36  # of a plot and around its axes
 DECADES = (-10, 4)  # of gradients in a plot
 LOWEST_EXPONENT = -1.5
 INFLUENCE_DECADES = 3  # from the strongest down to what is not coloured
