@@ -430,7 +430,7 @@ def flow_page(*arguments: str, out: Path) -> str:
 
 
 def test_flow_draws_a_layer_that_it_trains(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The seven numbers, each character's influence on the others, and four fresh cells at each gain."""
+    """The seven numbers, fresh cells at each gain, and influence: the derivative of what the demo's model says."""
     page = flow_page("--text", str(text), "--hidden", "8", "--seconds", "0.3", "--cell", "gru", out=tmp_path / "p.html")
     assert "half-life" in capsys.readouterr().out
     (data,) = re.findall(r'id="influence">(.*?)</script>', page)
@@ -441,10 +441,6 @@ def test_flow_draws_a_layer_that_it_trains(text: Path, tmp_path: Path, capsys: p
     for cell in flow.CELLS_SHOWN:
         assert page.count(f"<figcaption>{NAMES[cell]}</figcaption>") == 2
     assert page.count('class="key') == 2 * len(flow.CELLS_SHOWN) * len(flow.GAINS)
-
-
-def test_influence_is_the_derivative_of_what_the_model_says(text: Path, tmp_path: Path) -> None:
-    """Of a model that the demo has saved: a small change of each input, against the loss at each place."""
     assert cli.main(quick(text, tmp_path, "--hidden", "6", "--cell", "lstm_peephole")) == 0
     options = flow.Options(file=tmp_path / "model.npz", text=str(text))
     model = flow.prepare(options, terminal.Terminal())

@@ -38,20 +38,20 @@ def gates_by_hand(problem: Problem, dtype: Any, arithmetic: Any) -> dict[str, An
     return gates
 
 
-def test_a_tape_gives_the_gates(cell, backend):
+def test_a_tape_gives_the_gates(backend):
     """Of all layers and directions, with lengths, resets and dropout: those of the reference, read-only."""
-    problem = Problem(cell, num_layers=2, bidirectional=True, lengths=True, resets=True, dropout=0.3)
-    drawn, layer = inputs(problem), layer_of(problem, backend)
-    _, _, tape = layer.forward(
-        drawn.x, state_of(drawn.state), lengths=drawn.lengths, resets=drawn.resets, seed=problem.seed
-    )
-    exact = gates_by_hand(problem, np.float64, EXACT)
-    naive = [gates_by_hand(problem, np.float32, one) for one in naive_arithmetics(problem.seed)]
-    assert list(tape.gates) == list(exact)
-    for name, gate in tape.gates.items():
-        assert gate.dtype == np.float32
-        assert not gate.flags.writeable
-        assert_within_rounding(name, gate, exact[name], [one[name] for one in naive], problem)
+    for cell in ("rnn_tanh", "lstm", "gru", "gru_reset_before"):  # one of each shape of a step
+        problem = Problem(cell, num_layers=2, bidirectional=True, lengths=True, resets=True, dropout=0.3)
+        drawn, layer = inputs(problem), layer_of(problem, backend)
+        options = {"lengths": drawn.lengths, "resets": drawn.resets, "seed": problem.seed}
+        gates = layer.forward(drawn.x, state_of(drawn.state), **options)[2].gates
+        exact = gates_by_hand(problem, np.float64, EXACT)
+        naive = [gates_by_hand(problem, np.float32, one) for one in naive_arithmetics(problem.seed)]
+        assert list(gates) == list(exact)
+        for name, gate in gates.items():
+            assert gate.dtype == np.float32
+            assert not gate.flags.writeable
+            assert_within_rounding(name, gate, exact[name], [one[name] for one in naive], problem)
 
 
 def test_gates_are_those_of_the_forward_or_none():
@@ -244,8 +244,8 @@ def without_weights(cell: str, hidden_size: int = 50) -> rk.Recurrent:
     return layer
 
 
-def test_orthogonal_weights_stretch_gradients_by_their_gain():
-    """Every gate's block; of tanh near zero all exponents are log(gain) and the gradient is gain**lag."""
+def test_recurrent_weights_set_the_growth_of_gradients():
+    """Orthogonal: log(gain) of tanh near zero, whose gradient is gain**lag. The identity: 0 of relu that is active."""
     for cell in CELLS:
         for gain in (1.0, 0.8):
             layer = rk.Recurrent(cell, 2, 6, num_layers=2, bias=False, dtype="float64", seed=0)
@@ -258,10 +258,6 @@ def test_orthogonal_weights_stretch_gradients_by_their_gain():
                 np.testing.assert_allclose(found.exponents, np.log(gain), atol=1e-14)
                 np.testing.assert_allclose(found.flow, gain ** np.arange(30.0))
                 assert abs(found.conditioning) < 1e-12
-
-
-def test_the_identity_keeps_gradients_where_units_are_active():
-    """Of relu with positive inputs for ever; the gate of an LSTM is another matter."""
     layer = rk.RNN(2, 6, nonlinearity="relu", dtype="float64", seed=0)
     rk.init.identity(layer)
     layer.parameters["weight_ih_l0"][...] = 0.1
@@ -273,7 +269,7 @@ def test_the_identity_keeps_gradients_where_units_are_active():
 
 
 def test_biases_of_the_gate_that_keeps_set_the_memory():
-    """1 + exp(bias) steps for one bias, from 2 to the longest lag for chrono, and evenly spread shares."""
+    """1 + exp(bias) steps for one bias; from 2 to the longest lag for chrono, which reaches farther; even shares."""
     for cell in CELLS:
         layer = without_weights(cell)
         if not CELLS[cell].keeps and not CELLS[cell].renews:
@@ -306,10 +302,6 @@ def test_biases_of_the_gate_that_keeps_set_the_memory():
             assert np.abs(shares - np.linspace(0, 1, 50)).max() < 0.23  # Kolmogorov and Smirnov, at 1 %
         with pytest.raises(ValueError, match="layer: expected one with biases"):
             rk.init.forget_bias(rk.Recurrent(cell, 2, 2, bias=False))
-
-
-def test_longer_memories_reach_farther():
-    """With weights as drawn and inputs: chrono against none, of every cell with such a gate."""
     x = np.random.default_rng(0).standard_normal((300, 2, 3))
     for name, cell in CELLS.items():
         if not cell.keeps and not cell.renews:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from . import reference
 from .arguments import as_parameter, describe, integer, seed_or_none
-from .cells import Cell
+from .cells import CELLS, Cell
 from .layers import Recurrent
 from .reference import EXACT, Saved
 from .stack import Backward, Forward, LayerSizes, Stack, State, Weights, backward_by_layer, forward_by_layer
@@ -392,7 +392,7 @@ def _product_of_all(a: Array, w: Array) -> Array:
 
 def _steps(half_life: float) -> str:
     if math.isnan(half_life):
-        return "no gradient to measure"
+        return "not to be measured"
     if abs(half_life) > 1e6:
         return "the gradient keeps its size"
     return f"{half_life:.3g} steps" if half_life > 0 else f"doubles every {-half_life:.3g} steps"
@@ -403,13 +403,17 @@ def _steps(half_life: float) -> str:
 
 def _of_half_life(one: LayerDiagnosis) -> str:
     if math.isnan(one.half_life):
-        return "No gradient comes here: give a dy that does not vanish, or look for dead units under saturation."
-    if -len(one.flow) < one.half_life < 0:
+        return (
+            "Fewer than two steps have a gradient: take longer rows or a dy that does not vanish, or look for dead "
+            "units under saturation."
+        )
+    within = len(one.flow) / 7  # 1 % is 6.6 half-lives
+    if -within < one.half_life < 0:
         return (
             "The gradient explodes on its way back: clip it (rk.clip_grad_norm), lower the learning rate, or start "
             "from smaller recurrent weights (rk.init.orthogonal)."
         )
-    if 0 < one.half_life < len(one.flow) / 7:  # 1 % is 6.6 half-lives
+    if 0 < one.half_life < within:
         return (
             "The gradient vanishes within these rows: what lies some seven half-lives back is learnt a hundred times "
             f"slower. Try {_longer(one)}."
@@ -439,13 +443,18 @@ def _of_conditioning(one: LayerDiagnosis) -> str:
 
 
 def _of_saturation(one: LayerDiagnosis) -> str:
+    cell = CELLS[one.cell]
     most = max(one.saturation, key=lambda gate: one.saturation[gate])
-    if one.saturation[most] > 0.5:
+    if one.saturation[most] <= 0.5:
+        return "Most units are where their slope is large: they learn."
+    if most in (cell.keeps, cell.renews, cell.admits):
         return (
-            f"Most of {most} is saturated and hardly learns: scale x to unit variance, use smaller weights or a lower "
-            "learning rate. Gates that keep a long memory are meant to be."
+            f"Most of {most} is saturated, as it must be to keep a long memory: compare memory with the lags you need."
         )
-    return "Most units are where their slope is large: they learn."
+    return (
+        f"Most of {most} is saturated and hardly learns: scale x to unit variance, use smaller weights or a lower "
+        "learning rate."
+    )
 
 
 def _of_memory(one: LayerDiagnosis) -> str:
