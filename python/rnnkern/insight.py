@@ -343,7 +343,7 @@ def sensitivity_of(steps: Steps) -> float:
     squares = []
     for b in np.flatnonzero(steps.lengths):
         of_row = {name: one[:, b : b + 1] for name, one in steps.rows.items()}
-        gradients = reference.weight_gradients(steps.sizes.cell, steps.weights, of_row)
+        gradients = reference.gradients(steps.sizes.cell, steps.weights, of_row)
         squares.append(sum((one**2).sum() for one in gradients.values()))
     return float(np.sqrt(np.mean(squares)))
 

@@ -25,7 +25,7 @@ __all__ = [
     "backward_rows",
     "backward_step",
     "forward_layer",
-    "weight_gradients",
+    "gradients",
 ]
 
 Array = NDArray[Any]
@@ -221,34 +221,37 @@ def backward_layer(
 ) -> tuple[Array | None, State, dict[str, Array]]:
     """Gradients of one layer-direction: of x (T, B, I), of the initial state, and of the wanted weights (None: all)."""
     rows, initial = backward_rows(sizes, weights, x, saved, lengths, cut, dy, dstate, arithmetic)
-    gradients = weight_gradients(sizes.cell, weights, rows, arithmetic.product)
-    if wanted is not None:
-        gradients = {key: value for key, value in gradients.items() if key in wanted}
-    return arithmetic.product(rows["dx"], weights["w_ih"].T) if need_x else None, initial, gradients
+    names = weights if wanted is None else wanted
+    dx = arithmetic.product(rows["dx"], weights["w_ih"].T) if need_x else None
+    return dx, initial, gradients(sizes.cell, names, rows, arithmetic.product)
 
 
-def weight_gradients(
-    cell: Cell, weights: Weights, rows: Weights, product: Callable[..., Any] = _matmul
+def gradients(
+    cell: Cell, wanted: Wanted, rows: Weights, product: Callable[[Array, Array], Array] = _matmul
 ) -> dict[str, Array]:
-    """The gradients of the weights: sums over the rows of all steps that `backward_rows` gives."""
-    flat = {name: one.reshape(-1, one.shape[-1]) for name, one in rows.items()}
+    """The gradients of the wanted weights: sums over the rows of all steps, zero where a row is inactive.
+
+    rows (T, B, .): dx and dr of the gates' two shares, dh of h after a projection, x, h before each step, scaled and
+    hidden as in `Saved`, and the gradients of extras by name.
+    """
+    flat = {name: one.reshape(one.shape[0] * one.shape[1], one.shape[2]) for name, one in rows.items()}
     ones = np.ones((len(flat["dx"]), 1), flat["dx"].dtype)
     late = flat["dr"].shape[-1] - cell.late_gates * flat["scaled"].shape[-1]
+    vectors = {"b_ih": flat["dx"], "b_hh": flat["dr"]} | {name: flat[name] for name in cell.extras}
 
     def sum_of_outer(left: Array, right: Array) -> Any:
         return product(left.T, right.T)
 
-    gradients = {"w_ih": sum_of_outer(flat["dx"], flat["x"]), "w_hh": sum_of_outer(flat["dr"], flat["h"])}
-    if cell.late_gates:
-        gradients["w_hh"][late:] = sum_of_outer(flat["dr"][:, late:], flat["scaled"])
-    if "b_ih" in weights:
-        gradients["b_ih"] = sum_of_outer(flat["dx"], ones)[:, 0]
-        gradients["b_hh"] = sum_of_outer(flat["dr"], ones)[:, 0]
-    if "w_hr" in weights:
-        gradients["w_hr"] = sum_of_outer(flat["dh"], flat["hidden"])
-    for name in cell.extras:
-        gradients[name] = sum_of_outer(flat[name], ones)[:, 0]
-    return gradients
+    sums = {name: sum_of_outer(one, ones)[:, 0] for name, one in vectors.items() if name in wanted}
+    if "w_ih" in wanted:
+        sums["w_ih"] = sum_of_outer(flat["dx"], flat["x"])
+    if "w_hh" in wanted:
+        sums["w_hh"] = sum_of_outer(flat["dr"], flat["h"])
+        if cell.late_gates:
+            sums["w_hh"][late:] = sum_of_outer(flat["dr"][:, late:], flat["scaled"])
+    if "w_hr" in wanted:
+        sums["w_hr"] = sum_of_outer(flat["dh"], flat["hidden"])
+    return sums
 
 
 # The backend `reference`: the functions above over a stack, in float64.
