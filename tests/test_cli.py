@@ -460,6 +460,8 @@ def test_flow_draws_a_layer_that_it_trains(text: Path, tmp_path: Path, capsys: p
     gradient = (losses[::2] - losses[1::2]) / (2 * step)
     assert found.strength[p, s] == pytest.approx(np.linalg.norm(gradient), rel=1e-3)
     assert "influence" in flow_page(str(tmp_path / "model.npz"), "--text", str(text), out=tmp_path / "p.html")
+    error = error_of(capsys, ["flow", str(tmp_path / "model.npz"), "--out", str(tmp_path / "p.html")])
+    assert "expected a text of the characters that the model knows (--text), got" in error
 
 
 def test_flow_reads_a_saved_layer_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

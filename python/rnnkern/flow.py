@@ -68,7 +68,7 @@ def prepare(options: Options, terminal: Terminal) -> Model:
     if options.file is not None:
         return read_model(options)
     text = read_text(options.text)
-    if len(text.train) <= STEPS or len(text.held_out) < 2:
+    if len(text.train) <= STEPS or len(text.held_out) < 2 * ROWS:
         raise ValueError(f"{text.name}: expected at least {2 * STEPS} characters, got {len(text.train)} to train on")
     session = new_session(text, options.cell or "lstm", options.hidden, "auto", options.seed)
     terminal.say(f"training   {session.layer!r} on {text.name} for {options.seconds:g} s")
@@ -89,7 +89,12 @@ def read_model(options: Options) -> Model:
         return Model(title, layer)
     linear = Linear(layer.proj_size or layer.hidden_size, len(alphabet), dtype=layer.dtype)
     linear.load_state_dict(output)
-    return Model(title, layer, read_text(options.text), alphabet, linear)
+    text = read_text(options.text)
+    unknown = sorted(set(text.alphabet) - set(alphabet))
+    if unknown or len(text.held_out) < 2 * ROWS:
+        came = f"{''.join(unknown)!r} beside them" if unknown else f"{len(text.held_out)} to read"
+        raise ValueError(f"{text.name}: expected a text of the characters that the model knows (--text), got {came}")
+    return Model(title, layer, text, alphabet, linear)
 
 
 def read_layer(path: Path, saved: Mapping[str, Any], name: str | None, cell: str | None) -> Recurrent[Any]:
@@ -155,8 +160,6 @@ def influence(model: Model) -> Influence:
     assert model.output is not None
     characters = "".join(model.text.alphabet[symbol] for symbol in model.text.held_out[: PASSAGE + 1])
     symbols = np.array([model.alphabet.find(one) for one in characters])
-    if (symbols < 0).any():
-        raise ValueError(f"{model.text.name}: expected the characters that the model knows, got {characters!r}")
     n = len(symbols) - 1
     x = one_hot(np.repeat(symbols[:n, None], n, 1), len(model.alphabet), model.layer.dtype)
     y, _, tape = model.layer.forward(x)
@@ -181,8 +184,6 @@ def numbers(model: Model, seed: int) -> Diagnosis:
     else:
         held_out = np.array([model.alphabet.find(model.text.alphabet[one]) for one in model.text.held_out])
         steps = min(NUMBERS_STEPS, len(held_out) // ROWS)
-        if steps < 2 or (held_out < 0).any():
-            raise ValueError(f"{model.text.name}: expected more text of the characters that the model knows")
         x = one_hot(held_out[: steps * ROWS].reshape(ROWS, steps).T, layer.input_size)
     return diagnose(layer, layer._signature.time_major(x), exponents=16, seed=seed)
 
