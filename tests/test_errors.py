@@ -338,12 +338,12 @@ def test_wrong_weights_to_load(backend):
     before = layer.state_dict()
     last = list(good)[-1]
     for weights, error, message in (
-        ({**good, "extra": FLOATS["x"]}, ValueError, "weights: expected the names .* with unknown extra"),
-        ({name: good[name] for name in list(good)[:-1]}, ValueError, f"weights: expected .* without {last}"),
-        ({**good, last: good[last][1:]}, ValueError, rf"weights\['{last}'\]: expected float32 of shape \(8,\), got"),
-        ({**good, last: good[last] * 1j}, TypeError, rf"weights\['{last}'\]: expected numbers .* got complex64"),
-        (list(good), TypeError, "weights: expected a mapping of names to arrays, got list"),
-        (None, TypeError, "weights: expected a mapping of names to arrays, got NoneType"),
+        ({**good, "extra": FLOATS["x"]}, ValueError, "mapping: expected the names .* with unknown extra"),
+        ({name: good[name] for name in list(good)[:-1]}, ValueError, f"mapping: expected .* without {last}"),
+        ({**good, last: good[last][1:]}, ValueError, rf"mapping\['{last}'\]: expected float32 of shape \(8,\), got"),
+        ({**good, last: good[last] * 1j}, TypeError, rf"mapping\['{last}'\]: expected numbers .* got complex64"),
+        (list(good), TypeError, "mapping: expected a mapping of names to arrays, got list"),
+        (None, TypeError, "mapping: expected a mapping of names to arrays, got NoneType"),
     ):
         check(error, message, layer.load_state_dict, weights)
         assert all(np.array_equal(layer.parameters[name], array) for name, array in before.items())

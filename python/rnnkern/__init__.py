@@ -7,7 +7,7 @@ from .functional import Grads, Tape, backward, forward
 from .insight import Diagnosis, LayerDiagnosis, diagnose
 from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
 from .losses import binary_cross_entropy, cross_entropy, huber, mae, mse
-from .pieces import Dropout, Embedding, last, last_gradient
+from .pieces import Dropout, Embedding, Last, last, last_gradient
 from .planning import Division, Explanation, MemoryPlan, explain, memory_plan
 from .schedules import CosineSchedule, PlateauSchedule, StepSchedule
 from .train import SGD, Adam, AdamW, Linear, clip_grad_norm, clip_grad_value
@@ -30,6 +30,7 @@ __all__ = [
     "Frozen",
     "Grads",
     "LayerDiagnosis",
+    "Last",
     "Linear",
     "MemoryPlan",
     "PlateauSchedule",

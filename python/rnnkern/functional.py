@@ -120,7 +120,7 @@ class Grads:
     """Gradients: of x and of the parameters, as asked for, and of the initial state (structured like it)."""
 
     x: Array | None  # None with `need_x=False`
-    state: Any  # an array, or a tuple of one for each state of the cell
+    state: Any  # an array, or a tuple of one for each state of the cell; of a Sequential a tuple of these
     parameters: Mapping[str, Array]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,8 +131,11 @@ class Grads:
 
     def __repr__(self) -> str:
         x = None if self.x is None else self.x.shape
-        state = tuple(s.shape for s in self.state) if isinstance(self.state, tuple) else self.state.shape
-        return f"Grads(x: {x}, state: {state}, parameters: {', '.join(self.parameters)})"
+        return f"Grads(x: {x}, state: {_shapes(self.state)}, parameters: {', '.join(self.parameters)})"
+
+
+def _shapes(state: Any) -> Any:
+    return tuple(map(_shapes, state)) if isinstance(state, tuple) else state.shape
 
 
 def refuse_to_copy() -> NoReturn:
@@ -499,8 +502,6 @@ def run_backward(
         shape = signature.output_shape(steps, batch, unbatched)
         dy = signature.from_caller(as_parameter("dy", dy, shape, signature.dtype), unbatched)
     dfinal = signature.state("dstate", dstate, batch, unbatched, halves=True)
-    if into is not None:
-        _check_into(tape, chosen, into, need_x)
     if tape.saved is None:
         dx: Array | None = np.zeros((steps, batch, signature.input_size), signature.dtype) if need_x else None
         initial = tuple(one.copy() for one in stack.filled(dfinal, batch))
@@ -519,12 +520,7 @@ def run_backward(
             {name: one[key] for names, one in zip(chosen, gradients, strict=True) for key, name in names.items()}
         ),
     )
-    if into is None:
-        return grads
-    held, new = _by_name(into), _by_name(grads)  # and nothing of `into` that was not asked for
-    for name in new:
-        held[name] += new[name]
-    return into
+    return add_into(into, grads)
 
 
 def _chosen(names: Names, parameters: bool | Iterable[str]) -> Names:
@@ -535,34 +531,35 @@ def _chosen(names: Names, parameters: bool | Iterable[str]) -> Names:
     return [{key: name for key, name in one.items() if name in asked} for one in names]
 
 
+def add_into(into: Grads | None, grads: Grads) -> Grads:
+    """The gradients; where `into` is given that, with them added: all of them, or none where an array does not fit."""
+    if into is None:
+        return grads
+    if not isinstance(into, Grads):
+        raise TypeError(f"into: expected the Grads of an earlier backward, got {describe(into)}")
+    held, new = _by_name(into), _by_name(grads)  # and nothing of `into` that was not asked for
+    for name, array in new.items():
+        other = held.get(name)
+        if not isinstance(other, np.ndarray) or other.shape != array.shape or other.dtype != array.dtype:
+            raise ValueError(f"into.{name}: expected {array.dtype} of shape {array.shape}, got {describe(other)}")
+        if not other.flags.writeable:
+            raise ValueError(f"into.{name}: expected a writable array, got a read-only one")
+    for name, array in new.items():
+        held[name] += array
+    return into
+
+
 def _by_name(grads: Grads) -> dict[str, Array]:
     """All arrays of the gradients that are there, by the names error messages use."""
     arrays = {} if grads.x is None else {"x": grads.x}
-    state = grads.state if isinstance(grads.state, tuple) else (grads.state,)
-    arrays |= {f"state[{index}]": one for index, one in enumerate(state)}
+    arrays |= {f"state{place}": one for place, one in _leaves(grads.state) if one is not None}
     return arrays | {f"parameters[{name!r}]": one for name, one in grads.parameters.items()}
 
 
-def _check_into(tape: Tape, chosen: Names, into: object, need_x: bool) -> None:
-    """`into` holds writable arrays of the shapes that this backward gives, so that adding cannot fail half way."""
-    if not isinstance(into, Grads):
-        raise TypeError(f"into: expected the Grads of an earlier backward, got {describe(into)}")
-    signature, stack = tape.signature, tape.signature.stack
-    shapes: dict[str, tuple[int, ...]] = {}
-    if need_x:
-        steps, batch, _ = tape.call.x.shape
-        *leading, _ = signature.output_shape(steps, batch, tape.unbatched)
-        shapes["x"] = (*leading, signature.input_size)
-    for index, size in enumerate(signature.state_sizes):
-        batch = () if tape.unbatched else (tape.call.x.shape[1],)
-        shapes[f"state[{index}]"] = (signature.state_count, *batch, size)
-    for names, sizes in zip(chosen, stack.layers, strict=True):
-        weight_shapes = sizes.weight_shapes(True, stack.proj_size > 0)
-        shapes |= {f"parameters[{name!r}]": weight_shapes[key] for key, name in names.items()}
-    held = _by_name(into)
-    for name, shape in shapes.items():
-        array = held.get(name)
-        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != stack.dtype:
-            raise ValueError(f"into.{name}: expected {stack.dtype} of shape {shape}, got {describe(array)}")
-        if not array.flags.writeable:
-            raise ValueError(f"into.{name}: expected a writable array, got a read-only one")
+def _leaves(state: Any, place: str = "") -> Iterator[tuple[str, Array]]:
+    """The arrays of a state, and where each stands in it."""
+    if not isinstance(state, tuple):
+        yield place, state
+        return
+    for index, one in enumerate(state):
+        yield from _leaves(one, f"{place}[{index}]")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic
@@ -42,6 +41,7 @@ from .functional import (
     run_packed,
     uniform,
 )
+from .pieces import Piece, reserve
 from .stack import Forward, Stack, State, Weights
 
 __all__ = ["GRU", "LSTM", "RNN", "Frozen", "Recurrent", "Stream"]
@@ -82,15 +82,10 @@ def _check_size(stack: Stack) -> None:
         for sizes in (first, *more)
     ]
     size = directions * (counts[0] + (stack.num_layers - 1) * counts[-1]) * stack.dtype.itemsize
-    if size > np.iinfo(np.intp).max:
-        raise ValueError(
-            "input_size, hidden_size, num_layers: expected parameters of less than 2**63 bytes, got "
-            f"{stack.input_size}, {stack.hidden_size}, {stack.num_layers}, which make {size}"
-        )
-    np.empty(size, np.uint8)  # MemoryError here and not after minutes of drawing values
+    reserve("input_size, hidden_size, num_layers", size)
 
 
-class Recurrent(Generic[StateT]):
+class Recurrent(Piece, Generic[StateT]):
     """A stack of layers of any cell of the registry; `RNN`, `LSTM` and `GRU` choose the cell.
 
     Parameters
@@ -243,9 +238,9 @@ class Recurrent(Generic[StateT]):
         return name
 
     @property
-    def parameters(self) -> Mapping[str, Array]:
-        """A read-only mapping of names to writable C-contiguous arrays; the next call sees what is written there."""
-        return self._parameters
+    def sizes(self) -> tuple[int, int]:
+        """I and D*P."""
+        return self.input_size, self._signature.output_size
 
     @property
     def bidirectional(self) -> bool:
@@ -388,20 +383,6 @@ class Recurrent(Generic[StateT]):
         check_tape(tape, self)
         return run_backward(tape, dy, dstate, need_x, parameters, into)
 
-    def state_dict(self) -> dict[str, Array]:
-        """Copies of the parameters by name."""
-        return self._parameters.copies()
-
-    def load_state_dict(self, weights: Mapping[str, Any]) -> None:
-        """Copy values into the parameters: all of them, or none when a name, shape or dtype is wrong.
-
-        Raises
-        ------
-        ValueError, TypeError
-            A name is missing or unknown, or an array does not fit; the message names it.
-        """
-        self._parameters.load("weights", weights)
-
     def freeze(self, weights: str | None = None) -> Frozen[StateT]:
         """A packed snapshot of the parameters for inference; later changes of the parameters do not reach it.
 
@@ -454,24 +435,6 @@ class Recurrent(Generic[StateT]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._connect()
-
-    def __copy__(self) -> Recurrent[StateT]:
-        return copy.deepcopy(self)  # a copy has arrays of its own
-
-    def __repr__(self) -> str:
-        """The call that makes such a layer, without the options left at their defaults."""
-        arguments = []
-        for name, parameter in inspect.signature(type(self)).parameters.items():
-            if name == "seed":
-                continue
-            value = self._chosen_backend if name == "backend" else getattr(self, name)
-            if isinstance(value, np.dtype):
-                value = value.name
-            if parameter.default is parameter.empty:
-                arguments.append(repr(value))
-            elif value != parameter.default:
-                arguments.append(f"{name}={value!r}")
-        return f"{type(self).__name__}({', '.join(arguments)})"
 
 
 def _with_parameters(**own: str) -> Callable[[type[LayerT]], type[LayerT]]:

@@ -1,11 +1,14 @@
-"""What stands around recurrent layers beside `Linear`: `Embedding`, `Dropout`, and the last step of each row."""
+"""What all pieces of a model have, and those beside recurrent layers and `Linear`: `Embedding`, `Dropout`, `Last`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -23,11 +26,102 @@ from .arguments import (
     row_lengths,
     seed_or_none,
 )
-from .functional import Grads, Parameters, refuse_to_copy
+from .functional import Grads, Parameters, add_into, refuse_to_copy
 
-__all__ = ["Dropout", "Embedding", "last", "last_gradient"]
+__all__ = ["Dropout", "Embedding", "Last", "Piece", "last", "last_gradient", "parameters_within", "reserve"]
 
 Array = NDArray[Any]
+
+
+_most_bytes: ContextVar[int] = ContextVar("most_bytes", default=np.iinfo(np.intp).max)
+
+
+@contextmanager
+def parameters_within(size: int) -> Iterator[None]:
+    """Let pieces that are made meanwhile have parameters of so many bytes at most: those of a file, before it is
+    believed.
+    """
+    token = _most_bytes.set(size)
+    try:
+        yield
+    finally:
+        _most_bytes.reset(token)
+
+
+def reserve(arguments: str, size: int) -> None:
+    """Parameters of so many bytes fit into memory; asked before any is made, since drawing them takes time."""
+    most = _most_bytes.get()
+    if size > most:
+        raise ValueError(f"{arguments}: expected parameters of at most {most} bytes, got sizes that make {size}")
+    np.empty(size, np.uint8)  # MemoryError here and not after minutes of drawing values
+
+
+class Piece:
+    """What all pieces of a model have: parameters, the configuration that makes such a piece again, copies.
+
+    Every argument of a subclass's `__init__` but the seed is an attribute of that name.
+    """
+
+    _parameters: Parameters = Parameters({})
+
+    @property
+    def parameters(self) -> Mapping[str, Array]:
+        """A read-only mapping of names to writable C-contiguous arrays; the next call sees what is written there."""
+        return self._parameters
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters."""
+        return sum(array.size for array in self._parameters.values())
+
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """Features of x (for symbols how many there are) and of y; None where y has as many as x, whatever they are."""
+        return None
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of the parameters by name."""
+        return self._parameters.copies()
+
+    def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
+        """Copy values into the parameters: all of them, or none when a name, shape or dtype is wrong.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A name is missing or unknown, or an array does not fit; the message names it.
+        """
+        self._parameters.load("mapping", mapping)
+
+    def configuration(self) -> dict[str, Any]:
+        """The arguments that make such a piece, of plain types; without a seed, and without options at their defaults.
+
+        >>> import rnnkern as rk
+        >>> rk.LSTM(3, 4, batch_first=True, seed=0).configuration()
+        {'input_size': 3, 'hidden_size': 4, 'batch_first': True}
+        """
+        arguments = {}
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            if name == "seed":
+                continue
+            # The backend in use may be another than the one that was asked for.
+            value = getattr(self, "_chosen_backend" if name == "backend" else name)
+            value = value.name if isinstance(value, np.dtype) else value
+            if parameter.default is parameter.empty or value != parameter.default:
+                arguments[name] = value
+        return arguments
+
+    def __repr__(self) -> str:
+        """The call that makes such a piece, without the options left at their defaults."""
+        known = inspect.signature(type(self)).parameters
+        arguments = [
+            repr(value) if known[name].default is inspect.Parameter.empty else f"{name}={value!r}"
+            for name, value in self.configuration().items()
+        ]
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)  # a copy has arrays and generators of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +133,7 @@ class _EmbeddingTape:
         refuse_to_copy()
 
 
-class Embedding:
+class Embedding(Piece):
     """A learned vector for each symbol: y[t, b] = weight[x[t, b]], as `torch.nn.Embedding`.
 
     Parameters
@@ -73,21 +167,15 @@ class Embedding:
         self.num_embeddings = integer("num_embeddings", num_embeddings, 1)
         self.embedding_dim = integer("embedding_dim", embedding_dim, 1)
         self.dtype = float_dtype(dtype)
+        reserve("num_embeddings, embedding_dim", self.num_embeddings * self.embedding_dim * self.dtype.itemsize)
         generator = np.random.default_rng(seed_or_none(seed))
         weight = generator.standard_normal((self.num_embeddings, self.embedding_dim))
         self._parameters = Parameters({"weight": weight.astype(self.dtype)})
 
     @property
-    def parameters(self) -> Mapping[str, Array]:
-        """A read-only mapping of `weight` (V, E) to a writable C-contiguous array; the next call sees changes."""
-        return self._parameters
-
-    def __repr__(self) -> str:
-        dtype = "" if self.dtype == np.float32 else f", dtype={self.dtype.name!r}"
-        return f"Embedding({self.num_embeddings}, {self.embedding_dim}{dtype})"
-
-    def __copy__(self) -> Embedding:
-        return copy.deepcopy(self)  # a copy has arrays of its own
+    def sizes(self) -> tuple[int, int]:
+        """V and E."""
+        return self.num_embeddings, self.embedding_dim
 
     def __call__(self, x: Any) -> Array:
         """y (..., E) of integers x (...) from 0 to V - 1; keeps nothing."""
@@ -135,26 +223,10 @@ class Embedding:
         _check_tape(tape, _EmbeddingTape, self)
         wanted = chosen_names("parameters", parameters, self.parameters)
         rows = as_parameter("dy", dy, (*tape.indices.shape, self.embedding_dim), self.dtype)
-        held = None if into is None else self._held(into, wanted)
-        if not wanted:
-            return Grads(None, (), Parameters({})) if into is None else into
-        gradient = np.zeros_like(self.parameters["weight"]) if held is None else held
-        _add_by_index(gradient, tape.indices.reshape(-1), rows.reshape(-1, self.embedding_dim))
-        return Grads(None, (), Parameters({"weight": gradient})) if into is None else into
-
-    def state_dict(self) -> dict[str, Array]:
-        """A copy of the parameters."""
-        return self._parameters.copies()
-
-    def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
-        """Copy the parameters in, or, with an error, nothing.
-
-        Raises
-        ------
-        TypeError, ValueError
-            A name is missing or unknown, or an array does not fit.
-        """
-        self._parameters.load("mapping", mapping)
+        gradients = {name: np.zeros_like(self.parameters[name]) for name in wanted}
+        for sums in gradients.values():
+            _add_by_index(sums, tape.indices.reshape(-1), rows.reshape(-1, self.embedding_dim))
+        return add_into(into, Grads(None, (), Parameters(gradients)))
 
     def _indices(self, x: Any) -> Array:
         """x as intp, a copy."""
@@ -166,19 +238,6 @@ class Embedding:
             raise ValueError(f"x: expected values from 0 to {self.num_embeddings - 1}, got {worst}")
         return array.astype(np.intp)
 
-    def _held(self, into: object, wanted: Sequence[str]) -> Array | None:
-        """The array that the gradient is to be added to."""
-        if not isinstance(into, Grads):
-            raise TypeError(f"into: expected the Grads of an earlier backward, got {describe(into)}")
-        if not wanted:
-            return None
-        held, shape = into.parameters.get("weight"), self.parameters["weight"].shape
-        if not isinstance(held, np.ndarray) or held.shape != shape or held.dtype != self.dtype:
-            raise ValueError(f"into.parameters['weight']: expected {self.dtype} of shape {shape}, got {describe(held)}")
-        if not held.flags.writeable:
-            raise ValueError("into.parameters['weight']: expected a writable array, got a read-only one")
-        return held
-
 
 @dataclass(frozen=True, eq=False)
 class _DropoutTape:
@@ -189,7 +248,7 @@ class _DropoutTape:
         refuse_to_copy()
 
 
-class Dropout:
+class Dropout(Piece):
     """Each element zero with probability p, else times 1 / (1 - p), in `forward` alone; a call changes nothing.
 
     Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting", scaled in training as
@@ -218,18 +277,9 @@ class Dropout:
     [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
 
-    # Be empty and not absent, so that it may stand among layers where an optimizer is given several.
-    parameters: Mapping[str, Array] = Parameters({})
-
     def __init__(self, p: float = 0.5, *, seed: int | None = None) -> None:
         self.p = probability("p", p)
         self._generator = np.random.default_rng(seed_or_none(seed))
-
-    def __repr__(self) -> str:
-        return f"Dropout({self.p})"
-
-    def __copy__(self) -> Dropout:
-        return copy.deepcopy(self)  # a copy has a generator of its own
 
     def __call__(self, x: Any) -> Array:
         """A copy of x, float32 or float64 of any shape."""
@@ -258,6 +308,86 @@ class Dropout:
         _check_tape(tape, _DropoutTape, self)
         rows = as_parameter("dy", dy, tape.mask.shape, tape.mask.dtype)
         return Grads(np.asarray(rows * tape.mask), (), Parameters({}))
+
+
+@dataclass(frozen=True, eq=False)
+class _LastTape:
+    owner: Last
+    x_shape: tuple[int, ...]
+    y_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    lengths: Array | None  # a copy
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        refuse_to_copy()
+
+
+class Last(Piece):
+    """`last` as a piece: one answer for a whole sequence.
+
+    Parameters
+    ----------
+    batch_first
+        Whether the batch comes before the time.
+    bidirectional
+        Whether x is that of a bidirectional layer: then its first half is taken at the row's last step and its second
+        half, of the reverse direction, at step 0, which that reaches last.
+
+    Raises
+    ------
+    TypeError
+        An option is no bool; the message names it.
+
+    Examples
+    --------
+    >>> import rnnkern as rk
+    >>> layer, head = rk.LSTM(3, 4, bidirectional=True, seed=0), rk.Last(bidirectional=True)
+    >>> y, (h, c) = layer(np.ones((5, 2, 3)), lengths=[5, 2])
+    >>> bool((head(y, lengths=[5, 2]) == np.concatenate([h[0], h[1]], axis=1)).all())
+    True
+    """
+
+    def __init__(self, batch_first: bool = False, bidirectional: bool = False) -> None:
+        self.batch_first = flag("batch_first", batch_first)
+        self.bidirectional = flag("bidirectional", bidirectional)
+
+    def __call__(self, x: Any, *, lengths: Any = None) -> Array:
+        """(B, F) of x (T, B, F), or (B, T, F) with `batch_first`; (F,) of (T, F). Errors as of `last`."""
+        x = as_real_floats("x", x)
+        y = last(x, lengths, batch_first=self.batch_first)
+        if self.bidirectional:
+            self._exchange_reverse(x, y, lengths)
+        return y
+
+    def forward(self, x: Any, *, lengths: Any = None) -> tuple[Array, _LastTape]:
+        """y, read-only, and the tape for `backward`, which has a copy of the lengths."""
+        x = as_real_floats("x", x)
+        y = self(x, lengths=lengths)
+        y.flags.writeable = False
+        return y, _LastTape(self, x.shape, y.shape, x.dtype, None if lengths is None else np.array(lengths))
+
+    def backward(self, tape: _LastTape, dy: Any) -> Grads:
+        """Gradients of one `forward`: `x`, which is zero where nothing was taken; no `state`, no `parameters`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            tape is not of this piece, or dy not of the shape of y; the message names it.
+        """
+        _check_tape(tape, _LastTape, self)
+        dy = as_parameter("dy", dy, tape.y_shape, tape.dtype)
+        dx = last_gradient(dy, tape.x_shape, tape.lengths, batch_first=self.batch_first)
+        if self.bidirectional:
+            dx[..., dx.shape[-1] // 2 :] = 0
+            self._exchange_reverse(dx, dy, tape.lengths, back=True)
+        return Grads(dx, (), Parameters({}))
+
+    def _exchange_reverse(self, x: Array, y: Array, lengths: Any, *, back: bool = False) -> None:
+        """Copy the second half of step 0 of x to y, or the other way; for a row of no steps zero."""
+        steps = x.swapaxes(0, 1) if self.batch_first and x.ndim == 3 else x
+        if len(steps):
+            ours, theirs = (one[..., y.shape[-1] // 2 :] for one in ((steps[0], y) if back else (y, steps[0])))
+            ours[...] = np.where(np.asarray(1 if lengths is None else lengths)[..., None] > 0, theirs, 0)
 
 
 def last(y: ArrayLike, lengths: ArrayLike | None = None, *, batch_first: bool = False) -> Array:
@@ -367,7 +497,7 @@ def _check_dimensions(name: str, shape: tuple[int, ...], lengths: ArrayLike | No
         raise ValueError(f"lengths: expected None with unbatched y, got {describe(lengths)}")
 
 
-def _check_tape(tape: _EmbeddingTape | _DropoutTape, kind: type, owner: object) -> None:
+def _check_tape(tape: _EmbeddingTape | _DropoutTape | _LastTape, kind: type, owner: object) -> None:
     if not isinstance(tape, kind):
         raise TypeError(f"tape: expected the tape that forward returned, got {describe(tape)}")
     if tape.owner is not owner:

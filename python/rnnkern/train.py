@@ -28,7 +28,8 @@ from .arguments import (
     seed_or_none,
 )
 from .copies import shared
-from .functional import Grads, Parameters, refuse_to_copy, uniform
+from .functional import Grads, Parameters, add_into, refuse_to_copy, uniform
+from .pieces import Piece, reserve
 
 __all__ = ["SGD", "Adam", "AdamW", "Linear", "clip_grad_norm", "clip_grad_value"]
 
@@ -52,7 +53,7 @@ class _LinearTape:
         refuse_to_copy()
 
 
-class Linear:
+class Linear(Piece):
     """The output layer: y = x W^T + b over all steps at once, with the packed product of the recurrent layers.
 
     Parameters
@@ -96,12 +97,14 @@ class Linear:
     ) -> None:
         self.in_features = integer("in_features", in_features, 1)
         self.out_features = integer("out_features", out_features, 1)
+        self.bias = flag("bias", bias)
         self.dtype = float_dtype(dtype)
         self._chosen_backend = backend
         self._backend = backends.pick(backend)
         shapes: dict[str, tuple[int, ...]] = {"weight": (self.out_features, self.in_features)}
-        if flag("bias", bias):
+        if self.bias:
             shapes["bias"] = (self.out_features,)
+        reserve("in_features, out_features", sum(map(math.prod, shapes.values())) * self.dtype.itemsize)
         bound = 1 / math.sqrt(self.in_features)
         generator = np.random.default_rng(seed_or_none(seed))
         self._parameters = Parameters(
@@ -115,15 +118,9 @@ class Linear:
         return name
 
     @property
-    def parameters(self) -> Mapping[str, Array]:
-        """A read-only mapping of `weight` and `bias` to writable C-contiguous arrays; the next call sees changes."""
-        return self._parameters
-
-    def __repr__(self) -> str:
-        bias = "" if "bias" in self.parameters else ", bias=False"
-        dtype = "" if self.dtype == np.float32 else f", dtype={self.dtype.name!r}"
-        backend = "" if self._chosen_backend == "auto" else f", backend={self._chosen_backend!r}"
-        return f"Linear({self.in_features}, {self.out_features}{bias}{dtype}{backend})"
+    def sizes(self) -> tuple[int, int]:
+        """in_features and out_features."""
+        return self.in_features, self.out_features
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_backend"}
@@ -131,9 +128,6 @@ class Linear:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._backend = backends.pick(self._chosen_backend)
-
-    def __copy__(self) -> Linear:
-        return copy.deepcopy(self)  # a copy has arrays of its own
 
     def __call__(self, x: Any, *, out: Array | None = None) -> Array:
         """y (..., out_features) of x (..., in_features), to `out` where given; keeps nothing."""
@@ -195,8 +189,6 @@ class Linear:
         wanted = chosen_names("parameters", parameters, self.parameters)
         dy = as_parameter("dy", dy, (*tape.shape, self.out_features), self.dtype).reshape(-1, self.out_features)
         x_shape = (*tape.shape, self.in_features)
-        if into is not None:
-            self._check_into(into, wanted, x_shape if need_x else None)
         if tape.x.size:
             dx, dweight, dbias = self._backend.linear_backward(tape.x, tape.weight, dy, need_x, wanted)
         else:
@@ -206,28 +198,7 @@ class Linear:
             (),
             Parameters({name: {"weight": dweight, "bias": dbias}[name] for name in wanted}),
         )
-        if into is None:
-            return grads
-        pairs: list[tuple[Any, Any]] = [(into.parameters[name], new) for name, new in grads.parameters.items()]
-        if need_x:
-            pairs.append((into.x, grads.x))
-        for held, new in pairs:
-            held += new
-        return into
-
-    def state_dict(self) -> dict[str, Array]:
-        """A copy of the parameters."""
-        return self._parameters.copies()
-
-    def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
-        """Copy parameters in; all of them or, with an error, none.
-
-        Raises
-        ------
-        TypeError, ValueError
-            A name is missing or unknown, or an array does not fit.
-        """
-        self._parameters.load("mapping", mapping)
+        return add_into(into, grads)
 
     def _rows(self, x: Any) -> tuple[Array, tuple[int, ...]]:
         """x as (rows, in_features), and its leading dimensions."""
@@ -242,19 +213,6 @@ class Linear:
         if len(rows):
             self._backend.linear_forward(rows, self.parameters["weight"], self.parameters.get("bias"), y)
         return y
-
-    def _check_into(self, into: object, wanted: Iterable[str], x_shape: tuple[int, ...] | None) -> None:
-        """`into` holds writable arrays of the right shapes, so that adding cannot fail half way."""
-        if not isinstance(into, Grads):
-            raise TypeError(f"into: expected the Grads of an earlier backward, got {describe(into)}")
-        held = [(f"parameters[{name!r}]", into.parameters.get(name), self.parameters[name].shape) for name in wanted]
-        if x_shape is not None:
-            held.append(("x", into.x, x_shape))
-        for name, array, shape in held:
-            if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != self.dtype:
-                raise ValueError(f"into.{name}: expected {self.dtype} of shape {shape}, got {describe(array)}")
-            if not array.flags.writeable:
-                raise ValueError(f"into.{name}: expected a writable array, got a read-only one")
 
 
 def clip_grad_norm(grads: Any, max_norm: float) -> float:
