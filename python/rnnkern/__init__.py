@@ -7,9 +7,11 @@ from .functional import Grads, Tape, backward, forward
 from .insight import Diagnosis, LayerDiagnosis, diagnose
 from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
 from .losses import binary_cross_entropy, cross_entropy, huber, mae, mse
+from .models import load_model, save_model
 from .pieces import Dropout, Embedding, Last, last, last_gradient
 from .planning import Division, Explanation, MemoryPlan, explain, memory_plan
 from .schedules import CosineSchedule, PlateauSchedule, StepSchedule
+from .sequential import FrozenSequential, Sequential, SequentialStream
 from .train import SGD, Adam, AdamW, Linear, clip_grad_norm, clip_grad_value
 from .weights import load, save
 
@@ -28,6 +30,7 @@ __all__ = [
     "Embedding",
     "Explanation",
     "Frozen",
+    "FrozenSequential",
     "Grads",
     "LayerDiagnosis",
     "Last",
@@ -35,6 +38,8 @@ __all__ = [
     "MemoryPlan",
     "PlateauSchedule",
     "Recurrent",
+    "Sequential",
+    "SequentialStream",
     "StepSchedule",
     "Stream",
     "Tape",
@@ -54,11 +59,13 @@ __all__ = [
     "last",
     "last_gradient",
     "load",
+    "load_model",
     "mae",
     "memory_plan",
     "mse",
     "num_threads",
     "save",
+    "save_model",
     "set_num_threads",
     "show_config",
 ]
