@@ -3,6 +3,7 @@
 from . import convert, data, init
 from .backends import BackendUnavailableError, backend_names
 from .config import num_threads, set_num_threads, show_config
+from .fitting import History, fit
 from .functional import Grads, Tape, backward, forward
 from .insight import Diagnosis, LayerDiagnosis, diagnose
 from .layers import GRU, LSTM, RNN, Frozen, Recurrent, Stream
@@ -33,6 +34,7 @@ __all__ = [
     "FrozenSequential",
     "Grads",
     "LayerDiagnosis",
+    "History",
     "Last",
     "Linear",
     "MemoryPlan",
@@ -53,6 +55,7 @@ __all__ = [
     "data",
     "diagnose",
     "explain",
+    "fit",
     "forward",
     "huber",
     "init",

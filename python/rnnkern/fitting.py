@@ -1,0 +1,355 @@
+"""`fit`: the loop around a model, its loss and its optimizer, for those who do not want to write it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .arguments import check_names, describe, flag, integer, positive, seed_or_none
+from .data import Batch
+from .layers import Recurrent
+from .schedules import CosineSchedule, PlateauSchedule, StepSchedule
+from .sequential import Sequential, derived_seed
+from .terminal import Terminal
+from .train import SGD, Adam, clip_grad_norm
+from .weights import load, save
+
+__all__ = ["History", "fit"]
+
+Array = NDArray[Any]
+Loss = Callable[..., tuple[float, Any]]
+Metric = Callable[[Array, Array], float]
+
+
+@dataclass
+class History:
+    """What `fit` saw: one entry for each epoch that was finished, and why it ended."""
+
+    loss: list[float] = field(default_factory=list)  # of training: the mean of the batches, by their rows
+    validation_loss: list[float] = field(default_factory=list)  # empty without validation
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # on the validation
+    lr: list[float] = field(default_factory=list)  # at the end of the epoch
+    seconds: list[float] = field(default_factory=list)
+    best_epoch: int | None = None  # index of the least validation loss, whose weights the model has; None without one
+    ended: str = ""
+
+    def __str__(self) -> str:
+        if not self.loss:
+            return self.ended
+        at = -1 if self.best_epoch is None else self.best_epoch
+        best = "" if self.best_epoch is None else f", validation {self.validation_loss[at]:.4g} in epoch {at + 1}"
+        return f"{self.ended}: training loss {self.loss[at]:.4g}{best}; {sum(self.seconds):.1f} s"
+
+
+def fit(
+    model: Any,
+    data: Any,
+    *,
+    loss: Loss,
+    epochs: int,
+    optimizer: SGD | Adam | None = None,
+    validation: Any = None,
+    metrics: Mapping[str, Metric] | None = None,
+    schedule: CosineSchedule | StepSchedule | PlateauSchedule | None = None,
+    max_norm: float | None = None,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    carry_state: bool = False,
+    seed: int | None = None,
+    verbose: bool | None = None,
+) -> History:
+    """Train a model; with validation it ends with the weights of the epoch whose validation loss was least.
+
+    Ctrl-C ends the training after the step that runs, as if it had been the last; a second one at once.
+
+    Parameters
+    ----------
+    model
+        `Sequential`, or a recurrent layer.
+    data
+        What gives the batches of an epoch each time it is gone through, such as a list, or a function of the number of
+        the epoch, from 0, that does. A batch is (x, target) or (x, target, lengths), as model and loss take them.
+    loss
+        A function as `cross_entropy` or `mse`: of y and target the loss and the gradient of y; where a batch has
+        lengths and y has steps it is given `lengths` and `batch_first` too.
+    epochs
+        How often to go through the data, those before a `resume` included.
+    optimizer
+        Of this model, such as `Adam(model)`, which None stands for; with a schedule its own.
+    validation
+        Batches that are not trained on, in the forms of `data`.
+    metrics
+        Functions of the rows (N, F) of y on all of the validation and of their targets, (N,) or (N, F), by name; past
+        a row's end there is none.
+    schedule
+        Of that optimizer: `step` is called after each step, of a `PlateauSchedule` after each epoch with the validation
+        loss.
+    max_norm
+        To which the gradients of each step are scaled down together, with `clip_grad_norm`.
+    patience
+        How many epochs may follow the best one before the training ends; needs validation.
+    checkpoint
+        A file that is written after each epoch, as by `save`.
+    resume
+        Whether to go on from the checkpoint, where there is one: with a seed and the same data, to the same bits.
+    carry_state
+        Whether each batch begins with the states in which the one before it ended, as batches that follow one another
+        in long streams: truncated backpropagation through time. An epoch begins with zeros.
+    seed
+        Of the dropout masks; None draws a fresh one.
+    verbose
+        Whether to show a line of progress; None shows it on a terminal.
+
+    Returns
+    -------
+    History
+        With the losses, metrics, learning rates and seconds of each epoch, and why the training `ended`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not as above; the message names it.
+    FloatingPointError
+        A gradient is NaN or infinite; the model has the weights before that step.
+    OSError
+        The checkpoint cannot be read or written.
+
+    Examples
+    --------
+    >>> import numpy as np, rnnkern as rk
+    >>> x = np.random.default_rng(0).standard_normal((20, 64, 2))  # steps, sequences, features
+    >>> target = x.sum((0, 2))[:, None]
+    >>> model = rk.Sequential(rk.GRU(2, 16, seed=0), rk.Last(), rk.Linear(16, 1, seed=1))
+    >>> def batches(epoch):
+    ...     for part in np.array_split(np.random.default_rng(epoch).permutation(48), 3):
+    ...         yield x[:, part], target[part]
+    >>> history = rk.fit(model, batches, loss=rk.mse, epochs=30, optimizer=rk.Adam(model, lr=1e-2),
+    ...                  validation=[(x[:, 48:], target[48:])], patience=5, seed=0)
+    >>> min(history.validation_loss) < history.validation_loss[0] / 2
+    True
+    """
+    if not isinstance(model, Sequential | Recurrent):
+        raise TypeError(f"model: expected Sequential or a recurrent layer, got {describe(model)}")
+    epochs = integer("epochs", epochs, 1)
+    patience = None if patience is None else integer("patience", patience, 1)
+    max_norm = None if max_norm is None else positive("max_norm", max_norm)
+    if validation is None and (patience is not None or metrics):
+        raise ValueError(f"{'metrics' if patience is None else 'patience'}: expected None without validation")
+    training = _Training(model, optimizer, schedule, seed_or_none(seed), dict(metrics or {}))
+    if flag("resume", resume) and checkpoint is None:
+        raise ValueError("checkpoint: expected a path to resume from, got None")
+    if resume and checkpoint is not None and Path(checkpoint).exists():
+        training.load(checkpoint)
+    history, carry = training.history, flag("carry_state", carry_state)
+    history.ended = f"{epochs} epochs"
+    shown = sys.stdout.isatty() if verbose is None else flag("verbose", verbose)
+    with Terminal() if shown else nullcontext() as terminal, _noting_interrupt() as interrupts:
+        for epoch in range(len(history.loss), epochs):
+            waited = epoch - 1 - (-1 if history.best_epoch is None else history.best_epoch)
+            if interrupts or (patience is not None and waited >= patience):
+                history.ended = "interrupted" if interrupts else f"no better validation for {waited} epochs"
+                break
+            start, state, mean = time.perf_counter(), None, _Mean()
+            for step, (x, target, lengths) in enumerate(_batches("data", data, epoch), 1):
+                state, value, rows = training.step(x, target, lengths, state if carry else None, loss, max_norm)
+                mean.add(value, rows)
+                if terminal is not None:
+                    terminal.progress(f"epoch {epoch + 1}/{epochs}  step {step}  loss {mean.value:.4g}{training.shown}")
+                if interrupts:
+                    break
+            if interrupts:
+                history.ended = f"interrupted in epoch {epoch + 1}"
+                break
+            results = (
+                None
+                if validation is None
+                else training.evaluate(_batches("validation", validation, epoch), loss, carry)
+            )
+            training.end_epoch(mean.value, results, time.perf_counter() - start)
+            if checkpoint is not None:
+                training.save(checkpoint)
+        if training.best is not None:
+            model.load_state_dict(training.best)
+        if terminal is not None:
+            terminal.say(str(history))
+    return history
+
+
+class _Mean:
+    """The mean of losses, by the rows of each."""
+
+    def __init__(self) -> None:
+        self.total, self.rows = 0.0, 0
+
+    def add(self, value: float, rows: int) -> None:
+        self.total, self.rows = self.total + value * rows, self.rows + rows
+
+    @property
+    def value(self) -> float:
+        return self.total / self.rows if self.rows else math.nan
+
+
+class _Training:
+    """A model with all that changes while it is trained, which a checkpoint keeps."""
+
+    def __init__(self, model: Any, optimizer: Any, schedule: Any, seed: int | None, metrics: dict[str, Metric]) -> None:
+        if optimizer is None:
+            optimizer = Adam(model) if schedule is None else schedule.optimizer
+        held = [list(map(id, one.values())) for one in optimizer._parameters]
+        if held != [list(map(id, model.parameters.values()))]:
+            raise ValueError("optimizer: expected one of the parameters of the model, such as rnnkern.Adam(model)")
+        if schedule is not None and schedule.optimizer is not optimizer:
+            raise ValueError("schedule: expected one of the optimizer, got one of another")
+        self.model, self.optimizer, self.schedule, self.metrics, self._seed = model, optimizer, schedule, metrics, seed
+        self.seed = int(np.random.default_rng().integers(2**63)) if seed is None else seed
+        self.history = History(metrics={name: [] for name in metrics})
+        self.best: dict[str, Array] | None = None
+        self.by_epoch = isinstance(schedule, PlateauSchedule)
+
+    @property
+    def shown(self) -> str:
+        """The end of the line of progress."""
+        losses = self.history.validation_loss
+        return f"  validation {losses[-1]:.4g}" if losses else ""
+
+    def _of_loss(self, lengths: Any) -> dict[str, Any]:
+        """What the loss is told of the ends of rows."""
+        if lengths is None or getattr(self.model, "many_to_one", False):
+            return {}
+        return {"lengths": lengths} | ({"batch_first": True} if self.model.batch_first else {})
+
+    def step(
+        self, x: Any, target: Array, lengths: Any, state: Any, loss: Loss, max_norm: float | None
+    ) -> tuple[Any, float, int]:
+        """Train on one batch; the final state, the loss, and the number of rows it is the mean of."""
+        seed, options = derived_seed(self.seed, self.optimizer.steps), self._of_loss(lengths)
+        y, state, tape = self.model.forward(x, state, lengths=lengths, seed=seed)
+        value, dy = loss(y, target, **options)
+        grads = self.model.backward(tape, dy, need_x=False)
+        if max_norm is not None:
+            clip_grad_norm(grads, max_norm)
+        self.optimizer.step(grads)
+        if self.schedule is not None and not self.by_epoch:
+            self.schedule.step()
+        return state, float(value), len(_valid(y, y, options))
+
+    def evaluate(
+        self, batches: Iterator[tuple[Any, Array, Any]], loss: Loss, carry: bool
+    ) -> tuple[float, dict[str, float]]:
+        """The loss and the metrics of batches that are not trained on."""
+        mean, state, outputs, targets = _Mean(), None, [], []
+        for x, target, lengths in batches:
+            options = self._of_loss(lengths)
+            y, state = self.model(x, state if carry else None, lengths=lengths)
+            outputs.append(_valid(y, y, options))
+            mean.add(float(loss(y, target, **options)[0]), len(outputs[-1]))
+            targets.append(_valid(target, y, options))
+            if not self.metrics:
+                outputs.clear()
+                targets.clear()
+        return mean.value, {
+            name: float(metric(np.concatenate(outputs), np.concatenate(targets)))
+            for name, metric in self.metrics.items()
+        }
+
+    def end_epoch(self, loss: float, results: tuple[float, dict[str, float]] | None, seconds: float) -> None:
+        """Note what an epoch gave."""
+        history = self.history
+        if results is not None:
+            validation, metrics = results
+            best = math.inf if history.best_epoch is None else history.validation_loss[history.best_epoch]
+            if validation < best:
+                history.best_epoch, self.best = len(history.loss), self.model.state_dict()
+            history.validation_loss.append(validation)
+            for name, value in metrics.items():
+                history.metrics[name].append(value)
+        if self.schedule is not None and self.by_epoch:
+            self.schedule.step(loss if results is None else results[0])
+        history.loss.append(loss)
+        history.lr.append(self.optimizer.lr)
+        history.seconds.append(seconds)
+
+    def save(self, path: str | Path) -> None:
+        """Write all of it."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
+        schedule = None if self.schedule is None else self.schedule.state_dict()
+        save(path, state | {"schedule": schedule, "history": asdict(self.history), "seed": self.seed})
+
+    def load(self, path: str | Path) -> None:
+        """Go on from what was written."""
+        state = load(path)
+        try:
+            check_names("state", state, ("model", "optimizer", "best", "schedule", "history", "seed"))
+            if (state["schedule"] is None) != (self.schedule is None) or set(state["history"]["metrics"]) != set(
+                self.metrics
+            ):
+                raise ValueError("it was written with another schedule or other metrics")
+            if self._seed not in (None, state["seed"]):
+                raise ValueError(f"it was written with the seed {state['seed']}, got {self._seed}")
+            self.history, self.best, self.seed = History(**state["history"]), state["best"], state["seed"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.schedule is not None:
+                self.schedule.load_state_dict(state["schedule"])
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"checkpoint {path}: expected one of this training: {error}") from error
+
+
+def _batches(name: str, data: Any, epoch: int) -> Iterator[tuple[Any, Array, Any]]:
+    """The batches of an epoch: x, target, and lengths or None."""
+    given = data(epoch) if callable(data) else data
+    if given is data and iter(given) is given:
+        raise TypeError(f"{name}: expected a list or a function of the epoch, for one pass each, got {describe(data)}")
+    index = -1
+    for index, batch in enumerate(given):
+        expected = f"{name}: expected batches (x, target) or (x, target, lengths)"
+        if isinstance(batch, Batch):
+            raise TypeError(f"{expected}, got (x, lengths, indices): give x, labels[indices], lengths")
+        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+            raise TypeError(f"{expected}, got {describe(batch)}; a single batch is [(x, target)]")
+        x, target, lengths = (*batch, None)[:3]
+        yield x, np.asarray(target), lengths
+    if index < 0:
+        raise ValueError(f"{name}: expected at least one batch, got none in epoch {epoch}")
+
+
+def _valid(array: Array, y: Array, options: Mapping[str, Any]) -> Array:
+    """The rows of y, or of what has its leading dimensions, that are there: (N, ...)."""
+    rows = array.reshape(y.size // y.shape[-1], *array.shape[y.ndim - 1 :])
+    if "lengths" not in options:
+        return rows
+    steps_first = y.swapaxes(0, 1) if "batch_first" in options else y
+    counts = np.arange(len(steps_first))[:, None] < np.asarray(options["lengths"])
+    return rows[(counts.T if "batch_first" in options else counts).reshape(-1)]
+
+
+@contextmanager
+def _noting_interrupt() -> Iterator[list[int]]:
+    """Let the first Ctrl-C add to the list, where it would raise KeyboardInterrupt; the second one does that."""
+    noted: list[int] = []
+    usual = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+        yield noted
+        return
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, usual)
