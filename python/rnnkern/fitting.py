@@ -172,11 +172,9 @@ def fit(
             if interrupts:
                 history.ended = f"interrupted in epoch {epoch + 1}"
                 break
-            results = (
-                None
-                if validation is None
-                else training.evaluate(_batches("validation", validation, epoch), loss, carry)
-            )
+            results = None
+            if validation is not None:
+                results = training.evaluate(_batches("validation", validation, epoch), loss, carry)
             training.end_epoch(mean.value, results, time.perf_counter() - start)
             if checkpoint is not None:
                 training.save(checkpoint)
@@ -243,26 +241,21 @@ class _Training:
         self.optimizer.step(grads)
         if self.schedule is not None and not self.by_epoch:
             self.schedule.step()
-        return state, float(value), len(_valid(y, y, options))
+        return state, float(value), _count(y, options)
 
     def evaluate(
         self, batches: Iterator[tuple[Any, Array, Any]], loss: Loss, carry: bool
     ) -> tuple[float, dict[str, float]]:
         """The loss and the metrics of batches that are not trained on."""
-        mean, state, outputs, targets = _Mean(), None, [], []
+        mean, state, parts = _Mean(), None, []
         for x, target, lengths in batches:
             options = self._of_loss(lengths)
             y, state = self.model(x, state if carry else None, lengths=lengths)
-            outputs.append(_valid(y, y, options))
-            mean.add(float(loss(y, target, **options)[0]), len(outputs[-1]))
-            targets.append(_valid(target, y, options))
-            if not self.metrics:
-                outputs.clear()
-                targets.clear()
-        return mean.value, {
-            name: float(metric(np.concatenate(outputs), np.concatenate(targets)))
-            for name, metric in self.metrics.items()
-        }
+            mean.add(float(loss(y, target, **options)[0]), _count(y, options))
+            if self.metrics:
+                parts.append((_rows(y, y, options), _rows(target, y, options)))
+        whole = [np.concatenate(part) for part in zip(*parts, strict=True)]
+        return mean.value, {name: float(metric(*whole)) for name, metric in self.metrics.items()}
 
     def end_epoch(self, loss: float, results: tuple[float, dict[str, float]] | None, seconds: float) -> None:
         """Note what an epoch gave."""
@@ -292,9 +285,8 @@ class _Training:
         state = load(path)
         try:
             check_names("state", state, ("model", "optimizer", "best", "schedule", "history", "seed"))
-            if (state["schedule"] is None) != (self.schedule is None) or set(state["history"]["metrics"]) != set(
-                self.metrics
-            ):
+            metrics, schedule = state["history"]["metrics"], state["schedule"]
+            if set(metrics) != set(self.metrics) or (schedule is None) != (self.schedule is None):
                 raise ValueError("it was written with another schedule or other metrics")
             if self._seed not in (None, state["seed"]):
                 raise ValueError(f"it was written with the seed {state['seed']}, got {self._seed}")
@@ -302,7 +294,7 @@ class _Training:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.schedule is not None:
-                self.schedule.load_state_dict(state["schedule"])
+                self.schedule.load_state_dict(schedule)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"checkpoint {path}: expected one of this training: {error}") from error
 
@@ -312,27 +304,31 @@ def _batches(name: str, data: Any, epoch: int) -> Iterator[tuple[Any, Array, Any
     given = data(epoch) if callable(data) else data
     if given is data and iter(given) is given:
         raise TypeError(f"{name}: expected a list or a function of the epoch, for one pass each, got {describe(data)}")
-    index = -1
-    for index, batch in enumerate(given):
-        expected = f"{name}: expected batches (x, target) or (x, target, lengths)"
+    none = True
+    for batch in given:
+        none, expected = False, f"{name}: expected batches (x, target) or (x, target, lengths)"
         if isinstance(batch, Batch):
             raise TypeError(f"{expected}, got (x, lengths, indices): give x, labels[indices], lengths")
         if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
             raise TypeError(f"{expected}, got {describe(batch)}; a single batch is [(x, target)]")
         x, target, lengths = (*batch, None)[:3]
         yield x, np.asarray(target), lengths
-    if index < 0:
+    if none:
         raise ValueError(f"{name}: expected at least one batch, got none in epoch {epoch}")
 
 
-def _valid(array: Array, y: Array, options: Mapping[str, Any]) -> Array:
-    """The rows of y, or of what has its leading dimensions, that are there: (N, ...)."""
-    rows = array.reshape(y.size // y.shape[-1], *array.shape[y.ndim - 1 :])
-    if "lengths" not in options:
-        return rows
-    steps_first = y.swapaxes(0, 1) if "batch_first" in options else y
-    counts = np.arange(len(steps_first))[:, None] < np.asarray(options["lengths"])
-    return rows[(counts.T if "batch_first" in options else counts).reshape(-1)]
+def _count(y: Array, options: Mapping[str, Any]) -> int:
+    """How many rows a loss of y is the mean of."""
+    return int(np.sum(options["lengths"])) if "lengths" in options else y.size // y.shape[-1]
+
+
+def _rows(array: Array, y: Array, options: Mapping[str, Any]) -> Array:
+    """Those rows of y, or of a target with its leading dimensions: (N, ...)."""
+    if "lengths" in options:
+        steps, batch = y.shape[1::-1] if "batch_first" in options else y.shape[:2]
+        valid = np.arange(steps)[:, None] < np.reshape(options["lengths"], batch)
+        return array[valid.T if "batch_first" in options else valid]
+    return array.reshape(y.size // y.shape[-1], *array.shape[y.ndim - 1 :])
 
 
 @contextmanager
