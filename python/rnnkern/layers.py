@@ -73,12 +73,12 @@ def parameter_names(stack: Stack, bias: bool) -> list[dict[str, str]]:
     ]
 
 
-def _check_size(stack: Stack) -> None:
+def _check_size(stack: Stack, bias: bool) -> None:
     """The parameters fit into memory; asked before any is made, from two layers, however many there are."""
     directions = len(stack.directions)
     first, *more = replace(stack, num_layers=min(stack.num_layers, 2)).layers[::directions]
     counts = [
-        sum(math.prod(shape) for shape in sizes.weight_shapes(True, stack.proj_size > 0).values())
+        sum(math.prod(shape) for shape in sizes.weight_shapes(bias, stack.proj_size > 0).values())
         for sizes in (first, *more)
     ]
     size = directions * (counts[0] + (stack.num_layers - 1) * counts[-1]) * stack.dtype.itemsize
@@ -160,9 +160,9 @@ class Recurrent(Piece, Generic[StateT]):
             (False, True) if flag("bidirectional", bidirectional) else (False,),
             float_dtype(dtype),
         )
-        _check_size(stack)
         self._signature = Signature(stack, flag("batch_first", batch_first))
         self._bias = flag("bias", bias)
+        _check_size(stack, self._bias)
         self._dropout = probability("dropout", dropout)
         if self._dropout and stack.num_layers == 1:
             warn_the_caller(f"dropout: has no effect on a single layer, got {dropout} with num_layers=1")

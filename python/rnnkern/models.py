@@ -111,7 +111,7 @@ def load_model(path: AnyPath) -> Any:
             of_piece[place][rest] = array
         return Sequential(*map(_build, described["pieces"], of_piece.values()))
     except (TypeError, ValueError, KeyError, SyntaxError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = f"without {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{path!s}: expected a file written by rnnkern.save_model: {reason}") from error
 
 

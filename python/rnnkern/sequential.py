@@ -40,12 +40,12 @@ def _options(function: Callable[..., Any]) -> frozenset[str]:
 
 
 @contextmanager
-def _noting(index: int, piece: object) -> Iterator[None]:
+def _noting(index: int, piece: str) -> Iterator[None]:
     """Say in errors which piece they are of."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        error.add_note(f"in piece {index}, {piece!r}")
+        error.add_note(f"in piece {index}, {piece}")
         raise
 
 
@@ -334,7 +334,7 @@ class Sequential(Piece):
             }
             function = type(piece).backward
             taken = _options(function)
-            with _noting(index, piece):
+            with _noting(index, chain.names[index]):
                 one = function(piece, tape.tapes[index], dx, **{key: options[key] for key in options if key in taken})
             dx = one.x
             gradients |= {f"{index}.{name}": gradient for name, gradient in one.parameters.items()}
