@@ -110,7 +110,7 @@ def fit(
     seed
         Of the dropout masks; None draws a fresh one.
     verbose
-        Whether to show a line of progress; None shows it on a terminal.
+        Whether to show a line of progress; None shows it where stdout is a terminal.
 
     Returns
     -------
@@ -151,9 +151,9 @@ def fit(
     if flag("resume", resume) and checkpoint is None:
         raise ValueError("checkpoint: expected a path to resume from, got None")
     if resume and checkpoint is not None and Path(checkpoint).exists():
-        training.load(checkpoint)
+        training.load(checkpoint, validation is not None)
     history, carry = training.history, flag("carry_state", carry_state)
-    history.ended = f"{epochs} epochs"
+    history.ended = "all epochs"
     shown = sys.stdout.isatty() if verbose is None else flag("verbose", verbose)
     with Terminal() if shown else nullcontext() as terminal, _noting_interrupt() as interrupts:
         for epoch in range(len(history.loss), epochs):
@@ -280,29 +280,31 @@ class _Training:
         schedule = None if self.schedule is None else self.schedule.state_dict()
         save(path, state | {"schedule": schedule, "history": asdict(self.history), "seed": self.seed})
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Path, validated: bool) -> None:
         """Go on from what was written."""
         state = load(path)
         try:
             check_names("state", state, ("model", "optimizer", "best", "schedule", "history", "seed"))
-            metrics, schedule = state["history"]["metrics"], state["schedule"]
-            if set(metrics) != set(self.metrics) or (schedule is None) != (self.schedule is None):
-                raise ValueError("it was written with another schedule or other metrics")
+            history, schedule = History(**state["history"]), state["schedule"]
+            if set(history.metrics) != set(self.metrics) or bool(history.validation_loss) != validated:
+                raise ValueError("it was written with another validation or other metrics")
+            if (schedule is None) != (self.schedule is None):
+                raise ValueError("it was written with another schedule")
             if self._seed not in (None, state["seed"]):
                 raise ValueError(f"it was written with the seed {state['seed']}, got {self._seed}")
-            self.history, self.best, self.seed = History(**state["history"]), state["best"], state["seed"]
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.schedule is not None:
                 self.schedule.load_state_dict(schedule)
+            self.history, self.best, self.seed = history, state["best"], state["seed"]
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"checkpoint {path}: expected one of this training: {error}") from error
 
 
 def _batches(name: str, data: Any, epoch: int) -> Iterator[tuple[Any, Array, Any]]:
     """The batches of an epoch: x, target, and lengths or None."""
-    given = data(epoch) if callable(data) else data
-    if given is data and iter(given) is given:
+    given = data if hasattr(data, "__iter__") or not callable(data) else data(epoch)
+    if not hasattr(given, "__iter__") or (given is data and iter(given) is given):
         raise TypeError(f"{name}: expected a list or a function of the epoch, for one pass each, got {describe(data)}")
     none = True
     for batch in given:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -39,16 +38,6 @@ def _options(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-@contextmanager
-def _noting(index: int, piece: str) -> Iterator[None]:
-    """Say in errors which piece they are of."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        error.add_note(f"in piece {index}, {piece}")
-        raise
-
-
 @dataclass(frozen=True)
 class _Chain:
     """What the whole of some pieces takes and gives; runs them one after the other."""
@@ -60,10 +49,21 @@ class _Chain:
     symbols: bool  # whether x is of symbols
     steps: bool  # whether y has steps, which `Last` takes away
 
-    @property
+    @cached_property
     def recurrent(self) -> list[bool]:
         """Which pieces have a state."""
         return ["state" in _options(type(piece).__call__) for piece in self.pieces]
+
+    def ask(self, index: int, method: str, *arguments: Any, **options: Any) -> Any:
+        """What a method of a piece returns; it is given those of the options that it takes."""
+        piece = self.pieces[index]
+        function = getattr(type(piece), method)
+        taken = _options(function)
+        try:
+            return function(piece, *arguments, **{name: one for name, one in options.items() if name in taken})
+        except (TypeError, ValueError) as error:
+            error.add_note(f"in piece {index}, {self.names[index]}")
+            raise
 
     def run(
         self, method: str, x: Any, state: Any, lengths: Any, resets: Any, seed: int | None = None
@@ -81,16 +81,12 @@ class _Chain:
             x = np.where(valid if self.symbols else valid[..., None], x, x.dtype.type(0))
         states: list[Any] = []
         rest: list[Any] = []
-        for index, piece in enumerate(self.pieces):
-            options = {"state": given[len(states)] if recurrent[index] else None, "lengths": lengths, "resets": resets}
-            if seed is not None:
-                options["seed"] = derived_seed(seed, index)
-            function = getattr(type(piece), method)
-            taken = _options(function)
-            with _noting(index, self.names[index]):
-                result = function(piece, x, **{name: one for name, one in options.items() if name in taken})
+        for index, has_state in enumerate(recurrent):
+            before = given[len(states)] if has_state else None
+            own_seed = None if seed is None else derived_seed(seed, index)
+            result = self.ask(index, method, x, state=before, lengths=lengths, resets=resets, seed=own_seed)
             x, *others = result if isinstance(result, tuple) else (result,)
-            if recurrent[index]:
+            if has_state:
                 states.append(others.pop(0))
             rest += others
         if valid is None or not self.steps or recurrent[-1]:
@@ -325,17 +321,18 @@ class Sequential(Piece):
         needed = [need_x or any(pair) for pair in zip(chain.recurrent, asked, strict=True)]
         states: list[Any] = []
         gradients: dict[str, Array] = {}
-        for index in reversed(range(needed.index(True) if any(needed) else len(needed), len(needed))):
+        first = needed.index(True) if any(needed) else len(needed)
+        for index in reversed(range(first, len(needed))):
             piece, recurrent = self.pieces[index], chain.recurrent[index]
-            options = {
-                "dstate": dstates.pop() if recurrent else None,
-                "need_x": need_x or any(needed[:index]),
-                "parameters": len(asked[index]) == len(piece.parameters) or asked[index],
-            }
-            function = type(piece).backward
-            taken = _options(function)
-            with _noting(index, chain.names[index]):
-                one = function(piece, tape.tapes[index], dx, **{key: options[key] for key in options if key in taken})
+            one = chain.ask(
+                index,
+                "backward",
+                tape.tapes[index],
+                dx,
+                dstate=dstates.pop() if recurrent else None,
+                need_x=any(needed[:index]) or need_x,
+                parameters=len(asked[index]) == len(piece.parameters) or asked[index],
+            )
             dx = one.x
             gradients |= {f"{index}.{name}": gradient for name, gradient in one.parameters.items()}
             states += [one.state] if recurrent else []
@@ -385,7 +382,17 @@ class Sequential(Piece):
 
 
 class FrozenSequential:
-    """A snapshot of a `Sequential` for inference; made by `Sequential.freeze`."""
+    """A snapshot of a `Sequential` for inference; made by `Sequential.freeze`.
+
+    Examples
+    --------
+    >>> import numpy as np, rnnkern as rk
+    >>> fast = rk.Sequential(rk.GRU(3, 4, seed=0), rk.Last(), rk.Linear(4, 2, seed=1)).freeze()
+    >>> y, (h,) = fast(np.ones((5, 2, 3)))
+    >>> stream = fast.stream(batch=2)
+    >>> bool((y == [stream.step(np.ones((2, 3))) for _ in range(5)][-1]).all())
+    True
+    """
 
     def __init__(self, chain: _Chain, model: str) -> None:
         self._chain = chain
