@@ -276,7 +276,7 @@ def test_calls_name_what_is_wrong() -> None:
             call()
     with pytest.raises(TypeError) as caught:
         model(x, (3,))
-    assert caught.value.__notes__ == ["in piece 1, LSTM(3, 4, num_layers=2, dropout=0.3)"]
+    assert caught.value.__notes__ == ["in pieces[1], LSTM(3, 4, num_layers=2, dropout=0.3)"]
 
 
 def test_last_of_both_directions_is_the_final_state() -> None:

@@ -62,7 +62,7 @@ class _Chain:
         try:
             return function(piece, *arguments, **{name: one for name, one in options.items() if name in taken})
         except (TypeError, ValueError) as error:
-            error.add_note(f"in piece {index}, {self.names[index]}")
+            error.add_note(f"in {self.names[index]}")
             raise
 
     def run(
@@ -77,7 +77,7 @@ class _Chain:
             raise ValueError(f"resets: expected None without a recurrent layer, got {describe(resets)}")
         # Recurrent layers and `Last` read nothing past a row's end, and the former write zeros there; others do not
         # know of ends.
-        if valid is not None and not _options(type(self.pieces[0]).__call__) & {"lengths"}:
+        if valid is not None and "lengths" not in _options(type(self.pieces[0]).__call__):
             x = np.where(valid if self.symbols else valid[..., None], x, x.dtype.type(0))
         states: list[Any] = []
         rest: list[Any] = []
@@ -112,7 +112,7 @@ class _Chain:
             raise ValueError(f"lengths: expected None where x has no steps and rows, got x of shape {x.shape}")
         steps, batch = reversed(shape) if self.batch_first else shape
         valid: Array = np.arange(steps)[:, None] < row_lengths(lengths, steps, batch)
-        return valid.T if self.batch_first else valid
+        return np.ascontiguousarray(valid.T) if self.batch_first else valid
 
 
 @dataclass(frozen=True, eq=False)
@@ -536,7 +536,7 @@ def _chain(pieces: tuple[Any, ...]) -> _Chain:
     timed = [one for one in pieces if isinstance(one, Recurrent | Last)]
     return _Chain(
         pieces,
-        tuple(map(repr, pieces)),
+        tuple(f"pieces[{index}], {piece!r}" for index, piece in enumerate(pieces)),
         sized[0][1].dtype,
         bool(timed and timed[0].batch_first),
         isinstance(pieces[0], Embedding),
