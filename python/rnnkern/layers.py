@@ -41,7 +41,7 @@ from .functional import (
     run_packed,
     uniform,
 )
-from .pieces import Piece, reserve
+from .pieces import Piece, check_room
 from .stack import Forward, Stack, State, Weights
 
 __all__ = ["GRU", "LSTM", "RNN", "Frozen", "Recurrent", "Stream"]
@@ -82,7 +82,7 @@ def _check_size(stack: Stack, bias: bool) -> None:
         for sizes in (first, *more)
     ]
     size = directions * (counts[0] + (stack.num_layers - 1) * counts[-1]) * stack.dtype.itemsize
-    reserve("input_size, hidden_size, num_layers", size)
+    check_room("input_size, hidden_size, num_layers", size)
 
 
 class Recurrent(Piece, Generic[StateT]):

@@ -28,7 +28,7 @@ from .arguments import (
 )
 from .functional import Grads, Parameters, add_into, refuse_to_copy
 
-__all__ = ["Dropout", "Embedding", "Last", "Piece", "last", "last_gradient", "parameters_within", "reserve"]
+__all__ = ["Dropout", "Embedding", "Last", "Piece", "check_room", "last", "last_gradient", "parameters_within"]
 
 Array = NDArray[Any]
 
@@ -48,7 +48,7 @@ def parameters_within(size: int) -> Iterator[None]:
         _most_bytes.reset(token)
 
 
-def reserve(arguments: str, size: int) -> None:
+def check_room(arguments: str, size: int) -> None:
     """Parameters of so many bytes fit into memory; asked before any is made, since drawing them takes time."""
     most = _most_bytes.get()
     if size > most:
@@ -167,7 +167,7 @@ class Embedding(Piece):
         self.num_embeddings = integer("num_embeddings", num_embeddings, 1)
         self.embedding_dim = integer("embedding_dim", embedding_dim, 1)
         self.dtype = float_dtype(dtype)
-        reserve("num_embeddings, embedding_dim", self.num_embeddings * self.embedding_dim * self.dtype.itemsize)
+        check_room("num_embeddings, embedding_dim", self.num_embeddings * self.embedding_dim * self.dtype.itemsize)
         generator = np.random.default_rng(seed_or_none(seed))
         weight = generator.standard_normal((self.num_embeddings, self.embedding_dim))
         self._parameters = Parameters({"weight": weight.astype(self.dtype)})

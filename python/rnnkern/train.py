@@ -29,7 +29,7 @@ from .arguments import (
 )
 from .copies import shared
 from .functional import Grads, Parameters, add_into, refuse_to_copy, uniform
-from .pieces import Piece, reserve
+from .pieces import Piece, check_room
 
 __all__ = ["SGD", "Adam", "AdamW", "Linear", "clip_grad_norm", "clip_grad_value"]
 
@@ -104,7 +104,7 @@ class Linear(Piece):
         shapes: dict[str, tuple[int, ...]] = {"weight": (self.out_features, self.in_features)}
         if self.bias:
             shapes["bias"] = (self.out_features,)
-        reserve("in_features, out_features", sum(map(math.prod, shapes.values())) * self.dtype.itemsize)
+        check_room("in_features, out_features", sum(map(math.prod, shapes.values())) * self.dtype.itemsize)
         bound = 1 / math.sqrt(self.in_features)
         generator = np.random.default_rng(seed_or_none(seed))
         self._parameters = Parameters(
