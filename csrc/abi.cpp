@@ -109,12 +109,13 @@ struct Checked {
     use_packed(network, given.packed, given.training);
     if (given.masks && !given.training) throw std::invalid_argument("masks: expected null in inference");
     if (given.training)
-      expect("kept", "bytes", given.kept.bytes, kept_bytes(network, given.steps, given.batch, given.masks != nullptr));
+      expect("kept", "bytes", given.kept.bytes,
+             kept_bytes(network, given.steps, given.batch, Save::gates, given.masks != nullptr));
     call.steps = given.steps, call.batch = given.batch;
     call.lengths = given.lengths, call.resets = given.resets, call.masks = given.masks;
     call.x = given.x, call.y = given.y;
     call.initial = states_of("initial", network, given.initial);
-    call.training = given.training, call.kept = given.kept.data;
+    call.save = given.training ? Save::gates : Save::nothing, call.kept = given.kept.data;
   }
 };
 
@@ -124,8 +125,8 @@ void find_sizes(const rnnkern_stack& stack, std::int64_t steps, std::int64_t bat
   sizes.weights = weights_of(network, stack);
   sizes.packed_for_inference = network.packed_bytes(false);
   sizes.packed_for_training = network.packed_bytes(true);
-  sizes.kept = kept_bytes(network, steps, batch, false);
-  sizes.kept_with_masks = kept_bytes(network, steps, batch, true);
+  sizes.kept = kept_bytes(network, steps, batch, Save::gates, false);
+  sizes.kept_with_masks = kept_bytes(network, steps, batch, Save::gates, true);
 }
 
 void pack_all(const rnnkern_stack& stack, const rnnkern_pack& call) {

@@ -127,19 +127,19 @@ Packed* pack(const std::string& cell, const std::string& format, std::int64_t in
 }
 
 // Packs weights and runs a forward with them: what two calls would do, in one crossing. Returns the packed weights, the
-// final state and, when training, what backward needs.
+// final state and, where something is saved, what backward needs.
 py::tuple run_unpacked(const std::string& cell, const std::string& format, std::int64_t input_size,
                        std::int64_t hidden_size, std::int64_t proj_size, std::int64_t num_layers,
-                       std::vector<bool> directions, const py::tuple& names, const py::object& weights, bool training,
+                       std::vector<bool> directions, const py::tuple& names, const py::object& weights,
                        const py::object& x, const py::object& state, const py::object& lengths,
-                       const py::object& resets, const py::object& masks, const py::object& y,
+                       const py::object& resets, const py::object& masks, const py::object& y, const py::object& save,
                        const py::object& reserve) {
   if (!reserve.is_none() && !py::isinstance<Reserve>(reserve))
     throw py::type_error("reserve: expected a Reserve or None");
   const py::object packed = py::cast(make<Packed>(cell, format, input_size, hidden_size, proj_size, num_layers,
-                                                  std::move(directions), names, weights, training, reserve),
+                                                  std::move(directions), names, weights, !save.is_none(), reserve),
                                      py::return_value_policy::take_ownership);
-  const py::tuple results = packed.cast<const Packed&>().forward(x, state, lengths, resets, masks, y);
+  const py::tuple results = packed.cast<const Packed&>().forward(x, state, lengths, resets, masks, y, save);
   return py::make_tuple(packed, results[0], results[1]);
 }
 
@@ -154,7 +154,7 @@ std::tuple<std::int64_t, std::int64_t, std::int64_t> abi_bytes(const std::string
   if (found == nullptr) throw py::value_error("isa: expected one of isas(), got '" + isa + "'");
   const Network network(*found, cell, format_of(text_of(float_dtype(dtype))), input_size, hidden_size, proj_size,
                         num_layers, std::move(directions));
-  const std::int64_t kept = kept_bytes(network, steps, batch, false);
+  const std::int64_t kept = kept_bytes(network, steps, batch, Save::gates, false);
   return {network.packed_bytes(false), network.packed_bytes(true), kept};
 }
 
@@ -229,10 +229,10 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   seal(py::class_<Packed>(m, "Packed", "The weights of a stack, packed for the ISA that was active when it was made.",
                           py::is_final())
            .def("forward", &Packed::forward, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"),
-                py::arg("masks"), py::arg("y"))
+                py::arg("masks"), py::arg("y"), py::arg("save"))
            .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("need_x"),
-                py::arg("wanted"))
-           .def("plan", &Packed::plan, py::arg("steps"), py::arg("batch"), py::arg("backward"))
+                py::arg("wanted"), py::arg("sums"))
+           .def("plan", &Packed::plan, py::arg("steps"), py::arg("batch"), py::arg("save"), py::arg("backward"))
            .def_property_readonly("names", [](const Packed& self) { return self.names(); })
            .def_property_readonly("isa", [](const Packed& self) { return self.isa(); })
            .def_property_readonly("nbytes", [](const Packed& self) { return self.nbytes(); }));
@@ -257,8 +257,8 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
 
   m.def("run", &run_unpacked, py::arg("cell"), py::arg("format"), py::arg("input_size"), py::arg("hidden_size"),
         py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("names"), py::arg("weights"),
-        py::arg("training"), py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"), py::arg("masks"),
-        py::arg("y"), py::arg("reserve"));
+        py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"), py::arg("masks"), py::arg("y"),
+        py::arg("save"), py::arg("reserve"));
 
   m.def("abi_bytes", &abi_bytes, py::arg("isa"), py::arg("cell"), py::arg("dtype"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("steps"),

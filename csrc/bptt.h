@@ -11,19 +11,22 @@ namespace {
 
 template <class Cell, class T>
 struct BackwardScratch {
-  T* carry[Cell::states];       // [B, stride]: gradients of the states after the step at hand, without dy
-  T* dx_gates;                  // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
-  T* dr_gates;                  // the same, recurrent side; dx_gates where the cell has but one
-  T* dextra;                    // [block rows, extras * H]
-  T* dh;                        // [block rows, stride P]: gradient of the projected h
-  T* given[Cell::Step::count];  // [block rows, padded H]: what a phase has given to the product behind it
-  T* terms;                     // [B, vectors, padded H]: what the gradient of a mean over units is the sum of
-  T* zeros;                     // [padded H]
+  T* carry[Cell::states];             // [B, stride]: gradients of the states after the step at hand, without dy
+  T* dx_gates;                        // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
+  T* dr_gates;                        // the same, recurrent side; dx_gates where the cell has but one
+  T* dextra;                          // [block rows, extras * H]
+  T* dh;                              // [block rows, stride P]: gradient of the projected h
+  T* given[Cell::Step::count];        // [block rows, padded H]: what a phase has given to the product behind it
+  T* terms;                           // [B, vectors, padded H]: what the gradient of a mean over units is the sum of
+  T* zeros;                           // [padded H]
+  T* values;                          // [block rows, slots, padded H]: with Save::outputs what forward would have saved
+  T* given_again[Cell::Step::count];  // [block rows, vectors, padded H]: and given
   std::int64_t gate_stride;
   // Of one worker.
   const T **left, **right;                 // [block rows]: of a sum of outer products
   T** outputs;                             // [block rows]
   T* buffer;                               // kOuterBuffer
+  const T** before[Cell::states];          // [block rows]: states before each step; with Save::outputs
   const T **prev[Cell::states], **inputs;  // [B], of a step
   std::int64_t* batch_index;
 
@@ -46,7 +49,13 @@ struct BackwardScratch {
     });
     terms = arena.take<T>(B * most_means * padded_h);
     zeros = arena.take<T>(padded_h);
+    const std::int64_t again = call.save == Save::outputs && Cell::saved > 0 ? rows : 0;
+    values = arena.take<T>(again * kSlots<Cell> * padded_h);
+    for_each_phase<Cell>([&]<int p>() {
+      given_again[p] = arena.take<T>(p < Cell::Step::last ? again * given_in<Cell, p>(sizes) * padded_h : 0);
+    });
     arena.take_for_workers(call.max_threads, worker_index, [&] {
+      for (const T**& one : before) one = arena.take<const T*>(again);
       left = arena.take<const T*>(rows), right = arena.take<const T*>(rows), outputs = arena.take<T*>(rows);
       buffer = arena.take<T>(kOuterBuffer<T>);
       for (const T**& one : prev) one = arena.take<const T*>(B);
@@ -63,7 +72,8 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   using Base = Context<Cell, T>;
   using Loop = LayerContext<Cell, T>;
   using Loop::call, Loop::worker, Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::block_first_;
-  using Loop::time, Loop::output, Loop::saved_row;
+  using Loop::time, Loop::output;
+  using V = Vec<T>;
 
   BackwardLoop(const Base& context, const Layer& layer, const BackwardScratch<Cell, T>& scratch) noexcept
       : Loop(context, layer), s_(scratch), packed_(layer, true) {}
@@ -75,6 +85,10 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     for (std::int64_t end = call.steps; end > 0; end -= call.block_steps) {
       if (!this->begin_block()) break;
       block_first_ = end > call.block_steps ? end - call.block_steps : 0;
+      if (Cell::saved > 0 && call.save == Save::outputs && this->takes_part()) {
+        recompute_gates(end);
+        this->wait();
+      }
       if (!run_parts(steps, end)) break;
       if (!this->takes_part()) continue;
       add_gradients({block_first_, end});
@@ -122,7 +136,84 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     if (this->cut(layer_.reverse, t, b)) return s_.zeros;
     if (is_first(t, b)) return initial(state, b);
     if (Cell::kept[state] == kInOutput) return output(before(t), b);
-    return saved_row(before(t), b) + Cell::kept[state] * padded_h_;
+    if (call.save == Save::outputs) return this->saved_state(state, before(t), b);
+    return Loop::saved_row(before(t), b) + Cell::kept[state] * padded_h_;
+  }
+
+  // What forward has saved of row b in step t of the block at hand.
+  const T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
+    if (call.save == Save::gates) return Loop::saved_row(t, b);
+    return s_.values + ((time(t) - block_first_) * call.batch + b) * kSlots<Cell> * padded_h_;
+  }
+
+  // Computes what forward saves for the steps of a block, a product over all their rows for each one of forward's: a
+  // state before a step is there already. Workers divide the rows, or the steps where each has all rows.
+  void recompute_gates(std::int64_t end) noexcept {
+    const Range own = this->rows(), steps{block_first_, end};
+    const Range part =
+        this->by_units() ? share(end - block_first_, worker.index, worker.count) : Range{0, end - block_first_};
+    std::int64_t rows = 0;
+    for (std::int64_t i = steps.begin + part.begin; i < steps.begin + part.end; ++i)
+      for (std::int64_t b = own.begin; b < own.end; ++b) {
+        if (time(i) >= this->length(b)) continue;
+        s_.left[rows] = this->x_row(time(i), b);
+        s_.outputs[rows] = const_cast<T*>(saved_row(time(i), b));
+        for (int s = 0; s < Cell::states; ++s) s_.before[s][rows] = previous(s, time(i), b);
+        ++rows;
+      }
+    using Input = PanelShape<Cell::gates>;
+    product<AsStates<T>, Input>(rows, s_.left, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
+                                packed_.values(packed_.at.b_ih), H_, Panels{0, Input::template panels<T>(H_)},
+                                [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                  for_units<T, Input>(panel, H_, [&](int sub, std::int64_t unit, int) {
+                                    for (int gate = 0; gate < Cell::gates; ++gate)
+                                      store(s_.outputs[i] + gate * padded_h_ + unit, sum[sub * Cell::gates + gate]);
+                                  });
+                                });
+    for_each_phase<Cell>([&]<int p>() {
+      if constexpr (!PhaseOf<Cell, p>::projects) recompute_phase<p>(rows);
+    });
+  }
+
+  template <int p>
+  void recompute_phase(std::int64_t rows) noexcept {
+    using Phase = PhaseOf<Cell, p>;
+    using Shape = PanelShape<Phase::outputs>;
+    const auto given = [&](int phase, std::int64_t i, std::int64_t vectors) {
+      return s_.given_again[phase] + (s_.outputs[i] - s_.values) / kSlots<Cell> * vectors;
+    };
+    const auto done = [&](std::int64_t i, std::int64_t panel, const V* results, int step) {
+      for_units<T, Shape>(panel, H_, [&](int sub, std::int64_t unit, int count) {
+        V extra[kMaxExtras], prev[kMaxStates], next[Phase::sets];
+        for (int e = 0; e < Cell::extras; ++e)
+          extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h_ + unit);
+        for (int s = Cell::Step::projects; s < Cell::states; ++s) prev[s] = load_some<V>(s_.before[s][i] + unit, count);
+        part_of_row<Cell, p>(s_.outputs[i] + unit, padded_h_, results + sub * step, extra, prev, next, true);
+        if constexpr (!Phase::is_last)
+          for (int v = 0; v < Phase::given; ++v) store(given(p, i, Phase::given) + v * padded_h_ + unit, next[v]);
+      });
+    };
+    const Panels panels{0, Shape::template panels<T>(H_)};
+    if constexpr (Phase::multiplies) {
+      const T* const* inputs = s_.before[0];
+      if constexpr (p > 0) {
+        for (std::int64_t i = 0; i < rows; ++i) s_.right[i] = given(p - 1, i, 1);
+        inputs = s_.right;
+      }
+      product<AsStates<T>, Shape>(rows, inputs, product_of<Phase>(layer_.sizes).depth,
+                                  packed_.weights(packed_.at.weights[p]), packed_.values(packed_.at.bias[p]), H_,
+                                  panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                                    done(i, panel, sum, Phase::outputs);
+                                  });
+    } else {
+      for (std::int64_t i = 0; i < rows; ++i) {
+        V means[Phase::means + 1];
+        if constexpr (p > 0)
+          for (int k = 0; k < Phase::means; ++k)
+            means[k] = mean_of_units<V>(given(p - 1, i, Phase::means) + k * padded_h_, H_);
+        for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) done(i, panel, means, 0);
+      }
+    }
   }
 
   // Lists the active rows of some steps of a block in the order of backward, the same for every block size; row(t, b,

@@ -50,6 +50,10 @@ struct Layer {
   LayerWeights<void*> gradients;  // null: not wanted; else zeroed by the caller
 };
 
+// What forward keeps for backward of each step beside y: nothing, what the cell saves of its gates, or only the states
+// that are not in y, from which backward computes the gates of a block again.
+enum class Save : int { nothing, gates, outputs };
+
 // What the threads of a call divide among them: the rows of the batch, the units of a layer, or the layer-directions,
 // each of which is one thread's.
 enum class Split : int { rows, units, layers };
@@ -63,6 +67,7 @@ struct KernelCall {
   const Layer* layers;
   const void* const* masks;  // [L-1] of [T, B, D*P], dropout scale of each output; null: no dropout
   void* const* masked;       // [L-1] of [T, B, D*P]: forward writes y * mask here, the input of the next layer
+  Save save;
   Split split;
   std::int64_t block_steps;  // steps whose gates are worked on while they are in cache
   std::int64_t part_steps;   // of a block of backward: steps after which dx is there for the layer below
@@ -92,12 +97,12 @@ constexpr int kFormats = 3;
 // The functions of one cell for one format.
 struct CellKernels {
   std::int64_t (*packed_bytes)(const LayerSizes&, bool training) noexcept;
-  Task pack;                                                                       // context: const PackCall*
-  std::int64_t (*saved_elements)(const LayerSizes&, std::int64_t batch) noexcept;  // a step of Layer::saved
+  Task pack;                                                                             // context: const PackCall*
+  std::int64_t (*saved_elements)(const LayerSizes&, std::int64_t batch, Save) noexcept;  // a step of Layer::saved
   std::int64_t (*scratch_bytes)(const KernelCall&, bool backward) noexcept;
-  std::int64_t (*row_grain)(const LayerSizes&, std::int64_t batch) noexcept;  // rows a thread works on together
-  Task forward;                                                               // context: const KernelCall*
-  Task backward;                                                              // the same; null: inference only
+  std::int64_t (*row_grain)(const LayerSizes&, std::int64_t batch, Save) noexcept;  // rows a thread works on together
+  Task forward;                                                                     // context: const KernelCall*
+  Task backward;                                                                    // the same; null: inference only
 };
 
 struct LinearKernels {

@@ -132,15 +132,15 @@ std::int64_t scratch_bytes(const KernelCall& call, bool for_backward) noexcept {
 }
 
 template <class Cell, class T>
-std::int64_t row_grain(const LayerSizes& sizes, std::int64_t batch) noexcept {
-  return is_narrow<Cell, T>(sizes, batch) ? kLanes<T> : 1;
+std::int64_t row_grain(const LayerSizes& sizes, std::int64_t batch, Save save) noexcept {
+  return is_narrow<Cell, T>(sizes, batch, save) ? kLanes<T> : 1;
 }
 
 template <class Cell, class T>
-std::int64_t saved_elements(const LayerSizes& sizes, std::int64_t batch) noexcept {
-  const std::int64_t states =
-      is_narrow<Cell, T>(sizes, batch) ? padded<T>(batch) * sizes.hidden : batch * padded<T>(sizes.hidden);
-  return Cell::saved * states;
+std::int64_t saved_elements(const LayerSizes& sizes, std::int64_t batch, Save save) noexcept {
+  const std::int64_t values = save == Save::nothing ? 0 : save == Save::gates ? Cell::saved : Cell::states - 1;
+  return values *
+         (is_narrow<Cell, T>(sizes, batch, save) ? padded<T>(batch) * sizes.hidden : batch * padded<T>(sizes.hidden));
 }
 
 template <class T>

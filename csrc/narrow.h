@@ -20,13 +20,13 @@ constexpr bool kCanBeNarrow = Cell::Step::last == 0 && PhaseOf<Cell, 0>::multipl
 // AVX-512, float32, I = 2, inference against recurrence.h, for RNN, GRU and LSTM: 1.2x, 1.5x and 2.0x at B = 2, H =
 // 1, 1.7x to 2.4x at B = 4, H = 2, 1.6x to 2.0x at B = 8, H = 6 or B = 16, H = 12, 5x to 9x at B = 16, H = 2.
 template <class Cell, class T>
-bool is_narrow(const LayerSizes& sizes, std::int64_t batch) noexcept {
-  return kCanBeNarrow<Cell> && !sizes.projected && sizes.hidden < kLanes<T> &&
+bool is_narrow(const LayerSizes& sizes, std::int64_t batch, Save save) noexcept {
+  return kCanBeNarrow<Cell> && save != Save::outputs && !sizes.projected && sizes.hidden < kLanes<T> &&
          sizes.hidden * divide_up(batch, kLanes<T>) < batch;
 }
 template <class Cell, class T>
 bool is_narrow(const KernelCall& call) noexcept {
-  return is_narrow<Cell, T>(call.layers[0].sizes, call.batch);
+  return is_narrow<Cell, T>(call.layers[0].sizes, call.batch, call.save);
 }
 
 // Up to so many columns are exchanged with rows one element at a time: a whole block of lanes by lanes takes longer.

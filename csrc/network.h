@@ -132,8 +132,8 @@ class Network {
   }
 
   // Of what the steps of layer-direction i save for backward.
-  std::int64_t saved_bytes(std::size_t i, std::int64_t T, std::int64_t B) const {
-    return times(times(T, kernels_.saved_elements(sizes(i), B)), bytes_);
+  std::int64_t saved_bytes(std::size_t i, std::int64_t T, std::int64_t B, Save save) const {
+    return times(times(T, kernels_.saved_elements(sizes(i), B, save)), bytes_);
   }
 
   // Throws unless every sum of sizes of a call fits into 64 bits.
@@ -152,10 +152,10 @@ class Network {
 
   // Adds to a call its layers and how it is divided.
   Plan complete(KernelCall& call, const std::vector<Layer>& layers, bool backward) const {
-    const Plan plan =
-        make_plan({call.steps, call.batch, input_size(), hidden_, outputs_, static_cast<std::int64_t>(layer_count()),
-                   static_cast<std::int64_t>(directions()), kernels_.row_grain(sizes(0), call.batch), entry_.gates,
-                   entry_.saved, num_threads(), bytes_, private_cache(), backward, call.masks != nullptr});
+    const Plan plan = make_plan({call.steps, call.batch, input_size(), hidden_, outputs_,
+                                 static_cast<std::int64_t>(layer_count()), static_cast<std::int64_t>(directions()),
+                                 kernels_.row_grain(sizes(0), call.batch, call.save), entry_.gates, entry_.saved,
+                                 num_threads(), bytes_, private_cache(), backward, call.masks != nullptr});
     call.layer_count = static_cast<int>(layer_count());
     call.directions = static_cast<int>(directions());
     call.layers = layers.data();

@@ -27,6 +27,14 @@ std::vector<py::object> state_elements(const py::object& state, const char* name
   return state.is_none() ? std::vector<py::object>(count, py::none()) : elements(state, name, count);
 }
 
+Save save_of(const py::object& name) {
+  if (name.is_none()) return Save::nothing;
+  if (!py::isinstance<py::str>(name)) throw py::type_error("save: expected None or a string");
+  if (PyUnicode_CompareWithASCIIString(name.ptr(), "gates") == 0) return Save::gates;
+  if (PyUnicode_CompareWithASCIIString(name.ptr(), "outputs") == 0) return Save::outputs;
+  throw py::value_error("save: expected None, 'gates' or 'outputs'");
+}
+
 // The states after a call without rows: those before it.
 void pass_on(const std::vector<py::object>& from, const std::vector<py::array>& to) {
   for (std::size_t s = 0; s < to.size(); ++s)
@@ -166,19 +174,22 @@ ForwardCall Packed::call_of(const Saved& saved, std::vector<const void*>& masks)
   if (!masks.empty()) call.masks = masks.data();
   call.x = bytes_of(saved.x), call.y = bytes_of(saved.y);
   call.initial = bytes_of(saved.initial);
-  call.training = training_;
+  call.save = saved.save;
   if (saved.kept) call.kept = saved.kept->buffer().data;
   return call;
 }
 
 py::tuple Packed::forward(const py::object& x, const py::object& state, const py::object& lengths,
-                          const py::object& resets, const py::object& masks, const py::object& y) const {
+                          const py::object& resets, const py::object& masks, const py::object& y,
+                          const py::object& save) const {
   const auto initial = state_elements(state, "state", state_count());
   Saved saved;
   saved.packed_id = id_;
+  saved.save = save_of(save);
+  const bool keeps = saved.save != Save::nothing;
   if (!masks.is_none()) saved.masks = elements(masks, "masks", layer_count() - 1);
-  if (!training_ && !saved.masks.empty())
-    throw py::value_error("masks: expected None with weights that were not packed for training");
+  if (!training_ && keeps) throw py::value_error("save: expected None with weights that were not packed for training");
+  if (!keeps && !saved.masks.empty()) throw py::value_error("masks: expected None where nothing is saved");
   if (!py::isinstance<py::array>(x))
     throw py::type_error("x: expected an array of shape (T, B, " + std::to_string(input_size()) + ")");
   const auto& given = fields_of(x);
@@ -192,11 +203,11 @@ py::tuple Packed::forward(const py::object& x, const py::object& state, const py
   if (T == 0 || B == 0) {
     pass_on(saved.initial, last);
   } else {
-    if (training_) {
+    if (keeps) {
       // The tape must not see what the caller does to its state later.
       for (std::size_t s = 0; s < state_count(); ++s)
         if (!saved.initial[s].is_none()) saved.initial[s] = copy_of(saved.initial[s], dtype_, state_shape(s, B));
-      if (const std::int64_t bytes = kept_bytes(*this, T, B, !saved.masks.empty()); bytes > 0)
+      if (const std::int64_t bytes = kept_bytes(*this, T, B, saved.save, !saved.masks.empty()); bytes > 0)
         saved.kept.emplace(reserve_, Reserve::saved, bytes);
     }
     std::vector<const void*> mask_data;
@@ -204,13 +215,17 @@ py::tuple Packed::forward(const py::object& x, const py::object& state, const py
     call.last = bytes_of(last);
     run<PythonHost>(*this, call);
   }
-  return py::make_tuple(tuple_of(last), training_ ? py::cast(std::move(saved)) : py::none());
+  return py::make_tuple(tuple_of(last), keeps ? py::cast(std::move(saved)) : py::none());
 }
 
 py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x,
-                           const Wanted& wanted) const {
+                           const Wanted& wanted, const py::object& sums) const {
   if (saved.packed_id != id_) throw py::value_error("saved: expected what forward of these weights returned");
   const auto dlast_objects = state_elements(dlast, "dlast", state_count());
+  std::vector<std::vector<py::object>> given(layer_directions());
+  if (!sums.is_none())
+    for (std::size_t i = 0; const py::object& one : elements(sums, "sums", layer_directions()))
+      given[i] = elements(one, {"sums", i}, names_.size()), ++i;
   const std::int64_t T = saved.steps, B = saved.batch;
   check(saved);
   const auto dfinal = checked_states(dlast_objects, "dlast", B);
@@ -221,7 +236,7 @@ py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::o
     throw py::value_error("wanted: expected one for each of " + std::to_string(layer_directions()) +
                           " layer-directions");
   std::vector<Gradients> gradients;
-  for (std::size_t i = 0; i < layer_directions(); ++i) gradients.push_back(zero_gradients(i, wanted));
+  for (std::size_t i = 0; i < layer_directions(); ++i) gradients.push_back(gradients_of(i, wanted, given[i]));
   if (T == 0 || B == 0) {
     pass_on(dfinal, dinitial);
   } else {
@@ -244,14 +259,18 @@ py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::o
   return py::make_tuple(dx, tuple_of(dinitial), found);
 }
 
-// Zeros for the wanted gradients of layer-direction i.
-Packed::Gradients Packed::zero_gradients(std::size_t i, const Wanted& wanted) const {
+// The wanted gradients of layer-direction i: those given, or zeros.
+Packed::Gradients Packed::gradients_of(std::size_t i, const Wanted& wanted, const std::vector<py::object>& sums) const {
   const std::vector<Shape> shapes = weight_shapes(i);
   if (wanted && (*wanted)[i].size() != shapes.size())
     throw py::value_error(Name{"wanted", i}.text() + ": expected " + std::to_string(shapes.size()) + " flags");
   Gradients gradients(shapes.size());
   for (std::size_t k = 0; k < shapes.size(); ++k) {
     if (wanted && !(*wanted)[i][k]) continue;
+    if (!sums.empty()) {
+      gradients[k] = checked(sums[k], {"sums", i, k}, dtype_, shapes[k], true);
+      continue;
+    }
     gradients[k] = new_array(dtype_, shapes[k]);
     fill_with_zeros(*gradients[k]);
   }
@@ -265,18 +284,21 @@ py::dict Packed::dict_of(const Gradients& gradients) const {
   return dict;
 }
 
-py::dict Packed::plan(std::int64_t steps, std::int64_t batch, bool backward) const {
+py::dict Packed::plan(std::int64_t steps, std::int64_t batch, const py::object& save, bool backward) const {
   if (!training_) throw py::value_error("plan: expected weights that were packed for training");
-  const std::int64_t kept = kept_bytes(*this, steps, batch, false);
   KernelCall call{};
+  call.save = save_of(save);
+  const std::int64_t kept = kept_bytes(*this, steps, batch, call.save, false);
   call.steps = steps;
   call.batch = batch;
   std::vector<Layer> layers = this->layers();
   for (std::size_t i = 0; i < layers.size(); ++i)
-    if (saved_bytes(i, steps, batch) > 0) layers[i].saved = &layers[i];  // forward works in it instead of in scratch
+    if (saved_bytes(i, steps, batch, call.save) > 0)
+      layers[i].saved = &layers[i];  // forward works in it instead of in scratch
   const Plan plan = complete(call, layers, backward);
   std::int64_t scratch = kernels().scratch_bytes(call, backward);
-  if (backward) scratch += between_bytes(call) + aside_bytes(call);
+  if (backward || call.save == Save::nothing) scratch += between_bytes(call);
+  if (backward) scratch += aside_bytes(call);
   py::dict described;
   described["threads"] = plan.threads;
   described["split"] = plan.split == Split::rows ? "rows" : plan.split == Split::units ? "units" : "layers";

@@ -22,6 +22,7 @@ namespace rnnkern {
 struct Saved {
   std::uint64_t packed_id = 0;  // of the Packed that made it
   std::int64_t steps = 0, batch = 0;
+  Save save = Save::nothing;
   py::object x, lengths = py::none(), resets = py::none(), y;
   std::vector<py::object> masks;    // of each layer but the last; none: no dropout
   std::vector<py::object> initial;  // h, c: (L*D, B, ...), or None for zeros
@@ -54,22 +55,24 @@ class Packed : public Network {
          std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
          const py::object& weights, bool training, const py::object& reserve);
 
-  // Fills y. Returns the final state, and what backward needs when the weights were packed for training, else None.
-  // None for the state, or in place of one, is zeros. Lengths and resets are read again by backward.
+  // Fills y. Returns the final state, and what backward needs, None where `save` is. None for the state, or in place of
+  // one, is zeros. Lengths and resets are read again by backward.
   py::tuple forward(const py::object& x, const py::object& state, const py::object& lengths, const py::object& resets,
-                    const py::object& masks, const py::object& y) const;
+                    const py::object& masks, const py::object& y, const py::object& save) const;
 
   // Which weights of each layer-direction, in the order of LayerWeights, are to get a gradient; none: all of them.
   using Wanted = std::optional<std::vector<std::vector<bool>>>;
 
   // Returns the gradients of x (None unless need_x), of the initial state, and of the wanted weights of each
-  // layer-direction, in dicts like those they were packed from. None for dlast, or in place of one, is zeros.
+  // layer-direction, in dicts like those they were packed from. None for dlast, or in place of one, is zeros. Gradients
+  // of weights are added to those in `sums`, for each layer-direction a list in the order of `names()`, of which those
+  // not wanted are not looked at; None makes new ones.
   py::tuple backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x,
-                     const Wanted& wanted) const;
+                     const Wanted& wanted, const py::object& sums) const;
 
   // How a training call of this size is divided, and the bytes that NumPy allocates in it beside states, y and
   // gradients: `kept` for as long as there is what it saves, `scratch` while it runs.
-  py::dict plan(std::int64_t steps, std::int64_t batch, bool backward) const;
+  py::dict plan(std::int64_t steps, std::int64_t batch, const py::object& save, bool backward) const;
 
   const py::dtype& dtype() const { return dtype_; }
   const py::tuple& names() const { return names_; }
@@ -87,7 +90,7 @@ class Packed : public Network {
 
   void pack_next(std::size_t i, const py::object& weights, void* to);
   std::vector<Shape> weight_shapes(std::size_t i) const;
-  Gradients zero_gradients(std::size_t i, const Wanted& wanted) const;
+  Gradients gradients_of(std::size_t i, const Wanted& wanted, const std::vector<py::object>& sums) const;
   py::dict dict_of(const Gradients& gradients) const;
   void check(const Saved& saved) const;
   ForwardCall call_of(const Saved& saved, std::vector<const void*>& masks) const;

@@ -163,6 +163,21 @@ V mean_of_units(const Scalar<V>* row, std::int64_t units) noexcept {
 template <class Cell>
 constexpr int kSlots = Cell::saved > Cell::gates ? Cell::saved : Cell::gates;
 
+// Runs the elementwise part of phase p for a vector of units, which is at row[v * stride] of each value v. While a step
+// works, the row holds what earlier phases have saved, and still the input's share of the gates of this phase and later
+// ones; with `save` it gets what this one saves.
+template <class Cell, int p, class V>
+RNNKERN_INLINE void part_of_row(Scalar<V>* row, std::int64_t stride, const V* r, const V* extra, const V* prev, V* next,
+                                bool save) noexcept {
+  using Phase = PhaseOf<Cell, p>;
+  V x[Cell::gates], saved[kSlots<Cell>];
+  for (int v = 0; v < Phase::first; ++v) saved[v] = load<V>(row + v * stride);
+  for (int gate = 0; gate < Phase::gates; ++gate) x[gate] = load<V>(row + (Phase::first + gate) * stride);
+  forward_part<Cell, p>(x, r, extra, prev, next, saved);
+  if (save)
+    for (int v = 0; v < Phase::saves; ++v) store(row + v * stride, saved[v]);
+}
+
 template <class Cell, class T>
 struct ForwardScratch {
   T* state[2][Cell::states];    // [B, stride]: before and after a step; the same memory where no product reads it
@@ -180,7 +195,8 @@ struct ForwardScratch {
     const StateShape<Cell, T> shape(call.layers[0].sizes);
     const std::int64_t padded_h = padded<T>(call.layers[0].sizes.hidden);
     bool own_gates = false;
-    for (int i = 0; i < call.layer_count * call.directions; ++i) own_gates |= call.layers[i].saved == nullptr;
+    for (int i = 0; i < call.layer_count * call.directions; ++i)
+      own_gates |= call.save != Save::gates || call.layers[i].saved == nullptr;
     const std::int64_t B = call.batch, rows = call.block_steps * B;
     for (int s = 0; s < Cell::states; ++s) {
       state[0][s] = arena.take<T>(B * shape.stride[s]);
@@ -216,7 +232,12 @@ class LayerContext : protected Context<Cell, T> {
   T* output(std::int64_t t, std::int64_t b) const noexcept {
     return static_cast<T*>(layer_.y) + (t * call.batch + b) * layer_.y_stride;
   }
-  // Saved values are [T, B, saved, padded H].
+  // With Save::outputs: [T, B, states - 1, padded H].
+  T* saved_state(int state, std::int64_t t, std::int64_t b) const noexcept {
+    const std::int64_t row = t * call.batch + b;
+    return static_cast<T*>(layer_.saved) + (row * (Cell::states - 1) + state - 1) * padded_h_;
+  }
+  // With Save::gates: [T, B, saved, padded H].
   T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
     return static_cast<T*>(layer_.saved) + (t * call.batch + b) * Cell::saved * padded_h_;
   }
@@ -314,7 +335,10 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
 
  public:
   ForwardLayer(const Base& context, const Layer& layer, const ForwardScratch<Cell, T>& scratch) noexcept
-      : Loop(context, layer), s_(scratch), packed_(layer, false), keep_(layer.saved != nullptr && Cell::saved > 0) {}
+      : Loop(context, layer),
+        s_(scratch),
+        packed_(layer, false),
+        keep_(call.save == Save::gates && layer.saved != nullptr && Cell::saved > 0) {}
 
  private:
   void enter() noexcept { this->enter_states(layer_.initial, s_.state[0], s_.zeros); }
@@ -418,24 +442,22 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
     return s_.given[p] + s_.batch_index[i] * PhaseOf<Cell, p>::given * padded_h_;
   }
 
-  // Runs the elementwise part of phase p for a vector of units. While the step works, the saved row holds what earlier
-  // phases have saved, and still the input's share of the gates of this phase and later ones.
+  // Runs the elementwise part of phase p for a vector of units.
   template <int p>
   RNNKERN_INLINE void run_part(std::int64_t t, std::int64_t i, std::int64_t unit, int count,
                                const V* r) const noexcept {
     using Phase = PhaseOf<Cell, p>;
     T* row = s_.step_gates[i] + unit;
-    V x[Cell::gates], extra[kMaxExtras], prev[kMaxStates], next[Phase::sets], saved[slots];
-    for (int v = 0; v < Phase::first; ++v) saved[v] = load<V>(row + v * padded_h_);
-    for (int gate = 0; gate < Phase::gates; ++gate) x[gate] = load<V>(row + (Phase::first + gate) * padded_h_);
+    V extra[kMaxExtras], prev[kMaxStates], next[Phase::sets];
     for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h_ + unit);
     for (int s = Cell::Step::projects; s < Cell::states; ++s) prev[s] = load<V>(s_.prev[s][i] + unit);
-    forward_part<Cell, p>(x, r, extra, prev, next, saved);
-    if (keep_ || !Phase::is_last)
-      for (int v = 0; v < Phase::saves; ++v) store(row + v * padded_h_, saved[v]);
+    part_of_row<Cell, p>(row, padded_h_, r, extra, prev, next, keep_ || !Phase::is_last);
     if constexpr (Phase::is_last) {
-      for (int s = 1; s < Cell::states; ++s)
-        store(s_.state[1 - now_][s] + s_.batch_index[i] * shape_.stride[s] + unit, next[s]);
+      for (int s = 1; s < Cell::states; ++s) {
+        const std::int64_t b = s_.batch_index[i];
+        store(s_.state[1 - now_][s] + b * shape_.stride[s] + unit, next[s]);
+        if (call.save == Save::outputs) store(this->saved_state(s, t, b) + unit, next[s]);
+      }
       if (Cell::Step::projects && layer_.sizes.projected)
         store(given<p>(i) + unit, next[0]);
       else

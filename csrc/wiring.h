@@ -23,8 +23,8 @@ struct ForwardCall {
   States initial;  // null in place of one: zeros
   void* y;
   States last;
-  bool training;  // as the weights were packed
-  void* kept;     // kept_bytes() for backward, best aligned to 64 bytes; in training only
+  Save save;   // something only with weights that were packed for training
+  void* kept;  // kept_bytes() for backward, best aligned to 64 bytes
 };
 
 struct BackwardCall {
@@ -39,11 +39,11 @@ struct BackwardCall {
 // and with dropout that output times its mask.
 class Kept {
  public:
-  Kept(const Network& network, std::int64_t T, std::int64_t B, bool masked, void* data)
+  Kept(const Network& network, std::int64_t T, std::int64_t B, Save save, bool masked, void* data)
       : output_bytes_(aligned(network.output_bytes(T, B))), data_(static_cast<char*>(data)) {
     for (std::size_t i = 0; i < network.layer_directions(); ++i) {
       saved_.push_back(bytes_);
-      bytes_ += aligned(network.saved_bytes(i, T, B));
+      bytes_ += aligned(network.saved_bytes(i, T, B, save));
     }
     saved_.push_back(bytes_);
     outputs_ = bytes_, masked_ = bytes_ + between(network) * output_bytes_;
@@ -68,9 +68,9 @@ class Kept {
 };
 
 // The bytes of what a training forward leaves for its backward.
-inline std::int64_t kept_bytes(const Network& network, std::int64_t T, std::int64_t B, bool masked) {
+inline std::int64_t kept_bytes(const Network& network, std::int64_t T, std::int64_t B, Save save, bool masked) {
   network.check_size(T, B);
-  return Kept(network, T, B, masked, nullptr).bytes();
+  return Kept(network, T, B, save, masked, nullptr).bytes();
 }
 
 // Says where each layer-direction of a forward finds its rows and states: y of a layer is x of the one above. Without
@@ -132,8 +132,8 @@ void run(const Network& network, const ForwardCall& call, const BackwardCall* sl
   std::vector<Layer> layers = network.layers();
   std::optional<Kept> kept;
   std::vector<void*> masked;
-  if (call.training) {
-    kept.emplace(network, call.steps, call.batch, call.masks != nullptr, call.kept);
+  if (call.save != Save::nothing) {
+    kept.emplace(network, call.steps, call.batch, call.save, call.masks != nullptr, call.kept);
     for (std::size_t i = 0; i < layers.size(); ++i) layers[i].saved = kept->saved(i);
     for (std::size_t layer = 0; call.masks && layer + 1 < network.layer_count(); ++layer)
       masked.push_back(kept->masked(layer));
@@ -143,6 +143,7 @@ void run(const Network& network, const ForwardCall& call, const BackwardCall* sl
   kernel_call.steps = call.steps, kernel_call.batch = call.batch;
   kernel_call.lengths = call.lengths, kernel_call.resets = call.resets;
   kernel_call.masks = call.masks, kernel_call.masked = masked.data();
+  kernel_call.save = call.save;
   const Plan plan = network.complete(kernel_call, layers, backward);
   const std::int64_t own = network.kernels().scratch_bytes(kernel_call, backward);
   const std::int64_t between_bytes = kept && !backward ? 0 : network.between_bytes(kernel_call);

@@ -236,8 +236,13 @@ def test_out_may_not_overlap_an_input(backend):
 def test_wrong_options_of_a_run(backend):
     """`save`, `seed` and `weights` say what there is."""
     layer = rk.LSTM(I, H, backend=backend)
-    check(ValueError, "save: expected 'gates', got str 'outputs'", layer.forward, FLOATS["x"], save="outputs")
-    check(ValueError, "save: expected 'gates', got NoneType", layer.forward, FLOATS["x"], save=None)
+    expected = "save: expected 'gates', 'outputs', 'checkpoint', got"
+    check(ValueError, f"{expected} str 'all'", layer.forward, FLOATS["x"], save="all")
+    check(ValueError, f"{expected} NoneType", layer.forward, FLOATS["x"], save=None)
+    check(TypeError, "save: expected an integer >= 0, got bool True", layer.forward, FLOATS["x"], save=True)
+    check(ValueError, "save: expected at least", layer.forward, FLOATS["x"], save=1)
+    both = rk.GRU(3, 4, bidirectional=True)
+    check(ValueError, "for a bidirectional layer", both.forward, FLOATS["x"], save="checkpoint")
     check(TypeError, "seed: expected an integer >= 0, got float 0.5", layer.forward, FLOATS["x"], seed=0.5)
     check(ValueError, "seed: expected an integer >= 0, got -1", layer.forward, FLOATS["x"], seed=-1)
     check(ValueError, "weights: expected None .*, got str 'float16'", layer.freeze, "float16")

@@ -529,11 +529,12 @@ class Native:
             "resets": np.zeros((5, 2), bool) if some else None,
             "masks": [np.ones_like(y) for _ in range(stack.num_layers - 1)] if some else None,
             "y": y,
+            "save": self.rng.choice(("gates", "gates", "outputs", None)),
         }
 
     def run(self, stack: Stack, bias: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         packed = native.pack(**self.pack_arguments(stack, True, bias))
-        arguments = self.forward_arguments(stack)
+        arguments = self.forward_arguments(stack) | {"save": self.rng.choice(("gates", "outputs"))}
         return packed, packed.forward(**arguments)[1], arguments
 
     def pack(self) -> Call:
@@ -547,7 +548,10 @@ class Native:
 
     def plan(self) -> Call:
         packed = native.pack(**self.pack_arguments(self.rng.choice(self.stacks), self.rng.random() < 0.9, True))
-        return packed.plan, {"steps": 5, "batch": 2, "backward": self.rng.random() < 0.5}, ()
+        return packed.plan, {
+            "steps": 5, "batch": 2, "save": self.rng.choice(("gates", "outputs", None)),
+            "backward": self.rng.random() < 0.5,
+        }, ()  # fmt: skip
 
     def backward(self) -> Call:
         stack, bias = self.rng.choice(self.stacks), self.rng.random() < 0.5
@@ -563,8 +567,14 @@ class Native:
             "dlast": self.state(stack),
             "need_x": True,
             "wanted": self.rng.choice((None, self.wanted(stack, bias))),
+            "sums": self.rng.choice((None, self.sums(stack, bias))),
         }
-        return packed.backward, arguments, ()
+        return packed.backward, arguments, ("sums",)
+
+    def sums(self, stack: Stack, bias: bool) -> list[list[Any]]:
+        """Arrays to add gradients to, of which one may be missing."""
+        shapes = [sizes.weight_shapes(bias, stack.proj_size > 0).values() for sizes in stack.layers]
+        return [[None if self.rng.random() < 0.02 else np.zeros(one, stack.dtype) for one in of] for of in shapes]
 
     def wanted(self, stack: Stack, bias: bool) -> list[list[bool]]:
         """Which gradients are asked for, sometimes of the wrong count."""

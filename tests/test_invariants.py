@@ -17,6 +17,7 @@ import pytest
 import rnnkern as rk
 from rnnkern import backends, config
 from rnnkern.cells import CELLS
+from rnnkern.functional import SAVES
 from rnnkern.testing import Problem, assert_accurate, infer, inputs, layer_of, run, state_of
 
 STACKS = {
@@ -142,6 +143,23 @@ def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, s
             same(infer(problem, native), expected[1])
     finally:
         rk.set_num_threads(before)
+
+
+def test_every_way_to_save_gives_the_same_bits(cell, native):
+    """Gradients too, of layers in lanes, of shared units, of layers side by side, with dropout, lengths and resets."""
+    both_ways: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "lengths": True, "resets": True}
+    one_way: dict[str, Any] = {"num_layers": 3, "dropout": 0.3, "lengths": True, "resets": True}
+    for T, B, I, H, stack in (
+        (300, 4, 5, 33, both_ways),
+        (40, 20, 5, 3, both_ways),
+        (70, 1, 40, 160, {}),
+        (300, 1, 20, 40, both_ways),
+        (50, 5, 5, 20, one_way),
+    ):
+        problem = Problem(cell, T=T, B=B, I=I, H=H, **stack)
+        expected = run(problem, native)
+        for save in SAVES if "bidirectional" not in stack else SAVES[:2]:
+            same(run(problem, native, save=save), expected)
 
 
 def test_helpers_that_come_during_a_call_change_no_bit(cell, native):

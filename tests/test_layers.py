@@ -21,8 +21,8 @@ import pytest
 import rnnkern as rk
 from rnnkern import backends
 from rnnkern.cells import CELLS
-from rnnkern.functional import dropout_masks
-from rnnkern.testing import Problem, assert_within_rounding, inputs, run
+from rnnkern.functional import SAVES, dropout_masks
+from rnnkern.testing import Problem, assert_accurate, assert_within_rounding, inputs, layer_of, run, state_of
 
 
 def agree(tested, expected):
@@ -695,6 +695,39 @@ def test_a_stream_refuses_a_second_thread(backend):
 
 
 @pytest.mark.skipif(backends.get("native").unavailable() is not None, reason="the compiled module is missing")
+@pytest.mark.parametrize("save", SAVES[1:])
+@pytest.mark.parametrize("other", ["numba", "reference"])
+def test_other_backends_save_in_every_way(other, save):
+    """By the accuracy rule: sums over segments are sums of rounded numbers."""
+    if (reason := backends.get(other).unavailable()) is not None:
+        pytest.skip(reason)
+    for name in ("lstm", "gru_reset_before"):
+        problem = Problem(name, T=30, B=4, num_layers=2, dropout=0.3, lengths=True, resets=True)
+        assert_accurate(problem, run(problem, other, save))
+
+
+def test_truncated_gradients_go_back_to_the_chunk_before(cell, native):
+    """With k1 = T they are the whole gradients; with k2 = 2 k1 those of both chunks as a sequence of their own."""
+    problem = Problem(cell, T=12, B=3, lengths=True, resets=True, num_layers=2)
+    drawn, layer = inputs(problem), layer_of(problem, native)
+    state, rows = state_of(drawn.state), {"lengths": drawn.lengths, "resets": drawn.resets}
+    y, _, tape = layer.forward(drawn.x, state, **rows)
+    ((steps, all_of_y, backward),) = rk.tbptt(layer, drawn.x, state, k1=12, **rows)
+    assert steps == slice(0, 12)
+    same((all_of_y, backward(drawn.dy)), (y, layer.backward(tape, drawn.dy)))
+    chunks = {}
+    for steps, part, backward in rk.tbptt(layer, drawn.x, state, k1=3, k2=6, **rows):
+        same(part, y[steps])
+        chunks[steps.start] = backward(drawn.dy[steps])
+    middle = layer(drawn.x[:3], state, lengths=np.clip(drawn.lengths, 0, 3), resets=drawn.resets[:3])[1]
+    both = layer.forward(drawn.x[3:9], middle, lengths=np.clip(drawn.lengths - 3, 0, 6), resets=drawn.resets[3:9])[2]
+    dy = drawn.dy[3:9].copy()
+    dy[:3] = 0
+    expected = layer.backward(both, dy)
+    same((chunks[6].x, chunks[6].state), (expected.x[3:], expected.state))
+    agree(tuple(chunks[6].parameters.values()), tuple(expected.parameters.values()))
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_signal_ends_a_long_call(bidirectional):
     """Ctrl-C, or what a handler raises, comes before the last step: a call of seconds cannot be waited for."""

@@ -17,6 +17,8 @@ import rnnkern as rk
 from rnnkern import backends, limits, planning
 from rnnkern.backends import numba_cuda
 from rnnkern.cells import CELLS
+from rnnkern.functional import SAVES
+from rnnkern.planning import fitting_save
 
 # Values that a step saves of an element of y; none where y itself is all that backward needs.
 SAVED = {name: len(cell.saved) for name, cell in CELLS.items() if cell.saved != ("h",)}
@@ -112,11 +114,11 @@ OPTIONS: list[tuple[dict[str, Any], tuple[int, ...]]] = [
 ]
 
 
-def held(layer: Any, x: Any, dy: Any) -> tuple[int, int, int]:
+def held(layer: Any, x: Any, dy: Any, save: str = "gates") -> tuple[int, int, int]:
     """Bytes of arrays between the calls, and the tracer's peaks of forward and backward."""
     layer.release()
     with traced():
-        results = layer.forward(x)
+        results = layer.forward(x, save=save)
         forward, kept = tracemalloc.get_traced_memory()[1], bytes_of_arrays()
         tracemalloc.reset_peak()
         layer.backward(results[-1], dy)
@@ -139,6 +141,27 @@ def test_each_call_holds_what_is_planned(cell: str, options: dict[str, Any], sha
     assert 0 <= forward - sum(plan.forward.values()) < OBJECTS
     assert 0 <= backward - sum(plan.backward.values()) < OBJECTS
     assert plan.peak == max(sum(plan.forward.values()), sum(plan.backward.values()))
+
+
+@pytest.mark.usefixtures("threads")
+def test_each_way_to_save_holds_what_is_planned(cell: str) -> None:
+    """Between the calls to the byte, and less with each; a budget of bytes finds the fastest that fits."""
+    layer = rk.Recurrent(cell, 64, 64, num_layers=2, seed=0)
+    x, dy = arrays(layer, (400, 24, 64))
+    bytes_kept = []
+    for save in SAVES:
+        plan = rk.memory_plan(layer, x.shape, save=save)
+        # The tracer counts all threads, and one of the test runner's may be busy: the least of three is the call's.
+        kept, forward, backward = map(min, zip(*(held(layer, x, dy, save) for _ in range(3)), strict=True))
+        assert kept == sum(plan.kept.values())
+        assert 0 <= forward - sum(plan.forward.values()) < OBJECTS
+        assert 0 <= backward - sum(plan.backward.values()) < OBJECTS
+        bytes_kept.append(kept)
+        assert fitting_save(layer, 400, 24, True, kept) == SAVES[bytes_kept.index(kept)]
+    assert bytes_kept == sorted(bytes_kept, reverse=True)
+    assert layer.forward(x, save=bytes_kept[-1])[2].packed is not None
+    with pytest.raises(ValueError, match=f"save: expected at least {bytes_kept[-1]} bytes"):
+        layer.forward(x, save=bytes_kept[-1] - 1)
 
 
 def test_a_layer_leaves_memory_to_its_next_call(cell: str) -> None:

@@ -14,6 +14,7 @@ from .planning import Division, Explanation, MemoryPlan, explain, memory_plan
 from .schedules import CosineSchedule, PlateauSchedule, StepSchedule
 from .sequential import FrozenSequential, Sequential, SequentialStream
 from .train import SGD, Adam, AdamW, Linear, clip_grad_norm, clip_grad_value
+from .truncated import tbptt
 from .weights import load, save
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "save_model",
     "set_num_threads",
     "show_config",
+    "tbptt",
 ]
 
 __version__ = "0.1.0"

@@ -14,13 +14,16 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from . import backends, reference
+from . import backends, checkpoints, reference
 from .arguments import Signature, as_array, as_parameter, check_names, check_out, chosen_names, describe, flag
 from .cells import CELLS, Cell
+from .checkpoints import Checkpoints, Masks
 from .copies import shared
 from .stack import Backward, Forward, GivenState, LayerSizes, Stack, State, Weights
 
 __all__ = ["Grads", "Parameters", "Tape", "backward", "forward"]
+
+SAVES = ("gates", "outputs", "checkpoint")  # what a tape may keep, the fastest first
 
 Array = NDArray[Any]
 Names = Sequence[Mapping[str, str]]  # for each layer-direction: what its w_ih, w_hh, ... are called
@@ -176,7 +179,9 @@ def forward(
     reverse
         Run from the last step to the first.
     save
-        What the tape keeps: `"gates"`.
+        What the tape keeps; the gradients are the same to the last bit on the backend native. `"gates"`: what backward
+        needs. `"outputs"`: at most the cell state beside y; backward computes the gates of a block of steps again.
+        `"checkpoint"`: states every sqrt(T) steps; backward runs the steps between them again.
 
     Returns
     -------
@@ -198,7 +203,7 @@ def forward(
     >>> rk.backward(tape, np.ones_like(y)).parameters["w_ih"].shape
     (4, 3)
     """
-    check_save(save)
+    check_save(save, 1)
     entry = CELLS[cell]
     stack = _stack_of(entry, weights, flag("reverse", reverse))
     shapes = stack.layers[0].weight_shapes(True, stack.proj_size > 0)
@@ -212,7 +217,7 @@ def forward(
         given = {name: given[name] if name in given else np.zeros(shape, stack.dtype) for name, shape in shapes.items()}
     signature = Signature(stack)
     arguments = signature.arguments(x, state, lengths, resets)
-    return run_forward(signature, backends.pick(), [given], [names], None, arguments, None)
+    return run_forward(signature, backends.pick(), [given], [names], None, arguments, None, save)
 
 
 def backward(
@@ -290,10 +295,15 @@ def _stack_of(cell: Cell, weights: Mapping[str, Any], reverse: bool) -> Stack:
     return Stack(cell, input_size, hidden_size, proj_size, 1, (reverse,), dtype)
 
 
-def check_save(save: object) -> None:
-    """`save` is one of what there is."""
-    if save != "gates":
-        raise ValueError(f"save: expected 'gates', got {describe(save)}")
+def check_save(save: object, directions: int) -> None:
+    """`save` is one of what there is, for a layer of so many directions."""
+    if not isinstance(save, str) or save not in SAVES:
+        raise ValueError(f"save: expected {', '.join(map(repr, SAVES))}, got {describe(save)}")
+    if save == "checkpoint" and directions > 1:
+        raise ValueError(
+            "save: expected 'gates' or 'outputs' for a bidirectional layer, since its directions meet the steps in "
+            "opposite orders, got 'checkpoint'"
+        )
 
 
 def check_tape(tape: object, owner: object) -> None:
@@ -315,15 +325,24 @@ def uniform(generator: np.random.Generator, bound: float, shape: tuple[int, ...]
     return drawn
 
 
-def dropout_masks(stack: Stack, steps: int, batch: int, dropout: float, seed: int) -> list[Array]:
-    """0 or 1/(1-p), with probabilities p and 1-p: (T, B, D*P) for each layer but the last.
+def dropout_masks(
+    stack: Stack, steps: int, batch: int, dropout: float, seed: int, first: int = 0, last: int | None = None
+) -> list[Array]:
+    """0 or 1/(1-p), with probabilities p and 1-p: of the steps [first, last) (.., B, D*P), for each layer but the last.
 
     Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    generator = np.random.Generator(np.random.Philox(seed))
     kept = stack.dtype.type(0 if dropout == 1 else 1 / (1 - dropout))
-    shape = (steps, batch, stack.output_size)
-    return [(generator.random(shape, np.float32) >= dropout) * kept for _ in range(stack.num_layers - 1)]
+    last = steps if last is None else last
+    size = batch * stack.output_size
+    masks = []
+    for layer in range(stack.num_layers - 1):
+        # The generator can go on by whole draws of 8 numbers.
+        draws, skipped = divmod((layer * steps + first) * size, 8)
+        generator = np.random.Generator(np.random.Philox(seed).advance(draws))
+        numbers = generator.random(skipped + (last - first) * size, np.float32)[skipped:]
+        masks.append((numbers.reshape(last - first, batch, -1) >= dropout) * kept)
+    return masks
 
 
 def run_inference(
@@ -429,16 +448,21 @@ def run_forward(
     backend: ModuleType,
     weights: Sequence[Weights],
     names: Names,
-    masks: Sequence[Array] | None,
+    masks: Masks | None,
     arguments: tuple[Array, GivenState | None, Array | None, Array | None, bool],
     owner: object,
+    save: str,
     reserve: Any = None,
 ) -> tuple[Array, Any, Tape]:
     """y and the final state, read-only, and the tape. `arguments` are those of `Signature.arguments`."""
     x, state, lengths, resets, unbatched = arguments
     y = np.empty((*x.shape[:2], signature.output_size), signature.dtype)
-    call = Forward(x, state, y, "gates", lengths, resets, masks, reserve)
-    packed, final, saved = run(backend, signature.stack, weights, call)
+    call = Forward(x, state, y, save, lengths, resets, None, reserve)
+    if save == "checkpoint" and x.size:
+        packed, final, saved = checkpoints.forward(backend, signature.stack, weights, call, masks)
+    else:
+        call = call if masks is None else call._replace(masks=masks(0, len(x)))
+        packed, final, saved = run(backend, signature.stack, weights, call)
     for array in (y, *final):
         array.setflags(write=False)
     tape = Tape(signature, backend, names, packed, saved, call, unbatched, weights, owner)
@@ -474,10 +498,10 @@ def _saved_values(tape: Tape) -> Sequence[Sequence[Array]]:
     if tape.saved is None:
         nothing = np.zeros((*call.x.shape[:2], stack.hidden_size), stack.dtype)
         return [[nothing] * len(stack.cell.saved) for _ in stack.layers]
-    if hasattr(tape.backend, "saved_values"):
+    if hasattr(tape.backend, "saved_values") and not isinstance(tape.saved, Checkpoints):
         values: Sequence[Sequence[Array]] = tape.backend.saved_values(stack, tape.saved, call)
         return values
-    again = call._replace(y=np.empty_like(call.y))
+    again = call._replace(y=np.empty_like(call.y), save="gates")
     run(tape.backend, stack, tape.weights, again)
     if not np.array_equal(again.y, call.y, equal_nan=True):  # the same bits come out of the same numbers
         raise ValueError(
@@ -512,7 +536,9 @@ def run_backward(
     else:
         wanted = None if parameters is True else chosen
         asked = Backward(dy, dfinal, need_x, wanted)
-        dx, initial, gradients = tape.backend.backward(stack, tape.packed, tape.saved, call, asked)
+        at_once = not isinstance(tape.saved, Checkpoints)
+        run_back = tape.backend.backward if at_once else partial(checkpoints.backward, tape.backend)
+        dx, initial, gradients = run_back(stack, tape.packed, tape.saved, call, asked)
     grads = Grads(
         None if dx is None else signature.to_caller(dx, unbatched),
         signature.state_to_caller(initial, unbatched),

@@ -293,7 +293,7 @@ class Recurrent(Piece, Generic[StateT]):
         *,
         lengths: Any = None,
         resets: Any = None,
-        save: str = "gates",
+        save: str | int = "gates",
         seed: int | None = None,
     ) -> tuple[Array, StateT, Tape]:
         """Training: with dropout, and with a tape for `backward`.
@@ -304,7 +304,11 @@ class Recurrent(Piece, Generic[StateT]):
             As for a call. The tape refers to x and the state where they were not copied: leave them as they are until
             `backward` has run. Lengths and resets are copied.
         save
-            What the tape keeps: `"gates"`.
+            What the tape keeps; the gradients are the same to the last bit on the backend native. `"gates"`: what
+            backward needs. `"outputs"`: at most the cell state beside y, and y of inner layers; backward computes the
+            gates of a block of steps again. `"checkpoint"`, for layers of one direction: states every sqrt(T) steps;
+            backward runs the steps between them again. An int: the fastest of these whose `memory_plan(...).kept` has
+            at most so many bytes.
         seed
             Of the dropout masks (Philox); None draws one from the layer's own generator.
 
@@ -327,17 +331,23 @@ class Recurrent(Piece, Generic[StateT]):
         >>> grads.x.shape, grads.parameters["weight_hh_l0"].shape
         ((5, 2, 3), (16, 4))
         """
-        check_save(save)
         seed = seed_or_none(seed)
         signature, stack = self._signature, self._signature.stack
         arguments = signature.arguments(x, state, lengths, resets)
+        steps, batch, _ = arguments[0].shape
+        if isinstance(save, int):
+            from .planning import fitting_save  # which imports this module, and is not asked in most calls
+
+            save = fitting_save(self, steps, batch, not arguments[-1], integer("save", save, 0))
+        check_save(save, len(stack.directions))
         masks = None
         if self._dropout and stack.num_layers > 1:
-            steps, batch, _ = arguments[0].shape
             if seed is None:
                 seed = int(self._generator.integers(2**63))
-            masks = dropout_masks(stack, steps, batch, self._dropout, seed)
-        return run_forward(signature, self._backend, self._weights, self._names, masks, arguments, self, self._reserve)
+            masks = partial(dropout_masks, stack, steps, batch, self._dropout, seed)
+        return run_forward(
+            signature, self._backend, self._weights, self._names, masks, arguments, self, save, self._reserve
+        )
 
     def backward(
         self,

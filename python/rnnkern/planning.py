@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
 from .arguments import describe, integer
 from .backends.native import native_module
+from .checkpoints import segment_steps
 from .config import num_threads
+from .functional import SAVES, check_save
 from .layers import Recurrent
 from .limits import Floor, Limits, Work, floor, measure
 
@@ -119,7 +121,7 @@ def _sentence(division: Division, flops: int) -> str:
     return f"{threads}; blocks of {division.block_steps:,} steps; {flops / 1e9:.3g} GFLOP"
 
 
-def memory_plan(layer: Recurrent, shape: Sequence[int]) -> MemoryPlan:
+def memory_plan(layer: Recurrent, shape: Sequence[int], *, save: str = "gates") -> MemoryPlan:
     """The memory that `layer.forward(x)` and `layer.backward(tape, dy)` will allocate, for an x of this shape.
 
     It is what `tracemalloc` shows in NumPy's domain, to the byte, where x and dy are C-contiguous arrays of the layer's
@@ -138,6 +140,8 @@ def memory_plan(layer: Recurrent, shape: Sequence[int]) -> MemoryPlan:
         A layer of a backend on the CPU. Its weights are packed once in order to ask.
     shape
         Of x as the layer takes it: (T, B, I), (B, T, I) with `batch_first`, (T, I) unbatched; T and B at least 1.
+    save
+        As for `forward`: `"gates"`, `"outputs"` or `"checkpoint"`.
 
     Raises
     ------
@@ -155,7 +159,25 @@ def memory_plan(layer: Recurrent, shape: Sequence[int]) -> MemoryPlan:
     packed weights           ...
     """
     steps, batch = _steps_and_batch(layer, shape)
-    return _memory(layer, len(shape) == 3, steps, batch, *_plan(layer, steps, batch))
+    check_save(save, len(layer._signature.stack.directions))
+    return _memory(layer, len(shape) == 3, steps, batch, *_plan(layer, steps, batch, save), save)
+
+
+def fitting_save(layer: Recurrent, steps: int, batch: int, batched: bool, most: int) -> str:
+    """The fastest `save` of which a forward leaves at most so many bytes.
+
+    Raises
+    ------
+    ValueError
+        There is none; the message says how much the least takes.
+    """
+    directions = len(layer._signature.stack.directions)
+    least = 0
+    for save in SAVES if directions == 1 else SAVES[:2]:
+        least = sum(_memory(layer, batched, steps, batch, *_plan(layer, steps, batch, save), save).kept.values())
+        if least <= most:
+            return save
+    raise ValueError(f"save: expected at least {least} bytes, which {save!r} leaves, got {most}")
 
 
 def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = None) -> Explanation:
@@ -202,7 +224,7 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
         backward,
         steps * batch * layer._signature.stack.flops,
         sum(array.nbytes for array in layer.parameters.values()),
-        _memory(layer, len(shape) == 3, steps, batch, packed, forward, backward),
+        _memory(layer, len(shape) == 3, steps, batch, packed, forward, backward, "gates"),
         floors,
         reason,
     )
@@ -227,7 +249,7 @@ def _steps_and_batch(layer: object, shape: object) -> tuple[int, int]:
     return (second, first) if layer.batch_first else (first, second)
 
 
-def _plan(layer: Recurrent, steps: int, batch: int) -> tuple[int, Division, Division]:
+def _plan(layer: Recurrent, steps: int, batch: int, save: str = "gates") -> tuple[int, Division, Division]:
     """Bytes of the packed weights, and both calls, from the backend that would run them."""
     plan = getattr(layer._backend, "plan", None)
     if plan is None:
@@ -235,12 +257,36 @@ def _plan(layer: Recurrent, steps: int, batch: int) -> tuple[int, Division, Divi
             f"layer: expected a backend on the CPU, got {layer.backend!r}, whose memory is the device's; "
             "ask with the same layer and backend='auto'"
         )
-    packed, forward, backward = plan(layer._signature.stack, layer._weights, steps, batch)
-    return packed, Division(**forward), Division(**backward)
+    stack = layer._signature.stack
+
+    def of(steps: int, save: str | None) -> tuple[int, Division, Division]:
+        packed, forward, backward = plan(stack, layer._weights, steps, batch, save)
+        return packed, Division(**forward), Division(**backward)
+
+    if save != "checkpoint":
+        return of(steps, save)
+    segment = segment_steps(steps)
+    state = sum(math.prod(shape) for shape in stack.state_shapes(batch)) * stack.dtype.itemsize
+    x, y = (segment * batch * size * stack.dtype.itemsize for size in (stack.input_size, stack.output_size))
+    packed, alone, _ = of(segment, None)
+    _, forward, backward = of(segment, "gates")
+    between = (-(-steps // segment) - 1) * state  # the states before each segment but the first
+    # Backward holds the most while a segment runs forward again, or while it runs back, with its part of dx. What is
+    # kept of a segment has the state before it, and so has the gradient that was carried to it, but for the first one.
+    carried = state if between else 0
+    scratch = y + forward.kept + carried + max(state + forward.scratch, carried + x + backward.scratch)
+    return packed, replace(alone, kept=between), replace(backward, scratch=scratch)
 
 
 def _memory(
-    layer: Recurrent, batched: bool, steps: int, batch: int, packed: int, forward: Division, backward: Division
+    layer: Recurrent,
+    batched: bool,
+    steps: int,
+    batch: int,
+    packed: int,
+    forward: Division,
+    backward: Division,
+    save: str,
 ) -> MemoryPlan:
     """Adds what Python allocates around the calls of the backend; see `functional.run_forward` and `run_backward`."""
     stack = layer._signature.stack
@@ -267,7 +313,11 @@ def _memory(
         _larger(kept | {"y": y, "scratch": forward.scratch}, kept),
         kept,
         _larger(in_backward | {"scratch": backward.scratch}, in_backward | {"gradient of x": x * (1 + copied)}),
-        {purpose: kept[purpose] for purpose in ("packed weights", "saved values") if layer._reserve is not None},
+        {
+            purpose: kept[purpose]
+            for purpose in ("packed weights", "saved values")
+            if layer._reserve is not None and save != "checkpoint"
+        },
         forward.estimated,
     )
 

@@ -301,7 +301,7 @@ def backward(
 
 
 def plan(
-    stack: Stack, weights: Sequence[Weights], steps: int, batch: int
+    stack: Stack, weights: Sequence[Weights], steps: int, batch: int, save: str | None
 ) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
     """See `backends`. Counts the float64 arrays that grow with the steps."""
     cell, H, P = stack.cell, stack.hidden_size, stack.state_size

@@ -41,7 +41,7 @@ class Forward(NamedTuple):
     x: Array  # (T, B, I)
     state: GivenState | None  # of `Stack.state_shapes(B)`; None: zeros
     y: Array  # (T, B, D*P), to be filled
-    save: str | None = None  # what to keep for backward: "gates"; None: nothing
+    save: str | None = None  # what to keep for backward: "gates" or "outputs"; None: nothing
     lengths: Array | None = None  # int64 (B,)
     resets: Array | None = None  # bool (T, B)
     masks: Sequence[Array] | None = None  # one scaled (T, B, D*P) for each layer but the last; only with `save`
@@ -55,6 +55,7 @@ class Backward(NamedTuple):
     dstate: GivenState | None  # of the final state; None: zeros
     need_x: bool = True
     wanted: Sequence[Wanted] | None = None  # for each layer-direction the weights that get a gradient; None: all
+    sums: Sequence[dict[str, Array]] | None = None  # what an earlier backward returned of the weights: to be added to
 
 
 @dataclass(frozen=True)
@@ -259,4 +260,9 @@ def backward_by_layer(
             for all_layers, one in zip(initial, new, strict=True):
                 all_layers[index] = one
         dy = dx * call.masks[layer - 1] if call.masks is not None and layer > 0 and dx is not None else dx
+    if asked.sums is not None:
+        for sums, added in zip(asked.sums, gradients, strict=True):
+            for name, gradient in added.items():
+                sums[name] += gradient
+        return dx, initial, list(asked.sums)
     return dx, initial, gradients

@@ -165,11 +165,11 @@ def infer(problem: Problem, backend: str = "auto") -> Results:
     return {"y": y} | named_states(problem, state)
 
 
-def run(problem: Problem, backend: str = "auto") -> Results:
+def run(problem: Problem, backend: str = "auto", save: str = "gates") -> Results:
     """Everything a forward and a backward of the layer give."""
     drawn, layer = inputs(problem), layer_of(problem, backend)
     y, state, tape = layer.forward(
-        drawn.x, state_of(drawn.state), lengths=drawn.lengths, resets=drawn.resets, seed=problem.seed
+        drawn.x, state_of(drawn.state), lengths=drawn.lengths, resets=drawn.resets, save=save, seed=problem.seed
     )
     grads = layer.backward(tape, drawn.dy, state_of(drawn.dstate))
     return {"y": y} | named_states(problem, state) | named_gradients(problem, grads)

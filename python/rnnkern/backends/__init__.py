@@ -34,7 +34,7 @@ A backend that can read what a forward has saved also has:
 
 A backend that can say how it runs a training call before it does also has:
 
-    plan(stack, weights, steps, batch) -> (bytes of the packed weights, forward, backward)
+    plan(stack, weights, steps, batch, save) -> (bytes of the packed weights, forward, backward)
         forward, backward: mappings with the fields of `planning.Division`; what is not exact says that it is estimated
 
 Nothing a caller passes is written to but y, and no result aliases an argument other than y.

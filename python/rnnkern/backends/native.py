@@ -96,9 +96,9 @@ def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -
 def run(stack: Stack, weights: Sequence[Mapping[str, Array]], call: Forward) -> tuple[Any, State, Any]:
     """See `backends`."""
     x, state, y, save, lengths, resets, masks, reserve = call
-    names, training = stack.weight_names["b_ih" in weights[0]], save is not None
+    names = stack.weight_names["b_ih" in weights[0]]
     results: tuple[Any, State, Any] = _native.run(
-        *stack.description, names, weights, training, x, state, lengths, resets, masks, y, reserve
+        *stack.description, names, weights, x, state, lengths, resets, masks, y, save, reserve
     )
     return results
 
@@ -110,8 +110,8 @@ def reserve() -> Any:
 
 def forward(stack: Stack, packed: Any, call: Forward) -> tuple[State, Any]:
     """See `backends`."""
-    x, state, y, _, lengths, resets, masks, _ = call
-    final, saved = packed.forward(x, state, lengths, resets, masks, y)
+    x, state, y, save, lengths, resets, masks, _ = call
+    final, saved = packed.forward(x, state, lengths, resets, masks, y, save)
     return final, saved
 
 
@@ -120,16 +120,17 @@ def backward(
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`; what `call` says is in `saved`."""
     flags = None if asked.wanted is None else [[name in one for name in packed.names] for one in asked.wanted]
-    dx, dinitial, gradients = packed.backward(saved, asked.dy, asked.dstate, asked.need_x, flags)
+    sums = None if asked.sums is None else [[one.get(name) for name in packed.names] for one in asked.sums]
+    dx, dinitial, gradients = packed.backward(saved, asked.dy, asked.dstate, asked.need_x, flags, sums)
     return dx, dinitial, gradients
 
 
 def plan(
-    stack: Stack, weights: Sequence[Mapping[str, Array]], steps: int, batch: int
+    stack: Stack, weights: Sequence[Mapping[str, Array]], steps: int, batch: int, save: str | None
 ) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
     """See `backends`."""
     packed = pack(stack, weights, True)
-    return packed.nbytes, packed.plan(steps, batch, False), packed.plan(steps, batch, True)
+    return packed.nbytes, packed.plan(steps, batch, save, False), packed.plan(steps, batch, save, True)
 
 
 def frozen_call(packed: Any, friendly: Callable[..., Any], batch_first: bool) -> Callable[..., Any]:

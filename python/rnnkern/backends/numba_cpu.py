@@ -36,7 +36,7 @@ pack, forward, saved_values, backward, linear_forward, linear_backward = functio
 
 
 def plan(
-    stack: Stack, weights: Sequence[Weights], steps: int, batch: int
+    stack: Stack, weights: Sequence[Weights], steps: int, batch: int, save: str | None
 ) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
     """See `backends`. Scratch counts the arrays that grow with the steps."""
     layers = pack(stack, weights, True)
