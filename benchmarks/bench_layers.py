@@ -7,7 +7,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from rnnkern import config
 from rnnkern.bench.peers import PEERS, Missing
-from rnnkern.bench.workloads import SUITE, Workload, assert_right, numbers
+from rnnkern.bench.workloads import SMALL, Workload, assert_right, numbers
 
 # The one runs in the simulator, on a GPU its tests time it; the other compiles for minutes.
 SLOW = ("numba_cuda", "torch_compile")
@@ -15,7 +15,7 @@ SLOW = ("numba_cuda", "torch_compile")
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "forward_backward"])
 @pytest.mark.parametrize("peer", [name for name in PEERS if name not in SLOW])
-@pytest.mark.parametrize("workload", SUITE.values(), ids=SUITE.keys())
+@pytest.mark.parametrize("workload", SMALL.values(), ids=SMALL.keys())
 def bench_layer(benchmark: BenchmarkFixture, workload: Workload, peer: str, training: bool) -> None:
     """A whole call with all threads: inference on frozen weights, or one training step without the optimiser."""
     threads = config.num_threads()

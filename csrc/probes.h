@@ -38,11 +38,12 @@ void multiply_add(void* context, Worker& worker) noexcept {
 // More chains than latency times ports need (8 to 10), and as many as registers hold beside the two constants.
 constexpr int kChains = kRegisters == 32 ? 24 : 12;
 
-// Reads a thread's part of the data once a repeat.
+// Reads the data once a repeat: each thread a part of its own, or all threads the same.
+template <bool same>
 void read(void* context, Worker& worker) noexcept {
   using Bits = BitsOf<F32>;
   Probe& probe = *static_cast<Probe*>(context);
-  const float* data = static_cast<const float*>(probe.data) + worker.index * probe.elements;
+  const float* data = static_cast<const float*>(probe.data) + (same ? 0 : worker.index * probe.elements);
   begin(probe, worker);
   constexpr int vectors = 8, step = vectors * kLanes<float>;
   Bits sums[vectors] = {};
@@ -145,7 +146,8 @@ struct Probes<CellList<Cell...>> {
   static constexpr ProbeKernel all[] = {
       {"multiply_add", "", multiply_add<kChains>, kChains * kLanes<float>, kChains},
       {"multiply_add_latency", "", multiply_add<1>, 1, 1},
-      {"read", "", read, 1, 0},
+      {"read", "", read<false>, 1, 0},
+      {"read_same", "", read<true>, 1, 1},
       {"barrier", "", barrier, 1, 1},
       {"forward", Cell::name, forward_steps<Cell>, 1, Cell::states + Cell::gates}...,
       {"backward", Cell::name, backward_steps<Cell>, 1, Cell::states + Cell::saved}...};

@@ -219,17 +219,17 @@ def test_scratch_is_small_and_does_not_grow_with_the_steps(cell: str, H: int, dt
 
 
 STEPS = {cell: limits.Step(latency=1e-6, unit=0.0) for cell in CELLS}
-LEVELS = (limits.Level("memory", 1 << 40, True, 1e10, 2e10),)
-MACHINE = limits.Limits("none", 2, 1e9, 1e-9, 1e-6, LEVELS, STEPS, STEPS)
+CURVE = limits.Curve((1 << 14,), (1e10,))
+MACHINE = limits.Limits("none", 2, 1e9, 1e-9, 1e-6, CURVE, CURVE, CURVE, STEPS, STEPS)
 
 
 def test_an_explanation_says_what_a_call_does() -> None:
-    """Its text has the figures of its fields; the floors are those of the benchmarks."""
+    """Its text has the figures of its fields; the limits are those of the benchmarks."""
     layer = rk.LSTM(64, 128, num_layers=2, seed=0)
     one = rk.explain(layer, (100, 32, 64), limits=MACHINE)
     work = limits.Work(layer._signature.stack, 100, 32)
     assert one.flops == limits.flops(work, False)
-    assert one.floors == tuple(limits.floor(work, MACHINE, rk.num_threads(), both) for both in (False, True))
+    assert one.limits == tuple(limits.limit(work, MACHINE, rk.num_threads(), both) for both in (False, True))
     assert one.memory == rk.memory_plan(layer, (100, 32, 64))
     assert str(one).startswith("LSTM(64, 128, num_layers=2), x (100, 32, 64)\nforward ")
     for figure in (one.forward.block_steps, one.backward.block_steps, one.weights, one.memory.peak):
@@ -279,7 +279,7 @@ def test_other_backends_estimate(backend: str, monkeypatch: pytest.MonkeyPatch) 
     assert explanation.forward.threads == explanation.backward.threads == 1
     assert str(plan).startswith("bytes, estimated ")
     assert "\nmemory    about " in str(explanation)
-    assert "floor     not known: the compiled kernels measure the machine, and they are missing" in str(explanation)
+    assert "limit     not known: the compiled kernels measure the machine, and they are missing" in str(explanation)
 
 
 def test_a_backend_on_a_device_plans_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,12 +304,12 @@ def test_the_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch, capsys: p
     planning._measured.cache_clear()
     layer = rk.RNN(3, 4, seed=0)
     try:
-        assert "floor     not known: other programs kept a core busy" in str(rk.explain(layer, (5, 3)))
-        assert [rk.explain(layer, (5, 3)).floors is None for _ in range(3)] == [False] * 3
+        assert "limit     not known: other programs kept a core busy" in str(rk.explain(layer, (5, 3)))
+        assert [rk.explain(layer, (5, 3)).limits is None for _ in range(3)] == [False] * 3
     finally:
         planning._measured.cache_clear()
     assert len(measured) == 2
-    assert capsys.readouterr().err.count("a few seconds to measure this machine") == 2
+    assert capsys.readouterr().err.count("some ten seconds to measure this machine") == 2
 
 
 def test_wrong_questions_are_refused() -> None:

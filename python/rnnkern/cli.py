@@ -14,7 +14,7 @@ from typing import Any
 from . import __version__, backends, demo, doctor, flow
 from .bench import report, runner
 from .bench.peers import PEERS
-from .bench.workloads import named
+from .bench.workloads import SUITES, named
 from .cells import CELLS, table
 from .config import num_threads
 from .terminal import Terminal
@@ -190,16 +190,19 @@ def add_bench(commands: Any) -> None:
         "Ctrl-C stops early and reports what was measured.",
     )
     parser.add_argument("--quick", action="store_true", help="six workloads, within three minutes")
+    suites = "; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items())
+    parser.add_argument(
+        "--suite", nargs="+", choices=tuple(SUITES), metavar="SUITE", help=f"{suites} (default: {runner.DEFAULT_SUITE})"
+    )
     parser.add_argument(
         "--workload",
         nargs="+",
         type=_workload,
-        default=defaults.workloads,
         metavar="NAME",
-        help="such as lstm-i64-h64-b1-t100; any sizes will do (default: all that have a line in bench/workloads.py)",
+        help="in place of a suite; such as lstm-i64-h64-b1-t100, any sizes will do",
     )
     parser.add_argument(
-        "--peer", nargs="+", choices=tuple(PEERS), default=defaults.peers, help="(default: all on CPUs)"
+        "--peer", nargs="+", choices=tuple(PEERS), default=defaults.peers, help=f"(default: {' '.join(defaults.peers)})"
     )
     parser.add_argument("--threads", nargs="+", type=_positive_integer, default=(), help="(default: 1 and all)")
     parser.add_argument(
@@ -216,12 +219,36 @@ def add_bench(commands: Any) -> None:
         metavar="FOLDER",
         help="for the report (default: %(default)s)",
     )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=_report,
+        metavar=("OLD", "NEW"),
+        help="run nothing, but set two report.json side by side",
+    )
+    parser.add_argument(
+        "--publish",
+        nargs=2,
+        metavar=("REPORT", "FOLDER"),
+        help="run nothing, but write performance.md and performance.svg of the report.json of a quiet machine",
+    )
 
     def run(options: argparse.Namespace) -> int:
+        if options.compare:
+            with Terminal() as terminal:
+                terminal.say(report.compare(*options.compare))
+            return 0
+        if options.publish:
+            return publish(*options.publish)
         if max(options.threads, default=1) > num_threads():
             parser.error(f"argument --threads: expected at most {num_threads()}, the cores there are")
+        if options.suite and options.workload:
+            parser.error("argument --workload: expected no --suite with it")
         wanted = runner.Options(
-            tuple(options.workload), tuple(options.peer), tuple(sorted(set(options.threads))), options.seconds_per_peer
+            tuple(options.workload or runner.of_suites(options.suite or [runner.DEFAULT_SUITE])),
+            tuple(options.peer),
+            tuple(sorted(set(options.threads))),
+            options.seconds_per_peer,
         )
         try:
             _try_folder(options.out)
@@ -229,12 +256,23 @@ def add_bench(commands: Any) -> None:
             parser.exit(2, f"rnnkern bench: {error}\n")
         with Terminal() as terminal:
             results = runner.run(runner.quick(wanted) if options.quick else wanted, terminal)
-            # An interrupted report never takes the place of a whole one.
-            kept = results["interrupted"] and (options.out / "report.json").exists()
-            out = options.out / "interrupted" if kept else options.out
-            for path in report.write(results, out):
+            for reason in report.worthless(results):
+                terminal.say(f"worthless  {reason}")
+            for path in report.write(results, report.free_folder(results, options.out)):
                 terminal.say(f"saved      {path}")
         return 130 if results["interrupted"] else 0
+
+    def publish(path: str, folder: str) -> int:
+        try:
+            results = report.load(path)
+            saved = report.publish(results, Path(folder))
+        except (OSError, ValueError) as error:
+            parser.exit(2, f"rnnkern bench: {error}\n")
+        with Terminal() as terminal:
+            for one in saved:
+                terminal.say(f"saved      {one}")
+            terminal.say(report.summary(results))
+        return 0
 
     parser.set_defaults(run=run)
 
@@ -252,6 +290,13 @@ def _workload(text: str) -> str:
     try:
         return named(text).name
     except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _report(text: str) -> report.Results:
+    try:
+        return report.load(text)
+    except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 

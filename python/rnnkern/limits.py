@@ -1,36 +1,46 @@
-"""How fast this machine could be: its rates, measured, and the shortest time of a call that follows from them."""
+"""How fast this machine could be: its rates, measured, and the limit of a call, the shortest time they allow."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, log2
-from pathlib import Path
-from typing import Any
+from itertools import accumulate, pairwise
+from math import ceil, exp, log, log2, sqrt
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from .backends.native import native_module
 from .cells import CELLS
 from .stack import Stack
 
-__all__ = ["Floor", "Level", "Limits", "Step", "Work", "floor", "flops", "measure"]
+__all__ = ["Curve", "Limit", "Limits", "Step", "Work", "flops", "limit", "measure"]
 
 FLOAT = 4  # bytes
 SECONDS, RUNS = 0.004, 7  # a run is long beside a clock tick and the start of a team; the fastest of the runs counts
 ATTEMPTS, PAUSE = 40, 0.05  # at finding all cores free, and seconds between them
 VECTORS = 64  # of units, in L1, for the throughput of an elementwise part
-LARGEST_READ = 512 << 20
+SMALLEST, LARGEST, LARGEST_TOTAL = 16 << 10, 128 << 20, 512 << 20  # bytes: working sets of a core, and of all together
+GRAIN = 1 << 10  # bytes; whole turns of the loop that reads, in every instruction set
+STEEP, REFINEMENTS = 0.1, 3  # a curve gets a point between two that differ by more, down to an eighth of a doubling
+STEADY = 0.05  # two measurements of a rate agree
 
 
 @dataclass(frozen=True)
-class Level:
-    """A cache, or memory: its size, and the bytes a second that one core and all cores together read from it."""
+class Curve:
+    """Bytes a second at which working sets are read again and again, by their size; a straight line between logarithms.
 
-    name: str
-    bytes: int
-    shared: bool  # by all cores; else each has one of its own
-    one_core: float
-    all_cores: float
+    >>> f"{Curve((16384, 65536), (4e9, 1e9)).at(32768):.3g}"
+    '2e+09'
+    """
+
+    sizes: tuple[int, ...]  # bytes that each core reads, ascending
+    rates: tuple[float, ...]  # of all cores that read
+
+    def at(self, size: float) -> float:
+        """The rate of a working set; beyond the ends of the curve that of its end."""
+        return exp(np.interp(log(size), np.log(self.sizes), np.log(self.rates)))
 
 
 @dataclass(frozen=True)
@@ -43,30 +53,42 @@ class Step:
 
 @dataclass(frozen=True)
 class Limits:
-    """The rates of this machine with the instruction set in use, float32; those of a core are of one core alone."""
+    """The rates of this machine with the instruction set in use, float32; those of a core are of one core alone.
+
+    No size of a cache is among them, since a virtual machine reports caches that it does not have.
+    """
 
     isa: str
     cores: int
     flops: float  # of one core, a second; a multiply-add is two
     multiply_add_latency: float  # seconds
     barrier: float  # seconds, of all cores
-    levels: tuple[Level, ...]  # nearest first, the last is memory
+    one_core: Curve
+    apart: Curve  # all cores, each with a working set of its own
+    together: Curve  # all cores, with the same working set
     forward: Mapping[str, Step]  # by cell
     backward: Mapping[str, Step]
+    unsteady: tuple[str, ...] = ()  # what two measurements disagreed about by more than a twentieth
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a call has to do: T steps of B rows through a stack."""
+    """What a call has to do: T steps of B rows through a stack; ragged rows have fewer steps in all."""
 
     stack: Stack
     steps: int
     batch: int
+    row_steps: int = 0  # steps of all rows together; 0: T B
+
+    @property
+    def rows_and_steps(self) -> int:
+        """Of all rows together."""
+        return self.row_steps or self.steps * self.batch
 
 
 @dataclass(frozen=True)
-class Floor:
-    """The shortest time of a call, and what it is bound by: latency, bytes or arithmetic."""
+class Limit:
+    """The shortest time of a call, and what bounds it: latency, bytes or arithmetic."""
 
     seconds: float
     bound: str
@@ -77,23 +99,23 @@ def flops(work: Work, training: bool) -> int:
 
     Backward has two products for each one of forward: the gradients of its left and of its right side.
     """
-    return work.steps * work.batch * work.stack.flops * (3 if training else 1)
+    return work.rows_and_steps * work.stack.flops * (3 if training else 1)
 
 
-def floor(work: Work, limits: Limits, threads: int, training: bool) -> Floor:
-    """No program can be faster than the largest of three, plus one read of the weights.
+def limit(work: Work, limits: Limits, threads: int, training: bool) -> Limit:
+    """No program can be faster than the largest of three.
 
     - latency: the steps wait for each other, T + L - 1 of them since layers may follow one another like a wave. Each
       takes the elementwise part of the cell and a sum of H terms, at least log2(H) additions deep; twice that where a
       cell has two products a step.
-    - bytes: each step of each layer-direction reads its recurrent weights, G H H numbers, from the nearest level of
-      memory that holds them. Traffic of x, y and saved gates is left out.
+    - bytes: each step of each layer-direction reads its recurrent weights, G H H numbers, as fast as a working set of
+      that size is read, and the input's weights are read once. Traffic of x, y and saved gates is left out.
     - arithmetic: `flops` at the rate of multiply-adds, plus the elementwise parts.
 
-    Training adds the same for backward. The read of the weights comes first: packing, or filling the caches.
+    Training adds the same for backward.
 
-    Cores divide either rows, then each reads all weights, or units, then each keeps its share of the weights but waits
-    at a barrier a step. The faster one counts, or fewer cores where that is faster still.
+    Cores divide either rows, then each reads all recurrent weights, or units, then each keeps its share of them but
+    waits at a barrier a step. The faster one counts, or fewer cores where that is faster still.
     """
     plans = [_plan(work, limits, training, 1, by_rows=True)]
     for cores in range(2, min(threads, limits.cores) + 1):
@@ -101,40 +123,55 @@ def floor(work: Work, limits: Limits, threads: int, training: bool) -> Floor:
     return min(plans, key=lambda plan: plan.seconds)
 
 
-def _plan(work: Work, limits: Limits, training: bool, cores: int, by_rows: bool) -> Floor:
-    stack, T, B = work.stack, work.steps, work.batch
+def _plan(work: Work, limits: Limits, training: bool, cores: int, by_rows: bool) -> Limit:
+    stack, T = work.stack, work.steps
     cell, H = stack.cell, stack.hidden_size
     gates, count = len(cell.gates), len(stack.layers)
     passes = [limits.forward[cell.name], *[limits.backward[cell.name]] * training]
-    share = ceil(B / cores) / B if by_rows else 1 / cores
+    share = max(1 / cores, T / work.rows_and_steps) if by_rows else 1 / cores  # a core has a whole row at least
 
     chain = (2 if cell.late_gates else 1) * ceil(log2(H)) * limits.multiply_add_latency
     meeting = 0.0 if by_rows else limits.barrier * (2 if cell.late_gates else 1)
     latency = (T + stack.num_layers - 1) * sum(one.latency + chain + meeting for one in passes)
 
     recurrent = FLOAT * gates * H * H
-    own = recurrent if by_rows else recurrent / cores
-    stream = T * count * len(passes) * _read(limits, own, recurrent, cores)
+    inputs = FLOAT * sum(gates * H * (sizes.input_size + 2) for sizes in stack.layers)
+    step = _read(limits, recurrent, cores, same=True) if by_rows else _read(limits, recurrent / cores, cores)
+    stream = len(passes) * (T * count * step + _read(limits, inputs / cores, cores))
 
-    elementwise = T * B * count * H * sum(one.unit for one in passes)
+    elementwise = work.rows_and_steps * count * H * sum(one.unit for one in passes)
     arithmetic = share * (flops(work, training) / limits.flops + elementwise)
 
-    weights = FLOAT * sum(gates * H * (sizes.input_size + H + 2) for sizes in stack.layers)
     bounds = {"latency": latency, "bytes": stream, "arithmetic": arithmetic}
     bound = max(bounds, key=bounds.__getitem__)
-    return Floor(bounds[bound] + _read(limits, weights / cores, weights, cores), bound)
+    return Limit(bounds[bound], bound)
 
 
-def _read(limits: Limits, own: float, whole: float, cores: int) -> float:
-    """Seconds in which each of the cores reads `own` bytes, which are `whole` bytes of different memory in all."""
-    for level in limits.levels:
-        if (whole if level.shared else own) <= level.bytes:
-            break
-    return cores * own / min(cores * level.one_core, level.all_cores)
+def _read(limits: Limits, size: float, cores: int, same: bool = False) -> float:
+    """Seconds in which each of the cores reads `size` bytes, the same ones or each its own."""
+    alone = limits.one_core.at(size)
+    if cores == 1:
+        return size / alone
+    every = (limits.together if same else limits.apart).at(size)
+    return size / min(alone, every / cores)
+
+
+class _Probe(NamedTuple):
+    """A loop of csrc/probes.h, how many floats it works on for each core, and on how many cores."""
+
+    name: str
+    elements: int
+    threads: int = 1
+    cell: str = ""
+
+    def __str__(self) -> str:
+        size = f" {FLOAT * self.elements >> 10} KiB" if self.name.startswith("read") else ""
+        cell = f" of {self.cell}" * bool(self.cell)
+        return f"{self.name}{size}{cell}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
 def measure(threads: int) -> Limits:
-    """Measure this machine; takes a few seconds.
+    """Measure this machine; takes some fifteen seconds. Each rate is measured twice, the better one counts.
 
     Raises
     ------
@@ -144,74 +181,99 @@ def measure(threads: int) -> Limits:
     native = native_module()
     if native is None:
         raise RuntimeError("the limits are measured by the compiled kernels, which are missing")
-    lanes = int(native.lanes("float32"))
-    levels = []
-    for name, size, shared, part in _parts(threads):
-        one, every = (_seconds("read", part, cores) for cores in (1, threads))
-        levels.append(Level(name, size, shared, FLOAT * part / one, FLOAT * part * threads / every))
+    lanes, many = int(native.lanes("float32")), VECTORS * int(native.lanes("float32"))
+    one, apart = ("read", 1), ("read", threads)
+    together = ("read_same", threads) if threads > 1 else one
 
-    def steps(direction: str) -> dict[str, Step]:
-        many = VECTORS * lanes
+    arithmetic, latency = (_Probe(name, lanes) for name in ("multiply_add", "multiply_add_latency"))
+    barrier = _Probe("barrier", lanes, threads)
+    probes = [arithmetic, latency, *[barrier] * (threads > 1)]
+    probes += [
+        _Probe(way, size, 1, cell) for way in ("forward", "backward") for cell in CELLS for size in (lanes, many)
+    ]
+    probes += [_Probe(name, size // FLOAT, cores) for name, cores in {one, apart, together} for size in _sizes(cores)]
+
+    first = {probe: _seconds(probe) for probe in probes}
+    for _ in range(REFINEMENTS):
+        first |= {probe: _seconds(probe) for probe in _between(first)}
+    second = {probe: _seconds(probe) for probe in first}
+    best = {probe: min(first[probe], second[probe]) for probe in first}
+
+    def curve(name: str, cores: int) -> Curve:
+        points = sorted((FLOAT * p.elements, FLOAT * p.elements * cores / s) for p, s in _of(best, name, cores))
+        sizes, rates = zip(*points, strict=True)
+        return Curve(sizes, _falling(rates))
+
+    def step(way: str) -> dict[str, Step]:
         return {
-            cell: Step(_seconds(direction, lanes, cell=cell), _seconds(direction, many, cell=cell) / many)
-            for cell in CELLS
+            cell: Step(best[_Probe(way, lanes, 1, cell)], best[_Probe(way, many, 1, cell)] / many) for cell in CELLS
         }
 
     return Limits(
         native.isa(),
         threads,
-        2 / _seconds("multiply_add", lanes),
-        _seconds("multiply_add_latency", lanes),
-        _seconds("barrier", lanes, threads) if threads > 1 else 0.0,
-        tuple(levels),
-        steps("forward"),
-        steps("backward"),
+        2 / best[arithmetic],
+        best[latency],
+        best[barrier] if threads > 1 else 0.0,
+        curve(*one),
+        curve(*apart),
+        curve(*together),
+        step("forward"),
+        step("backward"),
+        tuple(str(probe) for probe in first if abs(log(first[probe] / second[probe])) > log(1 + STEADY)),
     )
 
 
-def _parts(threads: int) -> list[tuple[str, int, bool, int]]:
-    """Of each level its name, size, whether it is shared, and how many floats a core reads to measure it."""
-    levels = [(f"L{level}", size, shared, size // 2) for level, size, shared in _caches()]
-    largest = max(size for _, size, _, _ in levels)
-    levels.append(("memory", 1 << 62, True, min(4 * largest, LARGEST_READ)))
-    unit = 1 << 10  # floats, whole vectors of every instruction set
-    return [
-        (name, size, shared, part // (threads if shared else 1) // FLOAT // unit * unit)
-        for name, size, shared, part in levels
-    ]
+def _falling(rates: Sequence[float]) -> tuple[float, ...]:
+    """The rates of ascending working sets, none below that of a larger one: what slowed it down was no limit.
+
+    >>> _falling([5.0, 2.0, 3.0, 1.0])
+    (5.0, 3.0, 3.0, 1.0)
+    """
+    return tuple(accumulate(reversed(rates), max))[::-1]
 
 
-def _caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[tuple[int, int, bool]]:
-    """Level, bytes and whether shared, nearest first; common sizes where the system does not tell."""
-    found = []
-    for index in sorted(folder.glob("index[0-9]")):
-        try:
-            level, kind = int((index / "level").read_text()), (index / "type").read_text().strip()
-            number, unit = (index / "size").read_text().strip()[:-1], (index / "size").read_text().strip()[-1]
-        except (OSError, ValueError):
-            continue
-        if kind != "Instruction":
-            found.append((level, int(number) * {"K": 1 << 10, "M": 1 << 20}[unit], level >= 3))
-    return found or [(1, 32 << 10, False), (2, 1 << 20, False), (3, 32 << 20, True)]
+def _sizes(cores: int) -> Iterator[int]:
+    """Working sets of a core, bytes: doubling, as far as all of them fit into memory."""
+    size = SMALLEST
+    while size <= min(LARGEST, max(LARGEST_TOTAL // cores, SMALLEST)):
+        yield size
+        size *= 2
 
 
-def _seconds(name: str, elements: int, threads: int = 1, cell: str = "") -> float:
-    """Seconds of one unit of work of a measurement, in its fastest run."""
+def _of(seconds: Mapping[_Probe, float], name: str, cores: int) -> list[tuple[_Probe, float]]:
+    """The points of a curve, ascending."""
+    return sorted((probe, taken) for probe, taken in seconds.items() if (probe.name, probe.threads) == (name, cores))
+
+
+def _between(seconds: Mapping[_Probe, float]) -> Iterable[_Probe]:
+    """A probe between each two neighbours on a curve whose rates differ much."""
+    for name, cores in {(probe.name, probe.threads) for probe in seconds if probe.name.startswith("read")}:
+        for (small, fast), (large, slow) in pairwise(_of(seconds, name, cores)):
+            if abs(log(fast / small.elements * large.elements / slow)) > log(1 + STEEP):
+                middle = round(sqrt(small.elements * large.elements) * FLOAT / GRAIN) * GRAIN // FLOAT
+                yield small._replace(elements=middle)
+
+
+def _seconds(probe: _Probe) -> float:
+    """Seconds of one unit of work of a probe, in its fastest run."""
     native: Any = native_module()
 
-    def fastest(repeats: int, runs: int) -> tuple[int, float] | None:
-        work, taken = native.measure(name, cell, repeats, elements, threads, runs)
-        complete = [seconds for seconds, present in taken if present == threads]
+    def fastest(repeats: int) -> tuple[int, float] | None:
+        work, taken = native.measure(probe.name, probe.cell, repeats, probe.elements, probe.threads, RUNS)
+        complete = [seconds for seconds, present in taken if present == probe.threads]
         return (work, min(complete)) if complete else None
 
     repeats, attempts = 1, 0
     while attempts < ATTEMPTS:
-        trial = fastest(repeats, RUNS)  # the first of the runs wakes the team
+        trial = fastest(repeats)  # the first of the runs wakes the team
         if trial is not None and trial[1] < SECONDS:
-            repeats *= 2
+            repeats = max(2 * repeats, int(1.2 * repeats * SECONDS / trial[1]))
             continue
         if trial is not None:
             return trial[1] / trial[0]
         attempts += 1
         time.sleep(PAUSE)
-    raise RuntimeError(f"other programs kept a core busy: {name} found no {threads} free cores in {ATTEMPTS} attempts")
+    raise RuntimeError(
+        f"other programs kept a core busy: {probe.name} found no {probe.threads} free cores in {ATTEMPTS} attempts"
+    )

@@ -16,7 +16,7 @@ from .checkpoints import segment_steps
 from .config import num_threads
 from .functional import SAVES, check_save
 from .layers import Recurrent
-from .limits import Floor, Limits, Work, floor, measure
+from .limits import Limit, Limits, Work, limit, measure
 
 __all__ = ["Division", "Explanation", "MemoryPlan", "explain", "memory_plan"]
 
@@ -89,8 +89,8 @@ class Explanation:
     flops: int  # of the products of forward; those of backward are twice as many
     weights: int  # bytes of the parameters
     memory: MemoryPlan
-    floors: tuple[Floor, Floor] | None  # of forward alone, and of both calls
-    without_floors: str = ""  # why there are none
+    limits: tuple[Limit, Limit] | None  # of forward alone, and of both calls
+    without_limits: str = ""  # why there are none
 
     def __str__(self) -> str:
         kept, peak = sum(self.memory.kept.values()), self.memory.peak
@@ -100,11 +100,11 @@ class Explanation:
             "backward": _sentence(self.backward, 2 * self.flops),
             "weights": f"{self.weights:,} bytes, {self.memory.kept['packed weights']:,} packed for both calls",
             "memory": f"{about}{kept:,} bytes between the calls, {peak:,} at the peak",
-            "floor": f"not known: {self.without_floors}",
+            "limit": f"not known: {self.without_limits}",
         }
-        if self.floors is not None:
-            forward, both = (f"{1e3 * one.seconds:.3g} ms ({one.bound})" for one in self.floors)
-            lines["floor"] = f"{forward} forward, {both} with backward: nothing is faster on this machine"
+        if self.limits is not None:
+            forward, both = (f"{1e3 * one.seconds:.3g} ms ({one.bound})" for one in self.limits)
+            lines["limit"] = f"{forward} forward, {both} with backward: nothing is faster on this machine"
         return "\n".join([self.call, *(f"{name:<10}{text}" for name, text in lines.items())])
 
     __repr__ = __str__
@@ -188,15 +188,15 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
     layer, shape
         As for `memory_plan`.
     limits
-        What `rnnkern.limits.measure` returned. None measures the machine, which takes a few seconds, once in a
+        What `rnnkern.limits.measure` returned. None measures the machine, which takes some ten seconds, once in a
         process for each instruction set and number of threads; a line on stderr says so.
 
     Returns
     -------
     Explanation
         The threads, what they divide among them and the steps in a block, for forward and backward; the additions and
-        multiplications; bytes of weights and `memory_plan`; and `floors`, the shortest times of a forward alone and of
-        both calls, by `rnnkern.limits.floor`. There are none for float64 and projections, nor where other
+        multiplications; bytes of weights and `memory_plan`; and `limits`, the shortest times of a forward alone and of
+        both calls, by `rnnkern.limits.limit`. There are none for float64 and projections, nor where other
         programs kept the machine busy while it was measured.
 
     Raises
@@ -213,11 +213,11 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
     backward  ... blocks of ... steps; 0.0295 GFLOP
     weights   595,968 bytes, ... packed for both calls
     memory    ... bytes between the calls, ... at the peak
-    floor     not known: the machine is measured for float32 without projections
+    limit     not known: the machine is measured for float32 without projections
     """
     steps, batch = _steps_and_batch(layer, shape)
     packed, forward, backward = _plan(layer, steps, batch)
-    floors, reason = _floors(layer, steps, batch, limits)
+    found, reason = _limits(layer, steps, batch, limits)
     return Explanation(
         f"{layer!r}, x ({', '.join(map(str, shape))})",
         forward,
@@ -225,7 +225,7 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
         steps * batch * layer._signature.stack.flops,
         sum(array.nbytes for array in layer.parameters.values()),
         _memory(layer, len(shape) == 3, steps, batch, packed, forward, backward, "gates"),
-        floors,
+        found,
         reason,
     )
 
@@ -327,8 +327,8 @@ def _larger(one: Mapping[str, int], other: Mapping[str, int]) -> Mapping[str, in
     return max(one, other, key=lambda parts: sum(parts.values()))
 
 
-def _floors(layer: Recurrent, steps: int, batch: int, limits: Limits | None) -> tuple[tuple[Floor, Floor] | None, str]:
-    """The floors of forward and of both calls, or why there are none."""
+def _limits(layer: Recurrent, steps: int, batch: int, limits: Limits | None) -> tuple[tuple[Limit, Limit] | None, str]:
+    """The limits of forward and of both calls, or why there are none."""
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"limits: expected None or what rnnkern.limits.measure returned, got {describe(limits)}")
     stack = layer._signature.stack
@@ -343,14 +343,14 @@ def _floors(layer: Recurrent, steps: int, batch: int, limits: Limits | None) -> 
         except RuntimeError as error:
             return None, str(error)
     work = Work(stack, steps, batch)
-    forward, both = (floor(work, limits, num_threads(), training) for training in (False, True))
+    forward, both = (limit(work, limits, num_threads(), training) for training in (False, True))
     return (forward, both), ""
 
 
 @cache
 def _measured(isa: str, threads: int) -> Limits:
     sys.stderr.write(
-        f"rnnkern.explain: a few seconds to measure this machine with {isa} and {threads} threads, once; "
+        f"rnnkern.explain: some ten seconds to measure this machine with {isa} and {threads} threads, once; "
         "with `limits=` it need not\n"
     )
     return measure(threads)

@@ -1,7 +1,8 @@
-"""The packages a workload is run on, ours per backend among them. To add one, add a function to `PEERS`.
+"""The packages a workload is run on. To add one, add a function to `PEERS`; our own backends are in `OWN`.
 
-A peer is a function of a workload and a number of threads that makes the workload ready and returns it as `Prepared`,
-or raises `Missing`. Each runs at the best settings found for it, which `Prepared.settings` tells.
+Each is a function of a workload and a number of threads that makes the workload ready and returns it as `Prepared`,
+or raises `Missing`. Each runs at the best settings found for it, which `Prepared.settings` tells; lengths and resets as
+the users of a package run them, in the way that was found to be the fastest.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from ..layers import parameter_names
 from ..testing import Results, named_gradients, named_states, state_of
 from .workloads import Workload, layer, numbers
 
-__all__ = ["PACKAGES", "PEERS", "Missing", "Peer", "Prepared"]
+__all__ = ["ENTRANTS", "OWN", "PACKAGES", "PEERS", "Missing", "Peer", "Prepared"]
 
 Array = NDArray[Any]
 
@@ -56,12 +58,13 @@ def ours(workload: Workload, threads: int, backend: str) -> Prepared:
     except BackendUnavailableError as error:
         raise Missing(str(error)) from error
     frozen, initial = trained.freeze(), state_of(given.state)
+    options: dict[str, Any] = {"lengths": given.lengths, "resets": given.resets}
     set_num_threads(threads)
 
     def run(dy: Array | None) -> Any:
         if dy is None:
-            return frozen(given.x, initial)
-        y, state, tape = trained.forward(given.x, initial)
+            return frozen(given.x, initial, **options)
+        y, state, tape = trained.forward(given.x, initial, **options)
         return y, state, trained.backward(tape, dy)
 
     def results(returned: Any) -> Results:
@@ -113,7 +116,7 @@ def _torch(workload: Workload, threads: int, wrap: Callable[[Any], Any], setting
     problem, given = workload.checked, numbers(workload)
     x, initial = _tensor(given.x), state_of(tuple(_tensor(one) for one in given.state))
     leaf, states = x.clone().requires_grad_(), tuple(_tensor(one).requires_grad_() for one in given.state)
-    call = wrap(module)
+    call, how = _torch_call(wrap(module), workload)
 
     def run(dy: Any) -> Any:
         if dy is None:
@@ -136,7 +139,36 @@ def _torch(workload: Workload, threads: int, wrap: Callable[[Any], Any], setting
         dstate = state_of(tuple(_numpy(one.grad) for one in states))
         return named | {"dx": _numpy(leaf.grad)} | named_states(problem, dstate, "d") | gradients
 
-    return Prepared(run, results, f"{settings}, set_num_threads({threads})", _tensor, unrolled=unrolled)
+    return Prepared(run, results, f"{settings}, set_num_threads({threads}){how}", _tensor, unrolled=unrolled)
+
+
+def _torch_call(module: Any, workload: Workload) -> tuple[Callable[..., Any], str]:
+    """The call of a module with lengths or resets, for which torch.nn has no argument, and a word about it."""
+    torch, given = _import("torch"), numbers(workload)
+    if given.resets is not None and (workload.directions == 2 or given.lengths is not None):
+        raise Missing("no call with resets was written for both directions or ragged rows")
+    if given.lengths is not None:
+        packing, lengths = torch.nn.utils.rnn, _tensor(given.lengths)
+
+        def packed(x: Any, state: Any) -> Any:
+            y, last = module(packing.pack_padded_sequence(x, lengths, enforce_sorted=False), state)
+            return packing.pad_packed_sequence(y, total_length=workload.T)[0], last
+
+        return packed, ", PackedSequence"
+    if given.resets is not None:
+        starts = [0, *(np.flatnonzero(given.resets[1:].any(1)) + 1).tolist(), workload.T]
+        keep = _tensor(~given.resets).to(torch.float32)[:, None, :, None]  # of the state, (T, 1, B, 1)
+
+        def between_resets(x: Any, state: Any) -> Any:
+            parts = []
+            for start, end in pairwise(starts):
+                kept = tuple(one * keep[start] for one in (state if isinstance(state, tuple) else (state,)))
+                y, state = module(x[start:end], state_of(kept))
+                parts.append(y)
+            return torch.cat(parts), state
+
+        return between_resets, f", {len(starts) - 1} calls between resets of any row"
+    return module, ""
 
 
 def _tensor(array: Array) -> Any:
@@ -167,17 +199,29 @@ def jax_scan(workload: Workload, threads: int) -> Prepared:
     ).forward
     names, gates = parameter_names(stack, True), len(cell.gates)
 
+    given = numbers(workload)
+    if given.resets is not None and stack.directions != (False,):
+        raise Missing("no scan was written for resets in reverse")
+    # Masks of the steps, (T, B, 1): those that a row has, and those before which it keeps its state.
+    has = None if given.lengths is None else jnp.asarray(np.arange(workload.T)[:, None] < given.lengths)[..., None]
+    keeps = None if given.resets is None else jnp.asarray(~given.resets)[..., None]
+
     def layer_direction(weights: Mapping[str, Any], reverse: bool, x: Any, state: Any) -> Any:
         inputs = x @ weights["w_ih"] + weights["b_ih"]
         extra = [weights[name] for name in cell.extras]
 
-        def step(state: Any, share: Any) -> Any:
+        def step(state: Any, of_step: Any) -> Any:
+            share, has, keeps = of_step
+            if keeps is not None:
+                state = tuple(jnp.where(keeps, one, 0) for one in state)
             recurrent = state[0] @ weights["w_hh"] + weights["b_hh"]
             new, saved = [None] * len(cell.states), [None] * len(cell.saved)
             forward_cell(jnp.split(share, gates, -1), jnp.split(recurrent, gates, -1), extra, state, new, saved)
-            return tuple(new), new[0]
+            if has is None:
+                return tuple(new), new[0]
+            return tuple(jnp.where(has, *one) for one in zip(new, state, strict=True)), jnp.where(has, new[0], 0)
 
-        return jax.lax.scan(step, state, inputs, reverse=reverse)
+        return jax.lax.scan(step, state, (inputs, has, keeps), reverse=reverse)
 
     def forward(parameters: Any, x: Any, state: Any) -> Any:
         finals, directions = [], len(stack.directions)
@@ -195,7 +239,7 @@ def jax_scan(workload: Workload, threads: int) -> Prepared:
         y, pull, final = jax.vjp(forward, parameters, x, state, has_aux=True)
         return y, final, pull(dy)
 
-    weights, given = layer(workload).state_dict(), numbers(workload)
+    weights = layer(workload).state_dict()
     # Matrices are kept transposed, as the products take them.
     parameters = [{key: jnp.asarray(weights[name].T.copy()) for key, name in one.items()} for one in names]
     x, initial = jnp.asarray(given.x), tuple(jnp.asarray(one) for one in given.state)
@@ -240,14 +284,18 @@ def onnxruntime(workload: Workload, threads: int) -> Prepared:
     writer, given = importlib.import_module("rnnkern.onnx.writer"), numbers(workload)
     if workload.cell not in writer.CELL_OPERATORS:
         raise Missing(f"ONNX has no {workload.cell}")
+    if workload.resets:
+        raise Missing("its operators have no resets")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    model = writer.to_model(layer(workload), state=True).SerializeToString()
+    model = writer.to_model(layer(workload), state=True, lengths=workload.ragged).SerializeToString()
     session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     binding.bind_cpu_input("x", given.x)
+    if given.lengths is not None:
+        binding.bind_cpu_input("lengths", given.lengths)
     states = CELLS[workload.cell].states
     for state, values in zip(states, given.state, strict=True):
         binding.bind_cpu_input(f"{state}_0", values)
@@ -274,13 +322,17 @@ def _import(name: str) -> Any:
         raise Missing(f"{name} is not installed: pip install {name}") from error
 
 
+OWN = tuple(backends.backend_names())  # the first is ours, the others its fallbacks, and none is a peer
 PEERS: dict[str, Peer] = {
-    **{name: partial(ours, backend=name) for name in backends.backend_names()},
+    **{name: partial(ours, backend=name) for name in OWN},
     "torch": torch_eager,
     "torch_compile": torch_compiled,
     "jax": jax_scan,
     "onnxruntime": onnxruntime,
 }
+
+# Who runs when nobody is named: torch.compile takes minutes, and our fallbacks are for machines without a compiler.
+ENTRANTS = tuple(name for name in PEERS if name not in (*OWN[1:], "torch_compile"))
 
 # Whose versions a report tells.
 PACKAGES = ("numpy", "numba", "torch", "jax", "jaxlib", "onnxruntime", "onnx")

@@ -2,7 +2,8 @@
 
 Each number of threads has a process of its own, pinned to as many cores before anything is imported: XLA and BLAS take
 their threads from there. In a process the peers of a workload take turns in rounds, so that a change of the machine's
-speed hits all alike, and no time counts before the result was right.
+speed hits all alike, and no time counts before the result was right. Which peer is the best is decided in rounds of
+their own: the fastest of several times would be faster than the same peer is in the long run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,43 +29,45 @@ import numpy as np
 from .. import __version__, limits
 from ..config import num_threads, set_num_threads, show_config
 from . import report
-from .peers import PACKAGES, PEERS, Missing, Prepared
-from .workloads import QUICK, WORKLOADS, Workload, assert_right, named, numbers
+from .peers import ENTRANTS, OWN, PACKAGES, PEERS, Missing, Prepared
+from .workloads import QUICK, SUITES, Workload, assert_right, named, numbers
 
-__all__ = ["MODES", "Options", "quick", "run"]
+__all__ = ["DEFAULT_SUITE", "MODES", "Options", "of_suites", "quick", "run"]
 
 MODES = ("inference", "training")
-ROUNDS = 5
-FEWEST_CALLS, MOST_CALLS = 3, 5000  # timed of a peer and a mode
+DEFAULT_SUITE = next(iter(SUITES))
+CHOOSING_ROUNDS, ROUNDS = 2, 5  # the first find the best peer, the others are timed; in each at least one call
+CHOOSING_SHARE, BEATEN = 0.25, 2.0  # of the seconds; a peer that takes so many times the best one is not timed again
+MOST_CALLS = 5000  # timed of a peer and a mode
 PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds; before a peer's turn, see _settle
 WARM_UP = 0.1  # a call shorter than this is first run once untimed, in caches that others have filled
 COMPILE_SECONDS = 60.0  # to get ready and run for the first time
 QUICK_SECONDS = 160.0  # a workload takes 10 to 20 of them
-ON_DEVICES = ("numba_cuda",)
+
+
+def of_suites(suites: Sequence[str]) -> tuple[str, ...]:
+    """The names of the workloads of some suites."""
+    return tuple(workload.name for suite in suites for workload in SUITES[suite].workloads.values())
 
 
 @dataclass(frozen=True)
 class Options:
     """What to run."""
 
-    workloads: tuple[str, ...] = tuple(WORKLOADS)
-    peers: tuple[str, ...] = tuple(name for name in PEERS if name not in ON_DEVICES)
+    workloads: tuple[str, ...] = of_suites([DEFAULT_SUITE])
+    peers: tuple[str, ...] = ENTRANTS
     threads: tuple[int, ...] = ()  # empty: 1 and all
-    seconds: float = 1.0  # of timed calls for each peer and mode of a workload
+    seconds: float = 0.5  # of timed calls for each peer and mode of a workload
     begin_within: float | None = None  # seconds; no workload begins after that
-    left_out: Mapping[str, str] = field(default_factory=dict)  # peer -> why
 
 
 def quick(options: Options) -> Options:
     """The options of a run that ends within three minutes."""
-    compiled = {"torch_compile": "left out by --quick: it takes minutes to compile"}
-    return Options(
-        QUICK if options.workloads == tuple(WORKLOADS) else options.workloads,
-        tuple(name for name in options.peers if name not in compiled),
-        options.threads,
-        min(options.seconds, 0.25),
-        QUICK_SECONDS,
-        {name: why for name, why in compiled.items() if name in options.peers},
+    return replace(
+        options,
+        workloads=QUICK if options.workloads == Options().workloads else options.workloads,
+        seconds=min(options.seconds, 0.25),
+        begin_within=QUICK_SECONDS,
     )
 
 
@@ -80,7 +83,7 @@ class Terminal(Protocol):
 
 def run(options: Options, terminal: Terminal) -> dict[str, Any]:
     """Run the suite; the results as `report` takes them. Ctrl-C ends it early, with what was measured until then."""
-    start = time.monotonic()
+    start, others_before = time.monotonic(), _others_seconds()
     threads = options.threads or tuple(sorted({1, num_threads()}))
     workloads = [named(name) for name in options.workloads]
     results = report.empty(describe_machine(), versions(), asdict(options) | {"threads": threads})
@@ -109,6 +112,8 @@ def run(options: Options, terminal: Terminal) -> dict[str, Any]:
         for worker in workers.values():
             worker.end()
     results["machine"]["load_after"] = os.getloadavg()[0]
+    if others_before is not None and (others := _others_seconds()) is not None:
+        results["machine"]["others"] = max(others - others_before, 0.0) / (time.monotonic() - start)
     return results
 
 
@@ -120,7 +125,6 @@ def _rows(
     tell: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     """The rows of a workload, fewest threads first; a process that it ends is replaced."""
-    left_out = {name: {"missing": why} for name, why in options.left_out.items()}
     fewer: dict[str, dict[str, Any]] = {}
     for threads in sorted(workers):
         try:
@@ -130,8 +134,8 @@ def _rows(
             times = {mode: {name: {"missing": why} for name in options.peers} for mode in MODES}
             workers[threads] = Worker(threads)
         for mode in MODES:
-            floor = limits.floor(workload.work, machine, threads, mode == "training") if machine else None
-            fewer[mode] = report.row(workload, mode, threads, times[mode] | left_out, floor, fewer.get(mode))
+            limit = limits.limit(workload.work, machine, threads, mode == "training") if machine else None
+            fewer[mode] = report.row(workload, mode, threads, times[mode], limit, fewer.get(mode))
             yield fewer[mode]
 
 
@@ -146,6 +150,25 @@ def _limits(worker: Worker, terminal: Terminal, results: dict[str, Any]) -> limi
     terminal.say(f"limits     not measured: {answer}")
     results["limits"] = {"missing": answer}
     return None
+
+
+def _others_seconds() -> float | None:
+    """CPU time that other programs and other virtual machines have had so far of our CPUs; None where it is not known.
+
+    Children count as this program once they have ended.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    cpus = {f"cpu{cpu}" for cpu in os.sched_getaffinity(0)}
+    try:
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        # user, nice, system, idle, iowait, irq, softirq, steal; what follows is part of user.
+        taken = [[int(ticks) for ticks in line[1:9]] for line in lines if line and line[0] in cpus]
+    except (OSError, ValueError):
+        return None
+    ticks = sum(sum(one) - one[3] - one[4] for one in taken)
+    own = os.times()
+    return ticks / os.sysconf("SC_CLK_TCK") - sum(own[:4])
 
 
 def describe_machine() -> dict[str, Any]:
@@ -283,25 +306,43 @@ def time_peers(
     """
     too_long = {} if too_long is None else too_long
     results: dict[str, dict[str, Any]] = {mode: {} for mode in MODES}
-    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    calls: dict[Key, Callable[[], Any]] = {}
     for name in peers:
         tell(f"{_threads(threads)}: {name} gets ready")
         for mode, outcome in _ready(name, workload, threads, too_long).items():
             results[mode][name], call = outcome
             if call is not None:
                 calls[name, mode] = call
-    samples = _in_turns(calls, seconds, lambda text: tell(f"{_threads(threads)}: {text}"))
-    for (name, mode), taken in samples.items():
+
+    def in_turns(some: Mapping[Key, Callable[[], Any]], seconds: float, rounds: int) -> dict[Key, list[float]]:
+        return _in_turns(some, {key: once[key] for key in some}, seconds, rounds, tell_threads)
+
+    def tell_threads(text: str) -> None:
+        tell(f"{_threads(threads)}: {text}")
+
+    once = {key: _seconds(call) for key, call in calls.items()}
+    chosen = in_turns(
+        {key: call for key, call in calls.items() if key[0] not in OWN}, seconds * CHOOSING_SHARE, CHOOSING_ROUNDS
+    )
+    choice = {key: float(np.median(taken)) for key, taken in chosen.items()}
+    best = {mode: min((taken for key, taken in choice.items() if key[1] == mode), default=0.0) for mode in MODES}
+    beaten = {key for key, taken in choice.items() if taken > BEATEN * best[key[1]]}
+    timed = in_turns({key: call for key, call in calls.items() if key not in beaten}, seconds, ROUNDS)
+    for key, taken in (chosen | timed).items():
         first, median, third = np.quantile(taken, (0.25, 0.5, 0.75))
+        name, mode = key
         results[mode][name] |= {
             "median": float(median),
             "quartiles": [float(first), float(third)],
             "fastest": min(taken),
             "calls": len(taken),
         }
+        if key in choice:
+            results[mode][name]["choice"] = choice[key]
     return results
 
 
+Key = tuple[str, str]  # a peer and a mode
 Outcome = tuple[
     dict[str, Any], Callable[[], Any] | None
 ]  # what is known of a peer and a mode, and its call if it works
@@ -349,26 +390,27 @@ def _checked(prepared: Prepared, workload: Workload, mode: str) -> Outcome:
 
 
 def _in_turns(
-    calls: Mapping[tuple[str, str], Callable[[], Any]], seconds: float, tell: Callable[[str], None]
-) -> dict[tuple[str, str], list[float]]:
-    """Seconds of each timed call: the rounds go through all peers, in another order each."""
-    once = {key: _seconds(call) for key, call in calls.items()}
-    counts = {key: min(max(int(seconds / taken), FEWEST_CALLS), MOST_CALLS) for key, taken in once.items()}
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    calls: Mapping[Key, Callable[[], Any]],
+    once: Mapping[Key, float],
+    seconds: float,
+    rounds: int,
+    tell: Callable[[str], None],
+) -> dict[Key, list[float]]:
+    """Seconds of each timed call: the rounds go through all peers, in another order each. `once`: those of one call."""
+    counts = {key: min(max(int(seconds / taken), rounds), MOST_CALLS) for key, taken in once.items()}
+    samples: dict[Key, list[float]] = {key: [] for key in calls}
     order = list(calls)
     gc.collect()
     gc.disable()
     try:
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             random.Random(turn).shuffle(order)
             for key in order:
-                count = (turn + 1) * counts[key] // ROUNDS - turn * counts[key] // ROUNDS
-                tell(f"round {turn + 1} of {ROUNDS}, {key[0]} {key[1]}")
-                if count == 0:
-                    continue
+                tell(f"round {turn + 1} of {rounds}, {key[0]} {key[1]}")
                 _settle()
                 if once[key] < WARM_UP:
                     calls[key]()
+                count = (turn + 1) * counts[key] // rounds - turn * counts[key] // rounds
                 samples[key] += [_seconds(calls[key]) for _ in range(count)]
     finally:
         gc.enable()

@@ -1,4 +1,4 @@
-"""The named workloads, their numbers, and the part of a result that is checked. To add a workload, add a line."""
+"""The suites of workloads, their numbers, and the part of a result that is checked. To add a workload, add a line."""
 
 from __future__ import annotations
 
@@ -16,18 +16,25 @@ from ..layers import Recurrent
 from ..limits import Work
 from ..testing import Problem, assert_accurate, inputs, layer_of
 
-__all__ = ["QUICK", "SUITE", "WORKLOADS", "Numbers", "Workload", "assert_right", "named"]
+__all__ = ["QUICK", "SMALL", "SUITES", "WORKLOADS", "Numbers", "Suite", "Workload", "assert_right", "named", "place_of"]
 
 Array = NDArray[Any]
 
 CHECKED_STEPS, CHECKED_ROWS = 8, 2
+RESETS = 0.01  # of the steps of a row that begin anew: episodes of 100 steps
 
-_NAME = re.compile(r"(?P<cell>\w+)-i(?P<I>\d+)-h(?P<H>\d+)-b(?P<B>\d+)-t(?P<T>\d+)(-l(?P<L>\d+))?(-d(?P<D>[12]))?")
+_NAME = re.compile(
+    r"(?P<cell>\w+)-i(?P<I>\d+)-h(?P<H>\d+)-b(?P<B>\d+)-t(?P<T>\d+)(-l(?P<L>\d+))?(-d(?P<D>[12]))?"
+    r"(?P<ragged>-ragged)?(?P<resets>-resets)?"
+)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A cell and its sizes: I inputs, H hidden units, B rows, T steps, L layers, D directions; float32."""
+    """A cell and its sizes: I inputs, H hidden units, B rows, T steps, L layers, D directions; float32.
+
+    Ragged rows have 1 to T steps, with resets the state of a row is zero again before some of its steps.
+    """
 
     cell: str
     I: int
@@ -36,12 +43,15 @@ class Workload:
     T: int
     layers: int = 1
     directions: int = 1
+    ragged: bool = False
+    resets: bool = False
 
     @property
     def name(self) -> str:
         """A name that stays the same from run to run, such as `lstm-i128-h128-b32-t100`."""
         stacked = f"-l{self.layers}" * (self.layers > 1) + f"-d{self.directions}" * (self.directions > 1)
-        return f"{self.cell}-i{self.I}-h{self.H}-b{self.B}-t{self.T}{stacked}"
+        options = "-ragged" * self.ragged + "-resets" * self.resets
+        return f"{self.cell}-i{self.I}-h{self.H}-b{self.B}-t{self.T}{stacked}{options}"
 
     @property
     def checked(self) -> Problem:
@@ -49,23 +59,36 @@ class Workload:
 
         The naive loops of the accuracy rule would take minutes on a whole large workload. Row b of a result depends on
         row b alone and its first steps on nothing later, so this part of y can be taken from the whole call; so can all
-        gradients of a loss on this part. Only a second direction begins at the end: there every step counts.
+        gradients of a loss on this part. Only a second direction begins at the end: there every step counts. Of ragged
+        rows the first is checked, which a problem of one row makes T / 2 steps long.
         """
+        whole = self.directions == 2 or self.ragged
         return Problem(
             self.cell,
-            self.T if self.directions == 2 else min(self.T, CHECKED_STEPS),
-            min(self.B, CHECKED_ROWS),
+            self.T if whole else min(self.T, CHECKED_STEPS),
+            1 if self.ragged else min(self.B, CHECKED_ROWS),
             self.I,
             self.H,
             num_layers=self.layers,
             bidirectional=self.directions == 2,
+            lengths=self.ragged,
+            resets=self.resets,
             loss="steps",
         )
 
     @property
+    def lengths(self) -> Array | None:
+        """Of ragged rows, int64 (B,): one is T long, the first T / 2, the others as even as 1 to T can be."""
+        if not self.ragged:
+            return None
+        spread = np.linspace(self.T, 1, self.B - 1).round().astype(np.int64)
+        return np.concatenate([[self.T // 2], np.random.default_rng(2).permutation(spread)])
+
+    @property
     def work(self) -> Work:
-        """What its flops and its floor are computed from."""
-        return Work(self.checked.stack, self.T, self.B)
+        """What its flops and its limit are computed from."""
+        lengths = self.lengths
+        return Work(self.checked.stack, self.T, self.B, 0 if lengths is None else int(lengths.sum()))
 
     @property
     def rows(self) -> list[int]:
@@ -75,12 +98,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What every peer gets, float32: x (T, B, I), states (L*D, B, H), and gradients of y (T, B, D*H)."""
+    """What every peer gets: x (T, B, I), states (L*D, B, H), dy (T, B, D*H), all float32; and options."""
 
     x: Array
     state: tuple[Array, ...]
     dy: Array  # a loss on every step
     dy_checked: Array  # zero outside the part of y that is checked
+    lengths: Array | None  # int64 (B,)
+    resets: Array | None  # bool (T, B)
 
 
 @lru_cache(maxsize=1)
@@ -101,9 +126,13 @@ def numbers(workload: Workload) -> Numbers:
         whole[:, workload.rows] = some
     dy_checked = np.zeros_like(dy)
     dy_checked[where] = part.dy
+    resets = None
+    if part.resets is not None:
+        resets = generator.random((workload.T, workload.B)) < RESETS
+        resets[where] = part.resets
     for array in (x, *state, dy, dy_checked):
         array.flags.writeable = False
-    return Numbers(x, state, dy, dy_checked)
+    return Numbers(x, state, dy, dy_checked, workload.lengths, resets)
 
 
 def layer(workload: Workload, backend: str = "reference") -> Recurrent:
@@ -136,7 +165,7 @@ def _named(problem: Problem, prefix: str) -> list[str]:
 
 
 def named(name: str) -> Workload:
-    """The workload of a name, listed or not, such as `gru-i8-h16-b4-t50` or `lstm-i64-h64-b8-t20-l2-d2`.
+    """The workload of a name, listed or not, such as `gru-i8-h16-b4-t50` or `lstm-i64-h64-b8-t20-l2-d2-ragged`.
 
     Raises
     ------
@@ -146,7 +175,7 @@ def named(name: str) -> Workload:
     >>> named("lstm-i64-h64-b1-t100") is WORKLOADS["lstm-i64-h64-b1-t100"]
     True
     >>> named("gru-i8-h16-b4-t50")
-    Workload(cell='gru', I=8, H=16, B=4, T=50, layers=1, directions=1)
+    Workload(cell='gru', I=8, H=16, B=4, T=50, layers=1, directions=1, ragged=False, resets=False)
     """
     if name in WORKLOADS:
         return WORKLOADS[name]
@@ -157,10 +186,22 @@ def named(name: str) -> Workload:
     sizes = [int(match[size] or 1) for size in "IHBTLD"]
     if min(sizes) < 1:
         raise ValueError(f"workload: expected sizes of at least 1, got {name!r}")
-    return Workload(match["cell"], *sizes)
+    I, H, B, T, L, D = sizes
+    options = {"ragged": match["ragged"] is not None, "resets": match["resets"] is not None}
+    if options["ragged"] and B < 2:
+        raise ValueError(f"workload: expected at least 2 ragged rows, got {name!r}")
+    return Workload(match["cell"], I, H, B, T, L, D, **options)
 
 
-_LINES = (
+@dataclass(frozen=True)
+class Suite:
+    """Workloads that are run together, by their names; those of real models by the models' names."""
+
+    about: str
+    workloads: Mapping[str, Workload]
+
+
+_CORE = (
     # One row, small: a step is latency and a read of the weights.
     Workload("lstm", 16, 16, 1, 256),
     Workload("gru", 32, 32, 1, 256),
@@ -194,20 +235,50 @@ _LINES = (
     Workload("rnn_tanh", 1024, 1024, 64, 50),
     Workload("lstm", 256, 256, 64, 50, directions=2),
 )
-WORKLOADS = {workload.name: workload for workload in _LINES}
 
-# Of `rnnkern bench --quick`: small and middle.
+# The recurrent parts of models that people run, and what reinforcement learning and tagging train.
+_SHIPPED = {
+    "silero-vad": Workload("lstm", 128, 128, 1, 32),
+    "DeepFilterNet": Workload("gru", 256, 256, 1, 100, layers=2),
+    "easyocr": Workload("lstm", 256, 256, 1, 100, directions=2),
+    "kokoro": Workload("lstm", 512, 256, 1, 100, directions=2),
+    "encodec": Workload("lstm", 512, 512, 1, 75, layers=2),
+    "pyannote": Workload("lstm", 60, 128, 4, 293, layers=4, directions=2),
+    "openunmix": Workload("lstm", 512, 256, 1, 255, layers=3, directions=2),
+    "resemblyzer": Workload("lstm", 40, 256, 8, 160, layers=3),
+    "RL policy": Workload("lstm", 128, 128, 64, 16, resets=True),
+    "DreamerV3": Workload("gru", 512, 512, 16, 64),
+    "tagger": Workload("lstm", 256, 256, 32, 60, directions=2, ragged=True),
+}
+
+# Of `rnnkern bench --suite`; the first is the default.
+SUITES = {
+    "core": Suite("sizes from a vector to the caches' end", {workload.name: workload for workload in _CORE}),
+    "shipped": Suite("the recurrent parts of real models", _SHIPPED),
+}
+WORKLOADS = {workload.name: workload for suite in SUITES.values() for workload in suite.workloads.values()}
+
+
+def place_of(workload: Workload) -> tuple[str, str]:
+    """The suite that a workload is in, and its name there; ("", "") of one that no suite has."""
+    places = [
+        (name, label) for name, suite in SUITES.items() for label, one in suite.workloads.items() if one == workload
+    ]
+    return places[0] if places else ("", "")
+
+
+# Of `rnnkern bench --quick`: small and middle, and of two cells two sizes, which make a line in a plot.
 QUICK = (
     "lstm-i64-h64-b1-t100",
+    "lstm-i256-h256-b1-t100",
     "gru-i64-h64-b1-t100",
-    "rnn_tanh-i64-h64-b1-t100",
+    "gru-i256-h256-b1-t100",
     "lstm-i128-h128-b16-t100",
-    "gru-i128-h128-b32-t100",
     "rnn_tanh-i128-h128-b16-t100",
 )
 
-# Of the suite in benchmarks/: each cell once, small, and the quick ones.
-SUITE = {
+# Of the benchmarks in benchmarks/: each cell once, small, and the quick ones.
+SMALL = {
     workload.name: workload
     for workload in (*(Workload(cell, 32, 32, 8, 50) for cell in CELLS), *(WORKLOADS[name] for name in QUICK))
 }
