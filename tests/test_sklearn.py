@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,19 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, cross_val_score
-from sklearn.utils.estimator_checks import check_sample_weight_equivalence_on_dense_data, parametrize_with_checks
+from sklearn.utils.estimator_checks import (
+    check_get_params_invariance,
+    check_no_attributes_set_in_init,
+    check_parameters_default_constructible,
+    check_sample_weight_equivalence_on_dense_data,
+    check_set_params,
+    parametrize_with_checks,
+)
 
 import rnnkern as rk
-from rnnkern.sklearn import RNNClassifier, RNNRegressor
+from rnnkern.sklearn import RNNClassifier, RNNForecaster, RNNRegressor, RNNTagger
+from rnnkern.sklearn.network import Network
+from rnnkern.sklearn.pooling import Steps
 
 # Most tests end long before the loss does.
 pytestmark = pytest.mark.filterwarnings("ignore:training ended after max_iter:sklearn.exceptions.ConvergenceWarning")
@@ -159,9 +169,9 @@ def test_the_gradient_of_what_is_pooled_reaches_y_and_the_state(pooling, cell, r
     x = generator.normal(size=(7, 4, 2))
     lengths = np.array([7, 1, 3, 6]) if ragged else None
     y, state, _ = model.layer_.forward(x, lengths=lengths)
-    pooled = model._pool(y, state, lengths)
+    pooled = model._network.pooling.read(y, state, lengths)
     gradient = generator.normal(size=pooled.shape)
-    dy, dstate = model._unpool(gradient, y, state, lengths)
+    dy, dstate = model._network.pooling.gradient(gradient, y, state, lengths)
     found = 0.0 if dy is None else (dy * y).sum()
     h, dh = (state[0], dstate and dstate[0]) if cell == "lstm" else (state, dstate)
     found += 0.0 if dh is None else (dh * h).sum()
@@ -338,7 +348,7 @@ def test_targets_of_each_step_are_refused(estimator):
     each = [(x[:, 0] > 0).astype(int) for x in X]
     objects = np.empty(8, object)
     objects[:] = each
-    message = "each sequence.*; for one at each step train rnnkern.Recurrent and rnnkern.Linear"
+    message = "each sequence.*; for one at each step take RNNTagger"
     for y in (each, [one.tolist() for one in each], objects, np.concatenate(each)):
         with pytest.raises(ValueError, match=message):
             estimator(2, max_iter=1).fit(X, y)
@@ -649,10 +659,209 @@ def test_a_saved_model_predicts_the_same_bits(estimator, tmp_path):
         assert np.array_equal(outputs(copy, X), outputs(model, X))
 
 
-def test_the_program_of_the_page_runs():
+@pytest.mark.parametrize("estimator", [RNNTagger, RNNForecaster])
+def test_parameters_are_as_scikit_learn_wants_them(estimator):
+    """The checks that need no X and y: of lists of sequences, and of a series, it has none."""
+    for check in (
+        check_parameters_default_constructible,
+        check_no_attributes_set_in_init,
+        check_get_params_invariance,
+        check_set_params,
+    ):
+        check(estimator.__name__, estimator())
+
+
+def test_the_programs_of_the_page_run():
     """docs/sklearn.md, as printed."""
     text = (Path(__file__).parent.parent / "docs" / "sklearn.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, object] = {}
-    exec(program, names)
+    exec("".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)
     assert float(names["accuracy"]) > 0.9
+    assert float(names["tagged"]) > 0.9
+    assert names["report"]["forecaster"] < 0.9 * min(names["report"]["seasonal_naive"], names["report"]["ridge"])
+
+
+# A label for each step
+
+
+def phrases(count=150, seed=0):
+    """Words, and whether each is a name: an unknown word is one after "mr", and so is any word that begins large."""
+    generator = np.random.default_rng(seed)
+    X = [
+        [["mr", "a", f"w{generator.integers(1000)}", f"Xy{generator.integers(1000)}"][k] for k in row]
+        for row in (generator.integers(4, size=length) for length in generator.integers(2, 9, count))
+    ]
+    y = [
+        ["name" if x[0] == "X" or (x[0] == "w" and before == "mr") else "no" for before, x in pairwise(["", *one])]
+        for one in X
+    ]
+    return X, y
+
+
+def test_a_tagger_reads_words_that_training_has_not_seen():
+    """By what stands beside them and by how they are written; characters, and strings for lists of them, too."""
+    (X, y), (X_new, y_new) = phrases(), phrases(60, seed=1)
+    model = RNNTagger(16, embedding_size=16, random_state=0).fit(X, y)
+    assert model.score(X_new, y_new) > 0.97
+    assert [len(one) for one in model.predict(X_new)] == [len(one) for one in X_new]
+    texts, labels = ["".join(x[0] for x in one) for one in X], ["".join(label[0] for label in one) for one in y]
+    options = {"max_iter": 2, "random_state": 0}
+    assert same_bits(
+        RNNTagger(4, **options).fit(texts, labels), RNNTagger(4, **options).fit(list(map(list, texts)), labels)
+    )
+
+
+def test_labels_of_a_sequence_do_not_depend_on_its_company():
+    """To the last bit; and probabilities are those of the layers, at every step."""
+    X, _, _ = sequences()
+    y = [x[:, 0] > 0 for x in X]
+    model = RNNTagger(6, cell="lstm", max_iter=3, random_state=0).fit(X, y)
+    for x, found in zip(X, model.predict_proba(X), strict=True):
+        assert np.array_equal(model.predict_proba([x])[0], found)
+        h, _ = model.layer_(((x - model.input_mean_) / model.input_scale_).astype(np.float32))
+        logits = model.output_(h).astype(np.float64)
+        np.testing.assert_allclose(found, np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 2, 4]], ids=str)
+def test_the_gradient_of_a_step_reaches_its_symbols(lengths):
+    """Of outputs from step `skip` on, by central differences of the vectors; each step has as many symbols."""
+    embedding, layer = (
+        rk.Embedding(6, 3, dtype="float64", seed=0),
+        rk.GRU(3, 4, bidirectional=True, dtype="float64", seed=1),
+    )
+    network = Network(embedding, layer, rk.Linear(8, 2, dtype="float64", seed=2), Steps(1))
+    generator = np.random.default_rng(0)
+    x, ends = generator.integers(6, size=(5, 3, 2)), None if lengths is None else np.array(lengths)
+    outputs, tape = network.forward(x, ends)
+    assert np.array_equal(outputs, network(x, ends))
+    assert len(outputs) == (12 if lengths is None else 8)
+    doutputs = generator.normal(size=outputs.shape)
+    gradient = network.backward(tape, doutputs)[0].parameters["weight"]
+    weight = embedding.parameters["weight"]
+    for index in np.ndindex(weight.shape):
+        values = []
+        for step in (1e-6, -1e-6):
+            weight[index] += step
+            values.append((network(x, ends) * doutputs).sum())
+            weight[index] -= step
+        assert gradient[index] == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6, abs=1e-8)
+
+
+def test_weights_of_a_tagger_are_those_of_steps():
+    """Class weights multiply those of the sequences; a sequence of weight 0 changes nothing."""
+    X, y = phrases(40)
+    model = RNNTagger(4, max_iter=2, min_count=1, early_stopping=False, random_state=0)
+    spoiled = [["no"] * len(one) if index % 2 else one for index, one in enumerate(y)]
+    weights = np.arange(40) % 2 == 0
+    assert same_bits(clone(model).fit(X, y, weights), clone(model).fit(X, spoiled, weights))
+    assert same_bits(clone(model).fit(X, y), clone(model).set_params(class_weight={"no": 1, "name": 1.0}).fit(X, y))
+    balanced = clone(model).set_params(class_weight="balanced").fit(X, y)
+    counts = [sum(one.count(label) for one in y) for label in balanced.classes_]
+    by_hand = dict(zip(balanced.classes_, sum(counts) / (2 * np.array(counts)), strict=True))
+    assert same_bits(balanced, clone(model).set_params(class_weight=by_hand).fit(X, y))
+
+
+def test_what_a_tagger_cannot_read_is_refused():
+    """With the sequence, and the step where it is one."""
+    X, y = phrases(10)
+    for X_wrong, y_wrong, error, message in (
+        (X, y[:-1], ValueError, "y: expected a sequence of labels for each of the 10 sequences, got 9"),
+        (X, [*y[:-1], ["no"]], ValueError, r"y\[9\]: expected \d labels, one for each step, got shape \(1,\)"),
+        (X, np.zeros(10), ValueError, r"y\[0\]: expected a label for each step of X\[0\], got"),
+        ([*X[:-1], ["a", 3]], y, TypeError, r"X\[9\]\[1\]: expected a string, as X\[0\]\[0\] is, got int"),
+        ([*X[:-1], []], y, ValueError, r"X\[9\]: expected at least one step, got an empty sequence"),
+    ):
+        with pytest.raises(error, match=message):
+            RNNTagger(2, max_iter=1).fit(X_wrong, y_wrong)
+    model = RNNTagger(2, max_iter=1).fit(X, y)
+    with pytest.raises(TypeError, match="X: expected sequences of strings, as in fit, got"):
+        model.predict([np.ones((3, 2))])
+    with pytest.raises(ValueError, match="min_count: expected an integer >= 1, got 0"):
+        RNNTagger(min_count=0).fit(X, y)
+
+
+def test_a_tagger_is_at_home_in_scikit_learn():
+    """Cross-validation of lists, `partial_fit`, and bits through a pickle and a clone."""
+    X, y = phrases(60)
+    model = RNNTagger(8, embedding_size=8, max_iter=4, random_state=0)
+    assert cross_val_score(model, X, y, cv=2).shape == (2,)
+    model.fit(X, y)
+    for other in (clone(model).fit(X, y), pickle.loads(pickle.dumps(model))):
+        assert all(map(np.array_equal, other.predict_proba(X), model.predict_proba(X)))
+        assert other.partial_fit(X, y).n_iter_ == 5
+
+
+# The next steps of a series
+
+
+def days(steps=900, seed=0):
+    """Days of 12 steps; today's height gives tomorrow's by the logistic map, which no linear model knows."""
+    heights = [0.3]
+    for _ in range(steps // 12):
+        heights.append(3.8 * heights[-1] * (1 - heights[-1]))
+    t, noise = np.arange(steps), np.random.default_rng(seed).normal(size=steps)
+    return np.array(heights)[t // 12] * (1 - np.cos(t / 12 * 2 * np.pi)) + 0.02 * noise
+
+
+def test_a_forecaster_beats_its_baselines_and_keeps_its_coverage():
+    """On steps after those that have measured its bands."""
+    series = 1e4 + 100 * days(1500)
+    model = RNNForecaster(6, 12, hidden_size=32, random_state=0).fit(series[:1100])
+    assert model.report_["forecaster"] < 0.5 * min(model.report_["seasonal_naive"], model.report_["ridge"])
+    assert model.score(series[1050:]) > 0.8
+    inside = []
+    for end in range(1100, 1494, 3):
+        _, lower, upper = model.predict(series[:end], coverage=0.8)
+        inside.append((lower[:, 0] <= series[end : end + 6]) & (series[end : end + 6] <= upper[:, 0]))
+    assert np.mean(inside) == pytest.approx(0.8, abs=0.05)
+
+
+def test_what_measures_the_bands_is_not_trained_on():
+    """Whatever the calibration part holds, the weights have the same bits; without it there is none of either."""
+    series, other = days(300), days(300)
+    other[240:] = 0
+    model = RNNForecaster(4, 12, max_iter=2, random_state=0)
+    first, second = clone(model).fit(series), clone(model).fit(other)
+    assert same_bits(first, second)
+    assert first.report_ != second.report_
+    whole = clone(model).set_params(calibration_fraction=0).fit(series[:240])
+    assert same_bits(first, whole)
+    assert whole.report_ is None
+    with pytest.raises(ValueError, match="coverage: expected None without a calibration part"):
+        whole.predict(coverage=0.5)
+
+
+def test_a_stream_forecasts_the_bits_of_predict():
+    """Step by step, of several values, through a pickle and joblib too; without a history from the series of fit."""
+    series = np.stack([days(400), days(400, seed=1)], axis=1)
+    model = RNNForecaster(15, 12, window=20, max_iter=2, random_state=0).fit(series[:300])
+    assert np.array_equal(model.predict(), model.predict(series[:300]))
+    stream = model.stream(series[:350])
+    for end in range(351, 355):
+        stream.append(series[end - 1])
+        for forecaster in (model, pickle.loads(pickle.dumps(model))):
+            assert np.array_equal(stream.predict(0.5), forecaster.predict(series[:end], 0.5))
+    assert stream.predict().shape == (15, 2)
+    naive = model._naive(series, np.array([400]))[0]
+    assert np.array_equal(naive, np.concatenate([series[-12:], series[-12:-9]]))
+
+
+def test_what_a_forecaster_cannot_do_is_refused():
+    """With how many steps it takes."""
+    model = RNNForecaster(4, 12, max_iter=1, window=20)
+    with pytest.raises(ValueError, match=r"series: expected at least 36 steps to train on .*, got 32 and 8"):
+        model.fit(days(40))
+    with pytest.raises(NotFittedError):
+        model.predict(days(40))
+    model.fit(days(100))
+    for history, coverage, message in (
+        (days(31), None, r"history: expected at least 32 steps \(window \+ period\), got 31"),
+        (np.ones((40, 2)), None, "history: expected 1 values a step, as in fit, got 2"),
+        (None, 1.5, r"coverage: expected a number in \(0, 1\), got 1.5"),
+        (None, 0.99, "coverage: expected at most 0.9444 of 17 errors, got 0.99"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.predict(history, coverage)
+    with pytest.raises(ValueError, match="horizon: expected an integer >= 1, got 0"):
+        RNNForecaster(0).fit(days(100))

@@ -11,7 +11,7 @@ from sklearn.metrics import r2_score
 from sklearn.utils import check_array
 
 from .base import RNNEstimator
-from .targets import mean_and_scale
+from .targets import mean_and_scale, squared_errors
 
 Array = NDArray[Any]
 
@@ -68,8 +68,7 @@ class RNNRegressor(RegressorMixin, RNNEstimator):  # type: ignore[misc]
         return targets, targets.shape[1]
 
     def _losses(self, outputs: Array, targets: Array) -> tuple[Array, Array]:
-        errors = outputs - targets.astype(outputs.dtype)
-        return np.square(errors).mean(axis=1), 2 / errors.shape[1] * errors
+        return squared_errors(outputs, targets)
 
     def _score(self, targets: Array, outputs: Array, weights: Array) -> float:
         return float(r2_score(targets, outputs, sample_weight=weights))

@@ -43,6 +43,17 @@ class Sequences:
         return x, None if lengths.min() == len(t) else lengths
 
 
+@dataclass(frozen=True, eq=False)
+class Windows(Sequences):
+    """N windows of one series, which may overlap."""
+
+    firsts: Array  # (N,), the step of the series at which each begins
+
+    @cached_property
+    def starts(self) -> Array:
+        return self.firsts
+
+
 def batches(lengths: Array, rows: Array, size: int, generator: np.random.Generator) -> Iterator[Array]:
     """`rows` in random batches of nearly equal numbers, at most `size`, of similar length."""
     rows = generator.permutation(rows)

@@ -10,7 +10,7 @@ from sklearn.utils import check_array, check_consistent_length
 
 Array = NDArray[Any]
 
-EACH_STEP = "; for one at each step train rnnkern.Recurrent and rnnkern.Linear, as docs/sklearn.md says"
+EACH_STEP = "; for one at each step take RNNTagger, or for numbers rnnkern.Recurrent and rnnkern.Linear"
 
 
 def assert_one_each(y: Any, lengths: Array) -> None:
@@ -52,6 +52,12 @@ def mean_and_scale(values: Array, weights: Array) -> tuple[Array, Array]:
     mean = np.asarray(np.average(values, axis=0, weights=weights))
     scale = np.sqrt(np.average(np.square(values - mean), axis=0, weights=weights))
     return mean, np.where(scale <= 10 * np.finfo(values.dtype).eps * np.abs(mean), 1.0, scale)
+
+
+def squared_errors(outputs: Array, targets: Array) -> tuple[Array, Array]:
+    """The mean squared error of each row (R,), and its gradient (R, K)."""
+    errors = outputs - targets.astype(outputs.dtype)
+    return np.square(errors).mean(axis=1), 2 / errors.shape[1] * errors
 
 
 def log_softmax(logits: Array) -> Array:
