@@ -66,9 +66,9 @@ feature_names_in_
     Examples
     --------
     >>> from rnnkern.sklearn import RNNTagger
-    >>> X = ["a1b22", "3c", "45de", "f", "6g7", "hh8", "9i0", "7", "k5"]
+    >>> X = ["a1b22", "3c", "45de", "f", "6g7", "hh8", "9i0", "7", "k5"] * 10
     >>> y = [["digit" if c.isdigit() else "letter" for c in x] for x in X]
-    >>> tagger = RNNTagger(8, min_count=1, random_state=0).fit(X, y)
+    >>> tagger = RNNTagger(8, random_state=0).fit(X, y)
     >>> tagger.predict(["b4"])[0].tolist(), tagger.predict_proba(["b4"])[0].shape
     (['letter', 'digit'], (2, 2))
     """
