@@ -49,49 +49,50 @@ void run_linear(Linear& call, const py::dtype& dtype, bool backward) {
            Joining::at_start);
 }
 
+// The arrays of a call of Linear, checked.
 struct LinearArrays {
   py::dtype dtype;
-  py::array x, weight;
   Linear call{};
 
-  LinearArrays(const py::object& x_object, const py::object& weight_object) : dtype(py::dtype::of<float>()) {
-    if (!py::isinstance<py::array>(x_object) || !py::isinstance<py::array>(weight_object))
+  LinearArrays(const py::object& x, const py::object& weight) : dtype(py::dtype::of<float>()) {
+    if (!py::isinstance<py::array>(x) || !py::isinstance<py::array>(weight))
       throw py::type_error("x, weight: expected arrays");
-    x = py::reinterpret_borrow<py::array>(x_object);
-    weight = py::reinterpret_borrow<py::array>(weight_object);
-    if (x.ndim() != 2 || weight.ndim() != 2) throw py::value_error("x, weight: expected two dimensions");
-    dtype = float_dtype(x.dtype());
-    call.rows = x.shape(0), call.inputs = weight.shape(1), call.outputs = weight.shape(0);
+    const auto &of_x = fields_of(x), &of_weight = fields_of(weight);
+    if (of_x.nd != 2 || of_weight.nd != 2) throw py::value_error("x, weight: expected two dimensions");
+    call.rows = of_x.dimensions[0], call.inputs = of_weight.dimensions[1], call.outputs = of_weight.dimensions[0];
     // An array without elements may have more rows than there is memory.
     if (call.inputs < 1 || call.outputs < 1) throw py::value_error("weight: expected at least one row and one column");
-    checked(x, "x", dtype, {call.rows, call.inputs});
-    checked(weight, "weight", dtype, {call.outputs, call.inputs});
-    call.x = x.data(), call.weight = weight.data();
+    dtype = float_dtype(py::reinterpret_borrow<py::array>(x).dtype());
+    call.x = data_of(x, "x", {call.rows, call.inputs});
+    call.weight = data_of(weight, "weight", {call.outputs, call.inputs});
+  }
+
+  void* data_of(const py::object& array, const char* name, const Shape& shape, bool writable = false) const {
+    return bytes_of(checked(array, name, dtype, shape, writable));
+  }
+  // Null for None.
+  void* given(const py::object& array, const char* name, const Shape& shape, bool writable = false) const {
+    return array.is_none() ? nullptr : data_of(array, name, shape, writable);
   }
 };
 
 void linear_forward(const py::object& x, const py::object& weight, const py::object& bias, const py::object& y) {
   LinearArrays arrays(x, weight);
   Linear& call = arrays.call;
-  call.y = checked(y, "y", arrays.dtype, {call.rows, call.outputs}, true).mutable_data();
-  if (!bias.is_none()) call.bias = checked(bias, "bias", arrays.dtype, {call.outputs}).data();
+  call.y = arrays.data_of(y, "y", {call.rows, call.outputs}, true);
+  call.bias = arrays.given(bias, "bias", {call.outputs});
   if (call.rows > 0) run_linear(call, arrays.dtype, false);
 }
 
+// Adds to dweight and dbias.
 void linear_backward(const py::object& x, const py::object& weight, const py::object& dy, const py::object& dx,
                      const py::object& dweight, const py::object& dbias) {
   LinearArrays arrays(x, weight);
   Linear& call = arrays.call;
-  call.dy = checked(dy, "dy", arrays.dtype, {call.rows, call.outputs}).data();
-  if (!dx.is_none()) call.dx = checked(dx, "dx", arrays.dtype, {call.rows, call.inputs}, true).mutable_data();
-  if (!dweight.is_none()) {
-    py::array to_weight = checked(dweight, "dweight", arrays.dtype, {call.outputs, call.inputs}, true);
-    std::memset(call.dweight = to_weight.mutable_data(), 0, static_cast<std::size_t>(to_weight.nbytes()));
-  }
-  if (!dbias.is_none()) {
-    py::array to_bias = checked(dbias, "dbias", arrays.dtype, {call.outputs}, true);
-    std::memset(call.dbias = to_bias.mutable_data(), 0, static_cast<std::size_t>(to_bias.nbytes()));
-  }
+  call.dy = arrays.data_of(dy, "dy", {call.rows, call.outputs});
+  call.dx = arrays.given(dx, "dx", {call.rows, call.inputs}, true);
+  call.dweight = arrays.given(dweight, "dweight", {call.outputs, call.inputs}, true);
+  call.dbias = arrays.given(dbias, "dbias", {call.outputs}, true);
   if (call.rows > 0) run_linear(call, arrays.dtype, true);
 }
 
@@ -112,50 +113,35 @@ py::array activation(const std::string& name, const py::array& x) {
   throw py::value_error("name: the compiled module has no activation '" + name + "'");
 }
 
-// Makes what Python owns from now on. Not a unique_ptr: pybind11 and it would both free the object where memory runs
+// What stack.Stack.description has: cell, format, input_size, hidden_size, proj_size, num_layers, directions.
+using GivenStack =
+    std::tuple<std::string, std::string, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::vector<bool>>;
+
+// Python owns the result from now on. Not a unique_ptr: pybind11 and it would both free the object where memory runs
 // out while the Python object is made.
-template <class Owned, class... Arguments>
-Owned* make(Arguments&&... arguments) {
-  return new Owned(std::forward<Arguments>(arguments)...);
+Packed* pack_into(const GivenStack& stack, const py::tuple& names, const py::object& weights, bool training,
+                  const py::object& reserve) {
+  const auto& [cell, format, input_size, hidden_size, proj_size, num_layers, directions] = stack;
+  return new Packed({cell, format_of(format), input_size, hidden_size, proj_size, num_layers, directions}, names,
+                    weights, training, reserve);
 }
 
-Packed* pack(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
-             std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
-             const py::object& weights, bool training) {
-  return make<Packed>(cell, format, input_size, hidden_size, proj_size, num_layers, std::move(directions), names,
-                      weights, training, py::none());
+Packed* pack(const GivenStack& stack, const py::tuple& names, const py::object& weights, bool training) {
+  return pack_into(stack, names, weights, training, py::none());
 }
 
 // Packs weights and runs a forward with them: what two calls would do, in one crossing. Returns the packed weights, the
 // final state and, where something is saved, what backward needs.
-py::tuple run_unpacked(const std::string& cell, const std::string& format, std::int64_t input_size,
-                       std::int64_t hidden_size, std::int64_t proj_size, std::int64_t num_layers,
-                       std::vector<bool> directions, const py::tuple& names, const py::object& weights,
-                       const py::object& x, const py::object& state, const py::object& lengths,
-                       const py::object& resets, const py::object& masks, const py::object& y, const py::object& save,
+py::tuple run_unpacked(const GivenStack& stack, const py::tuple& names, const py::object& weights, const py::object& x,
+                       const py::object& state, const py::object& lengths, const py::object& resets,
+                       const py::object& masks, const py::object& y, const py::object& save,
                        const py::object& reserve) {
   if (!reserve.is_none() && !py::isinstance<Reserve>(reserve))
     throw py::type_error("reserve: expected a Reserve or None");
-  const py::object packed = py::cast(make<Packed>(cell, format, input_size, hidden_size, proj_size, num_layers,
-                                                  std::move(directions), names, weights, !save.is_none(), reserve),
-                                     py::return_value_policy::take_ownership);
+  const py::object packed =
+      py::cast(pack_into(stack, names, weights, !save.is_none(), reserve), py::return_value_policy::take_ownership);
   const py::tuple results = packed.cast<const Packed&>().forward(x, state, lengths, resets, masks, y, save);
   return py::make_tuple(packed, results[0], results[1]);
-}
-
-// What the calls of rnnkern_abi.h take of a stack: the bytes of its weights, packed for inference and for training, and
-// of what a training call keeps.
-std::tuple<std::int64_t, std::int64_t, std::int64_t> abi_bytes(const std::string& isa, const std::string& cell,
-                                                               const py::object& dtype, std::int64_t input_size,
-                                                               std::int64_t hidden_size, std::int64_t proj_size,
-                                                               std::int64_t num_layers, std::vector<bool> directions,
-                                                               std::int64_t steps, std::int64_t batch) {
-  const Isa* found = find_isa(isa);
-  if (found == nullptr) throw py::value_error("isa: expected one of isas(), got '" + isa + "'");
-  const Network network(*found, cell, format_of(text_of(float_dtype(dtype))), input_size, hidden_size, proj_size,
-                        num_layers, std::move(directions));
-  const std::int64_t kept = kept_bytes(network, steps, batch, Save::gates, false);
-  return {network.packed_bytes(false), network.packed_bytes(true), kept};
 }
 
 // Runs a loop of probes.h `runs` times on up to `threads` threads, on `elements` elements of data for each thread or
@@ -224,7 +210,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
            .def(
                "release", [](Reserve& self) { self.release(); }, "Gives up what no call is at work in.")
            .def_property_readonly("nbytes", [](const Reserve& self) { return self.nbytes(); }));
-  m.def("reserve", [] { return make<Reserve>(); });
+  m.def("reserve", [] { return new Reserve; });
 
   seal(py::class_<Packed>(m, "Packed", "The weights of a stack, packed for the ISA that was active when it was made.",
                           py::is_final())
@@ -237,46 +223,12 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
            .def_property_readonly("isa", [](const Packed& self) { return self.isa(); })
            .def_property_readonly("nbytes", [](const Packed& self) { return self.nbytes(); }));
 
-  py::class_<FrozenCall> frozen_call(m, "FrozenCall", "Inference with the weights of a frozen layer.", py::is_final());
-  add_method<FrozenCall, &FrozenCall::run>(frozen_call, "run",
-                                           "run(self: rnnkern._rnnkern_native.FrozenCall, x: object, state: object, "
-                                           "lengths: object, resets: object, out: object) -> object");
-  seal(frozen_call);
+  add_calls(m);
 
-  py::class_<Steps> steps(m, "Steps", "The states of sequences that go on step by step.", py::is_final());
-  add_method<Steps, &Steps::step>(
-      steps, "step", "step(self: rnnkern._rnnkern_native.Steps, x_t: object, out: object) -> numpy.ndarray");
-  steps.def_property(
-      "state", [](Steps& self) { return self.state(); },
-      [](Steps& self, const py::object& state) { self.set_state(state); }, "Copied both ways.");
-  seal(steps);
+  m.def("pack", &pack, py::arg("stack"), py::arg("names"), py::arg("weights"), py::arg("training"));
 
-  m.def("pack", &pack, py::arg("cell"), py::arg("format"), py::arg("input_size"), py::arg("hidden_size"),
-        py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("names"), py::arg("weights"),
-        py::arg("training"));
-
-  m.def("run", &run_unpacked, py::arg("cell"), py::arg("format"), py::arg("input_size"), py::arg("hidden_size"),
-        py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("names"), py::arg("weights"),
-        py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"), py::arg("masks"), py::arg("y"),
-        py::arg("save"), py::arg("reserve"));
-
-  m.def("abi_bytes", &abi_bytes, py::arg("isa"), py::arg("cell"), py::arg("dtype"), py::arg("input_size"),
-        py::arg("hidden_size"), py::arg("proj_size"), py::arg("num_layers"), py::arg("directions"), py::arg("steps"),
-        py::arg("batch"),
-        "Bytes in the calls of rnnkern_abi.h: weights packed for inference, for training, and what training keeps.");
-
-  m.def(
-      "frozen_call",
-      [](const py::object& packed, const py::object& friendly, bool batch_first) {
-        return make<FrozenCall>(packed, friendly, batch_first);
-      },
-      py::arg("packed"), py::arg("friendly"), py::arg("batch_first"));
-  m.def(
-      "stream",
-      [](const py::object& packed, std::int64_t batch, const py::object& arguments) {
-        return make<Steps>(packed, batch, arguments);
-      },
-      py::arg("packed"), py::arg("batch"), py::arg("arguments"));
+  m.def("run", &run_unpacked, py::arg("stack"), py::arg("names"), py::arg("weights"), py::arg("x"), py::arg("state"),
+        py::arg("lengths"), py::arg("resets"), py::arg("masks"), py::arg("y"), py::arg("save"), py::arg("reserve"));
 
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"));
   m.def("linear_backward", &linear_backward, py::arg("x"), py::arg("weight"), py::arg("dy"), py::arg("dx"),
@@ -306,7 +258,6 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
         return float_dtype(dtype).itemsize() == 4 ? active().table->lanes_f32 : active().table->lanes_f64;
       },
       py::arg("dtype"), "Elements of a vector of the ISA in use.");
-  m.def("unknown_max_isa", &unknown_max_isa, "RNNKERN_MAX_ISA where it names no compiled ISA, else empty.");
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", [](int count) { set_num_threads(count); }, py::arg("count"));
   m.def("limit_caller", &limit_caller, py::arg("count"));

@@ -17,14 +17,9 @@ RNNKERN_ISAS(RNNKERN_DECLARE)
 
 namespace {
 
-// RNNKERN_MAX_ISA, or empty.
-std::string_view max_isa() noexcept {
-  const char* value = std::getenv("RNNKERN_MAX_ISA");
-  return value == nullptr ? "" : value;
-}
-
 const Isa* best_allowed() noexcept {
-  const Isa* limit = find_isa(max_isa());
+  const char* asked = std::getenv("RNNKERN_MAX_ISA");
+  const Isa* limit = asked == nullptr ? nullptr : find_isa(asked);
   const Isa* isa = limit == nullptr ? isas().data() : limit;
   while (!isa->supported && isa != &isas().back()) ++isa;
   return isa;
@@ -59,7 +54,5 @@ bool use(std::string_view name) noexcept {
   current().store(isa, std::memory_order_relaxed);
   return true;
 }
-
-std::string unknown_max_isa() { return find_isa(max_isa()) == nullptr ? std::string(max_isa()) : std::string(); }
 
 }  // namespace rnnkern

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <span>
-#include <string>
 #include <string_view>
 
 namespace rnnkern {
@@ -22,13 +21,11 @@ std::span<const Isa> isas() noexcept;
 // The one of that name, null where none was compiled.
 const Isa* find_isa(std::string_view name) noexcept;
 
-// The one in use: at first the best supported one that is not above RNNKERN_MAX_ISA.
+// The one in use: at first the best supported one that is not above RNNKERN_MAX_ISA, which is without effect where it
+// names none.
 const Isa& active() noexcept;
 
 // Changes the one in use; false, and no change, when the CPU does not support it or no ISA has that name.
 bool use(std::string_view name) noexcept;
-
-// The value of RNNKERN_MAX_ISA if it names no compiled ISA (it is then without effect), else empty.
-std::string unknown_max_isa();
 
 }  // namespace rnnkern

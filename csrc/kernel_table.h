@@ -86,7 +86,7 @@ struct Linear {
   const void *x, *weight, *bias;  // bias null: none
   void* y;
   const void* dy;
-  void *dx, *dweight, *dbias;  // null: not wanted; dweight, dbias zeroed by the caller
+  void *dx, *dweight, *dbias;  // null: not wanted; dweight, dbias are added to
   void* scratch;
 };
 

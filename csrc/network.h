@@ -34,27 +34,35 @@ inline const CellEntry& find_cell(const KernelTable& table, std::string_view nam
 // One array for each state of the cell, h first; null where there is none.
 using States = std::array<void*, kMaxStates>;
 
+// What a stack is, beside its weights.
+struct Description {
+  std::string_view cell;
+  WeightFormat format;
+  std::int64_t input_size, hidden_size, proj_size, num_layers;
+  std::vector<bool> directions;  // of each: does it run in reverse?
+};
+
 class Network {
  public:
-  Network(const Isa& isa, std::string_view cell, WeightFormat format, std::int64_t input_size, std::int64_t hidden_size,
-          std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions)
-      : entry_(find_cell(*isa.table, cell)),
-        bytes_(format == WeightFormat::float64 ? 8 : 4),
-        kernels_(entry_.kernels[static_cast<int>(stored_as(*isa.table, format, hidden_size, proj_size))]),
+  Network(const Isa& isa, const Description& of)
+      : entry_(find_cell(*isa.table, of.cell)),
+        bytes_(of.format == WeightFormat::float64 ? 8 : 4),
+        kernels_(entry_.kernels[static_cast<int>(stored_as(*isa.table, of))]),
         isa_(isa.name),
-        inputs_(input_size),
-        hidden_(hidden_size),
-        outputs_(proj_size ? proj_size : hidden_size),
-        projected_(proj_size != 0),
-        layer_count_(static_cast<std::size_t>(num_layers)),
-        reverse_(std::move(directions)) {
+        inputs_(of.input_size),
+        hidden_(of.hidden_size),
+        outputs_(of.proj_size ? of.proj_size : of.hidden_size),
+        projected_(of.proj_size != 0),
+        layer_count_(static_cast<std::size_t>(of.num_layers)),
+        reverse_(of.directions) {
     const auto limit = std::int64_t{1} << 31;
-    if (input_size < 1 || hidden_size < 1 || num_layers < 1 || proj_size < 0 || input_size >= limit ||
-        hidden_size >= limit || proj_size >= limit || num_layers >= limit)
+    const auto sizes = {inputs_, hidden_, outputs_, of.num_layers};
+    if (std::ranges::any_of(sizes, [&](std::int64_t size) { return size < 1 || size >= limit; }))
       throw std::invalid_argument(
           "sizes: expected input_size, hidden_size, num_layers >= 1, proj_size >= 0, all < 2^31");
     if (projected_ && !entry_.projects)
-      throw std::invalid_argument("proj_size: expected 0, since cell '" + std::string(cell) + "' takes no projection");
+      throw std::invalid_argument("proj_size: expected 0, since cell '" + std::string(of.cell) +
+                                  "' takes no projection");
     if (reverse_.empty() || reverse_.size() > 2) throw std::invalid_argument("directions: expected one or two");
     width_ = outputs_ * static_cast<std::int64_t>(reverse_.size());
   }
@@ -138,7 +146,7 @@ class Network {
 
   // Throws unless every sum of sizes of a call fits into 64 bits.
   void check_size(std::int64_t steps, std::int64_t batch) const {
-    if (steps < 1 || batch < 1) throw std::invalid_argument("steps, batch: expected at least 1");
+    if (steps < 0 || batch < 0) throw std::invalid_argument("steps, batch: expected at least 0");
     times(times(steps, batch), times(times(1024, static_cast<std::int64_t>(layer_directions())),
                                      input_size() + hidden_ + width_ + std::int64_t{num_threads()}));
   }
@@ -180,10 +188,9 @@ class Network {
 
  private:
   // Layers of fewer units than lanes are the few kilobytes that narrow.h works on, as wide as states.
-  static WeightFormat stored_as(const KernelTable& table, WeightFormat format, std::int64_t hidden,
-                                std::int64_t projected) {
-    const bool few = hidden < table.lanes_f32 && projected == 0;
-    return format == WeightFormat::bfloat16 && few ? WeightFormat::float32 : format;
+  static WeightFormat stored_as(const KernelTable& table, const Description& of) {
+    const bool few = of.hidden_size < table.lanes_f32 && of.proj_size == 0;
+    return of.format == WeightFormat::bfloat16 && few ? WeightFormat::float32 : of.format;
   }
 
   const CellEntry& entry_;

@@ -35,15 +35,6 @@ Save save_of(const py::object& name) {
   throw py::value_error("save: expected None, 'gates' or 'outputs'");
 }
 
-// The states after a call without rows: those before it.
-void pass_on(const std::vector<py::object>& from, const std::vector<py::array>& to) {
-  for (std::size_t s = 0; s < to.size(); ++s)
-    if (from[s].is_none())
-      fill_with_zeros(to[s]);
-    else
-      copy(from[s], to[s]);
-}
-
 }  // namespace
 
 void launch(Task task, KernelCall& call, const Plan& plan) {
@@ -79,10 +70,9 @@ WeightFormat format_of(const std::string& name) {
   throw py::value_error(std::string("format: expected float32, float64 or bfloat16, got ").append(name));
 }
 
-Packed::Packed(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
-               std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
-               const py::object& weights, bool training, const py::object& reserve)
-    : Network(active(), cell, format_of(format), input_size, hidden_size, proj_size, num_layers, std::move(directions)),
+Packed::Packed(const Description& of, const py::tuple& names, const py::object& weights, bool training,
+               const py::object& reserve)
+    : Network(active(), of),
       dtype_(element_bytes() == 8 ? py::dtype::of<double>() : py::dtype::of<float>()),
       training_(training),
       names_(names),
@@ -91,8 +81,8 @@ Packed::Packed(const std::string& cell, const std::string& format, std::int64_t 
       packed_(reserve, Reserve::packed, Network::packed_bytes(training)) {
   if (names.size() != weight_count(biased_) || !std::ranges::all_of(names, py::isinstance<py::str>))
     throw py::value_error("names: expected " + std::to_string(weight_count(biased_)) + " strings");
-  if (training && format_of(format) == WeightFormat::bfloat16)
-    throw py::value_error(std::string("format: expected float32 or float64 for training, got ").append(format));
+  if (training && of.format == WeightFormat::bfloat16)
+    throw py::value_error("format: expected float32 or float64 for training, got bfloat16");
   const auto given = elements(weights, "weights", layer_directions());
   char* to = static_cast<char*>(packed_.buffer().data);
   for (std::size_t i = 0; i < given.size(); to += packed_bytes(i, training), ++i) pack_next(i, given[i], to);
@@ -200,21 +190,17 @@ py::tuple Packed::forward(const py::object& x, const py::object& state, const py
   checked(y, "y", dtype_, {T, B, output_size()}, true);
   saved.initial = checked_states(initial, "state", B);
   const std::vector<py::array> last = new_states(B);
-  if (T == 0 || B == 0) {
-    pass_on(saved.initial, last);
-  } else {
-    if (keeps) {
-      // The tape must not see what the caller does to its state later.
-      for (std::size_t s = 0; s < state_count(); ++s)
-        if (!saved.initial[s].is_none()) saved.initial[s] = copy_of(saved.initial[s], dtype_, state_shape(s, B));
-      if (const std::int64_t bytes = kept_bytes(*this, T, B, saved.save, !saved.masks.empty()); bytes > 0)
-        saved.kept.emplace(reserve_, Reserve::saved, bytes);
-    }
-    std::vector<const void*> mask_data;
-    ForwardCall call = call_of(saved, mask_data);
-    call.last = bytes_of(last);
-    run<PythonHost>(*this, call);
+  if (keeps) {
+    // The tape must not see what the caller does to its state later.
+    for (std::size_t s = 0; s < state_count(); ++s)
+      if (!saved.initial[s].is_none()) saved.initial[s] = copy_of(saved.initial[s], dtype_, state_shape(s, B));
+    if (const std::int64_t bytes = kept_bytes(*this, T, B, saved.save, !saved.masks.empty()); bytes > 0)
+      saved.kept.emplace(reserve_, Reserve::saved, bytes);
   }
+  std::vector<const void*> mask_data;
+  ForwardCall call = call_of(saved, mask_data);
+  call.last = bytes_of(last);
+  run<PythonHost>(*this, call);
   return py::make_tuple(tuple_of(last), keeps ? py::cast(std::move(saved)) : py::none());
 }
 
@@ -237,23 +223,17 @@ py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::o
                           " layer-directions");
   std::vector<Gradients> gradients;
   for (std::size_t i = 0; i < layer_directions(); ++i) gradients.push_back(gradients_of(i, wanted, given[i]));
-  if (T == 0 || B == 0) {
-    pass_on(dfinal, dinitial);
-  } else {
-    std::vector<const void*> mask_data;
-    const ForwardCall call = call_of(saved, mask_data);
-    BackwardCall slopes{dy.is_none() ? nullptr : bytes_of(dy),
-                        bytes_of(dfinal),
-                        need_x ? bytes_of(dx) : nullptr,
-                        bytes_of(dinitial),
-                        {}};
-    for (const auto& arrays : gradients) {
-      std::vector<void*> data;
-      for (const auto& one : arrays) data.push_back(one ? bytes_of(*one) : nullptr);
-      slopes.gradients.push_back(weights_at(data.data(), biased_));
-    }
-    run<PythonHost>(*this, call, &slopes);
+  std::vector<const void*> mask_data;
+  const ForwardCall call = call_of(saved, mask_data);
+  BackwardCall slopes{};
+  slopes.dy = dy.is_none() ? nullptr : bytes_of(dy), slopes.dlast = bytes_of(dfinal);
+  slopes.dx = need_x ? bytes_of(dx) : nullptr, slopes.dinitial = bytes_of(dinitial);
+  for (const auto& arrays : gradients) {
+    std::vector<void*> data;
+    for (const auto& one : arrays) data.push_back(one ? bytes_of(*one) : nullptr);
+    slopes.gradients.push_back(weights_at(data.data(), biased_));
   }
+  run<PythonHost>(*this, call, &slopes);
   py::list found;
   for (const auto& one : gradients) found.append(dict_of(one));
   return py::make_tuple(dx, tuple_of(dinitial), found);

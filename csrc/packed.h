@@ -51,9 +51,8 @@ WeightFormat format_of(const std::string& name);
 // The weights of a stack, packed for the ISA that was active when it was made.
 class Packed : public Network {
  public:
-  Packed(const std::string& cell, const std::string& format, std::int64_t input_size, std::int64_t hidden_size,
-         std::int64_t proj_size, std::int64_t num_layers, std::vector<bool> directions, const py::tuple& names,
-         const py::object& weights, bool training, const py::object& reserve);
+  Packed(const Description& of, const py::tuple& names, const py::object& weights, bool training,
+         const py::object& reserve);
 
   // Fills y. Returns the final state, and what backward needs, None where `save` is. None for the state, or in place of
   // one, is zeros. Lengths and resets are read again by backward.

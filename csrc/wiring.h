@@ -13,7 +13,7 @@
 
 namespace rnnkern {
 
-// T and B are at least 1. Shapes are those of docs/conventions.md.
+// Shapes are those of docs/conventions.md.
 struct ForwardCall {
   std::int64_t steps, batch;
   const std::int64_t* lengths;  // [B], null: none

@@ -163,7 +163,7 @@ WRONG: list[tuple[Any, str]] = [
     (lambda one: setattr(one.forward.kept, "bytes", 8), r"kept: expected \d+ bytes, got 8"),
     (lambda one: setattr(one.forward.initial, "count", 1), "initial: expected 2 arrays, got 1"),
     (lambda one: one.lengths.fill(7), "lengths: expected 0 <= length <= 6, got 7"),
-    (lambda one: setattr(one.forward, "steps", 0), "steps, batch: expected at least 1"),
+    (lambda one: setattr(one.forward, "steps", -1), "steps, batch: expected at least 0"),
     (lambda one: setattr(one.forward, "training", False), "packed: expected|masks: expected null"),
 ]
 

@@ -510,9 +510,7 @@ class Native:
     def pack_arguments(self, stack: Stack, training: bool, bias: bool) -> dict[str, Any]:
         shapes = [sizes.weight_shapes(bias, stack.proj_size > 0) for sizes in stack.layers]
         return {
-            "cell": stack.cell.name, "format": stack.format, "input_size": 3, "hidden_size": 4,
-            "proj_size": stack.proj_size, "num_layers": stack.num_layers, "directions": list(stack.directions),
-            "names": stack.weight_names[bias], "training": training,
+            "stack": stack.description, "names": stack.weight_names[bias], "training": training,
             "weights": [{name: floats(*shape, dtype=stack.dtype) for name, shape in one.items()} for one in shapes],
         }  # fmt: skip
 

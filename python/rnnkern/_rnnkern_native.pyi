@@ -65,10 +65,6 @@ class Steps:
     @state.setter
     def state(self, arg1: typing.Any) -> None:
         ...
-def abi_bytes(isa: str, cell: str, dtype: typing.Any, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], steps: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, int, int]:
-    """
-    Bytes in the calls of rnnkern_abi.h: weights packed for inference, for training, and what training keeps.
-    """
 def activation(name: str, x: numpy.ndarray) -> numpy.ndarray:
     """
     One of the kernels' activations, for tests.
@@ -81,7 +77,7 @@ def decide(threads: typing.SupportsInt | typing.SupportsIndex, expected_ns: typi
     """
     How many helpers a call asks for, and whether it asks again on its way, by policy.h.
     """
-def frozen_call(packed: typing.Any, friendly: typing.Any, batch_first: bool) -> FrozenCall:
+def frozen_call(packed: Packed, friendly: typing.Any, batch_first: bool) -> FrozenCall:
     ...
 def isa() -> str:
     """
@@ -115,7 +111,7 @@ def next_retreat(before: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
 def num_threads() -> int:
     ...
-def pack(cell: str, format: str, input_size: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, proj_size: typing.SupportsInt | typing.SupportsIndex, num_layers: typing.SupportsInt | typing.SupportsIndex, directions: collections.abc.Sequence[bool], names: tuple, weights: typing.Any, training: bool) -> Packed:
+def pack(stack: tuple[str, str, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, training: bool) -> Packed:
     ...
 def reserve() -> Reserve:
     ...
@@ -123,15 +119,11 @@ def run(cell: str, format: str, input_size: typing.SupportsInt | typing.Supports
     ...
 def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
-def stream(packed: typing.Any, batch: typing.SupportsInt | typing.SupportsIndex, arguments: typing.Any) -> Steps:
+def stream(packed: Packed, batch: typing.SupportsInt | typing.SupportsIndex, arguments: typing.Any) -> Steps:
     ...
 def supply() -> tuple[int, int]:
     """
     The CPUs of this machine, and the threads on it that have one or wait for one now, 0 where that is not known.
-    """
-def unknown_max_isa() -> str:
-    """
-    RNNKERN_MAX_ISA where it names no compiled ISA, else empty.
     """
 def use_isa(name: str) -> None:
     """

@@ -24,9 +24,9 @@ try:
 except ImportError as error:
     _native, _import_error = None, str(error)
 else:
-    if _native.unknown_max_isa():
-        _built = ", ".join(isa for isa, _ in _native.isas())
-        raise ValueError(f"RNNKERN_MAX_ISA: expected one of {_built}, got {_native.unknown_max_isa()!r}")
+    _built, _limit = [isa for isa, _ in _native.isas()], os.environ.get("RNNKERN_MAX_ISA")
+    if _limit and _limit not in _built:
+        raise ValueError(f"RNNKERN_MAX_ISA: expected one of {', '.join(_built)}, got {_limit!r}")
     _asked = os.environ.get("RNNKERN_NUM_THREADS") or "1"  # empty: not set
     if not _asked.isdecimal() or int(_asked) < 1:
         raise ValueError(f"RNNKERN_NUM_THREADS: expected a positive integer, got {_asked!r}")
@@ -90,7 +90,7 @@ def _source() -> str:
 
 def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -> Any:
     """See `backends`."""
-    return _native.pack(*stack.description, stack.weight_names["b_ih" in weights[0]], weights, training)
+    return _native.pack(stack.description, stack.weight_names["b_ih" in weights[0]], weights, training)
 
 
 def run(stack: Stack, weights: Sequence[Mapping[str, Array]], call: Forward) -> tuple[Any, State, Any]:
@@ -98,7 +98,7 @@ def run(stack: Stack, weights: Sequence[Mapping[str, Array]], call: Forward) -> 
     x, state, y, save, lengths, resets, masks, reserve = call
     names = stack.weight_names["b_ih" in weights[0]]
     results: tuple[Any, State, Any] = _native.run(
-        *stack.description, names, weights, x, state, lengths, resets, masks, y, save, reserve
+        stack.description, names, weights, x, state, lengths, resets, masks, y, save, reserve
     )
     return results
 
@@ -154,7 +154,7 @@ def linear_backward(
 ) -> tuple[Array | None, Array | None, Array | None]:
     """See `backends`."""
     dx = np.empty_like(x) if need_x else None
-    dweight = np.empty_like(weight) if "weight" in wanted else None
-    dbias = np.empty(len(weight), weight.dtype) if "bias" in wanted else None
+    dweight = np.zeros_like(weight) if "weight" in wanted else None
+    dbias = np.zeros(len(weight), weight.dtype) if "bias" in wanted else None
     _native.linear_backward(x, weight, dy, dx, dweight, dbias)
     return dx, dweight, dbias

@@ -49,7 +49,6 @@ typedef struct {
   rnnkern_memory packed;
 } rnnkern_pack;
 
-/* T and B at least 1. */
 typedef struct {
   int64_t steps, batch;
   const int64_t* lengths;   /* [B], from 0 to T; null: none */

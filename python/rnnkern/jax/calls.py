@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import backends
-from ..backends.native import native_module
 from ..stack import Backward, Forward, Stack, State
+from .handlers import find_bytes
 
 __all__ = ["Call", "Compiled", "ThroughPython"]
 
@@ -98,10 +98,11 @@ def _sizes(call: Call) -> tuple[int, int, int, int]:
 def _bytes(call: Call, x: Any) -> tuple[int, int, int]:
     """Of the weights, packed for inference and for training, and of what training keeps."""
     stack = call.stack
-    sizes: tuple[int, int, int] = native_module().abi_bytes(
-        call.isa, stack.cell.name, stack.dtype, *_sizes(call), stack.directions, *x.shape[:2]
-    )
-    return sizes
+    assert call.isa is not None
+    reverse = (*stack.directions, False)[:2]
+    numbers = stack.dtype.itemsize, *_sizes(call), len(stack.directions), *reverse, *x.shape[:2]
+    inference, training, kept = find_bytes(call.isa, stack.cell.name, numbers)
+    return inference, training, kept
 
 
 def _handler(call: Call, name: str, results: Sequence[jax.ShapeDtypeStruct], **options: bool) -> Any:

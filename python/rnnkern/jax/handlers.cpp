@@ -161,6 +161,18 @@ extern "C" bool rnnkern_connect(decltype(rnnkern_abi)* lookup) {
   return functions != nullptr;
 }
 
+// Asks for the bytes of the weights packed for inference and for training, and of what training keeps.
+//   numbers: bytes of an element, the four sizes, directions, reverse for two of them, steps and batch
+extern "C" bool rnnkern_find_bytes(const char* isa, const char* cell, const std::int64_t* numbers, std::int64_t* bytes,
+                                   rnnkern_message* message) {
+  const std::int64_t* n = numbers;
+  const rnnkern_stack stack{isa, cell, n[0], n[1], n[2], n[3], n[4], n[5], {n[6] != 0, n[7] != 0}, false};
+  rnnkern_sizes sizes{};
+  if (!functions->sizes(&stack, n[8], n[9], &sizes, message)) return false;
+  bytes[0] = sizes.packed_for_inference, bytes[1] = sizes.packed_for_training, bytes[2] = sizes.kept;
+  return true;
+}
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnkern_xla_pack, pack,
                               with_stack(ffi::Ffi::Bind().RemainingArgs().Ret<Bytes>()).Attr<bool>("training"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnkern_xla_forward, forward,

@@ -16,17 +16,19 @@ import stat
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import jax
 
 from .. import __version__
 from ..backends.native import native_module, unavailable
 
-__all__ = ["HANDLERS", "cache_directory", "registered"]
+__all__ = ["HANDLERS", "cache_directory", "find_bytes", "registered"]
 
 HANDLERS = ("rnnkern_xla_pack", "rnnkern_xla_forward", "rnnkern_xla_backward")
 
@@ -44,27 +46,37 @@ class _Unavailable(Exception):
 def registered() -> bool:
     """Whether XLA has the handlers; at first use compiles and registers them, or warns that it could not."""
     with _lock:
-        return _register()
+        return _register() is not None
+
+
+def find_bytes(isa: str, cell: str, numbers: Sequence[int]) -> tuple[int, ...]:
+    """Sizes that the kernels ask for, once `registered`; see `rnnkern_find_bytes` of handlers.cpp."""
+    found, message = (ctypes.c_int64 * 3)(), ctypes.create_string_buffer(240)  # as in rnnkern_abi.h
+    given = (ctypes.c_int64 * len(numbers))(*numbers)
+    library: Any = _register()
+    if not library.rnnkern_find_bytes(isa.encode(), cell.encode(), given, found, message):
+        raise ValueError(message.value.decode())
+    return tuple(found)
 
 
 @cache
-def _register() -> bool:
+def _register() -> ctypes.CDLL | None:
     try:
         if native_module() is None:
             raise _Unavailable(unavailable())
         library = _library()
         module = ctypes.CDLL(native_module().__file__)
-        if not all(hasattr(library, name) for name in ("rnnkern_connect", *HANDLERS)):
+        if not all(hasattr(library, name) for name in ("rnnkern_connect", "rnnkern_find_bytes", *HANDLERS)):
             raise _Unavailable("what the C++ compiler made has no handlers")
-        library.rnnkern_connect.restype = ctypes.c_bool
+        library.rnnkern_connect.restype = library.rnnkern_find_bytes.restype = ctypes.c_bool
         if not library.rnnkern_connect(module.rnnkern_abi):
             raise _Unavailable("the compiled kernels are of another version")
     except _Unavailable as error:
         warnings.warn(f"rnnkern.jax runs through jax.pure_callback, many times slower, because {error}", stacklevel=5)
-        return False
+        return None
     for name in HANDLERS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return True
+    return library
 
 
 def cache_directory() -> Path:
