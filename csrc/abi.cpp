@@ -119,82 +119,75 @@ struct Checked {
   }
 };
 
-void find_sizes(const rnnkern_stack& stack, std::int64_t steps, std::int64_t batch, rnnkern_sizes& sizes) {
+void find_sizes(const rnnkern_stack& stack, std::int64_t steps, std::int64_t batch, rnnkern_sizes* sizes) {
   const Network network = network_of(stack);
-  sizes.states = static_cast<std::int64_t>(network.state_count());
-  sizes.weights = weights_of(network, stack);
-  sizes.packed_for_inference = network.packed_bytes(false);
-  sizes.packed_for_training = network.packed_bytes(true);
-  sizes.kept = kept_bytes(network, steps, batch, Save::gates, false);
-  sizes.kept_with_masks = kept_bytes(network, steps, batch, Save::gates, true);
+  sizes->states = static_cast<std::int64_t>(network.state_count());
+  sizes->weights = weights_of(network, stack);
+  sizes->packed_for_inference = network.packed_bytes(false);
+  sizes->packed_for_training = network.packed_bytes(true);
+  sizes->kept = kept_bytes(network, steps, batch, Save::gates, false);
+  sizes->kept_with_masks = kept_bytes(network, steps, batch, Save::gates, true);
 }
 
-void pack_all(const rnnkern_stack& stack, const rnnkern_pack& call) {
+void pack_all(const rnnkern_stack& stack, const rnnkern_pack* call) {
   const Network network = network_of(stack);
-  expect("weights", "arrays", call.weights.count, weights_of(network, stack));
-  expect("packed", "bytes", call.packed.bytes, network.packed_bytes(call.training));
+  expect("weights", "arrays", call->weights.count, weights_of(network, stack));
+  expect("packed", "bytes", call->packed.bytes, network.packed_bytes(call->training));
   const std::size_t count = network.weight_count(stack.biased);
-  prefer_huge_pages(call.packed);
+  prefer_huge_pages(call->packed);
   std::int64_t at = 0;
   for (std::size_t i = 0; i < network.layer_directions(); ++i) {
-    const std::vector<const void*> arrays(call.weights.data + i * count, call.weights.data + (i + 1) * count);
+    const std::vector<const void*> arrays(call->weights.data + i * count, call->weights.data + (i + 1) * count);
     const auto weights = network.weights_at(arrays.data(), stack.biased);
-    network.pack(i, weights, call.training, advance(call.packed.data, at));
-    at += network.packed_bytes(i, call.training);
+    network.pack(i, weights, call->training, advance(call->packed.data, at));
+    at += network.packed_bytes(i, call->training);
   }
 }
 
-void run_forward(const rnnkern_stack& stack, const rnnkern_forward& given) {
-  Checked checked(stack, given);
-  checked.call.last = states_of("last", checked.network, given.last);
-  prefer_huge_pages({given.y, checked.network.output_bytes(given.steps, given.batch)});
-  if (given.training) prefer_huge_pages(given.kept);
+void run_forward(const rnnkern_stack& stack, const rnnkern_forward* given) {
+  Checked checked(stack, *given);
+  checked.call.last = states_of("last", checked.network, given->last);
+  prefer_huge_pages({given->y, checked.network.output_bytes(given->steps, given->batch)});
+  if (given->training) prefer_huge_pages(given->kept);
   run<Host>(checked.network, checked.call);
 }
 
-void run_backward(const rnnkern_stack& stack, const rnnkern_backward& given) {
-  if (given.forward == nullptr || !given.forward->training)
+void run_backward(const rnnkern_stack& stack, const rnnkern_backward* given) {
+  if (given->forward == nullptr || !given->forward->training)
     throw std::invalid_argument("forward: expected one that ran in training");
-  const Checked checked(stack, *given.forward);
+  const Checked checked(stack, *given->forward);
   const Network& network = checked.network;
-  expect("gradients", "arrays", given.gradients.count, weights_of(network, stack));
+  expect("gradients", "arrays", given->gradients.count, weights_of(network, stack));
   BackwardCall call{};
-  call.dy = given.dy, call.dx = given.dx;
-  call.dlast = states_of("dlast", network, given.dlast);
-  call.dinitial = states_of("dinitial", network, given.dinitial);
+  call.dy = given->dy, call.dx = given->dx;
+  call.dlast = states_of("dlast", network, given->dlast);
+  call.dinitial = states_of("dinitial", network, given->dinitial);
   const std::size_t count = network.weight_count(stack.biased);
   for (std::size_t i = 0; i < network.layer_directions(); ++i)
-    call.gradients.push_back(network.weights_at(given.gradients.data + i * count, stack.biased));
+    call.gradients.push_back(network.weights_at(given->gradients.data + i * count, stack.biased));
   run<Host>(network, checked.call, &call);
 }
 
-// Calls a function that may throw, and says in the message what it threw.
-template <class Function, class... Arguments>
-bool guarded(rnnkern_message* message, Function function, Arguments&&... arguments) noexcept {
-  try {
-    function(std::forward<Arguments>(arguments)...);
-    return true;
-  } catch (const std::bad_alloc&) {
-    std::snprintf(message->text, sizeof message->text, "not enough memory");
-  } catch (const std::exception& error) {
-    std::snprintf(message->text, sizeof message->text, "%s", error.what());
+// Makes of a function that may throw one that does not, but says in the message what was thrown.
+template <auto function>
+struct Guarded;
+template <class... Arguments, void (*function)(const rnnkern_stack&, Arguments...)>
+struct Guarded<function> {
+  static bool call(const rnnkern_stack* stack, Arguments... arguments, rnnkern_message* message) noexcept {
+    try {
+      function(*stack, arguments...);
+      return true;
+    } catch (const std::bad_alloc&) {
+      std::snprintf(message->text, sizeof message->text, "not enough memory");
+    } catch (const std::exception& error) {
+      std::snprintf(message->text, sizeof message->text, "%s", error.what());
+    }
+    return false;
   }
-  return false;
-}
+};
 
-template <class Call, void (*function)(const rnnkern_stack&, const Call&)>
-bool guarded_call(const rnnkern_stack* stack, const Call* call, rnnkern_message* message) noexcept {
-  return guarded(message, function, *stack, *call);
-}
-
-bool guarded_sizes(const rnnkern_stack* stack, std::int64_t steps, std::int64_t batch, rnnkern_sizes* sizes,
-                   rnnkern_message* message) noexcept {
-  return guarded(message, find_sizes, *stack, steps, batch, *sizes);
-}
-
-constexpr rnnkern_functions kFunctions{guarded_sizes, guarded_call<rnnkern_pack, pack_all>,
-                                       guarded_call<rnnkern_forward, run_forward>,
-                                       guarded_call<rnnkern_backward, run_backward>};
+constexpr rnnkern_functions kFunctions{Guarded<find_sizes>::call, Guarded<pack_all>::call, Guarded<run_forward>::call,
+                                       Guarded<run_backward>::call};
 
 }  // namespace
 }  // namespace rnnkern

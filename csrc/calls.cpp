@@ -177,7 +177,7 @@ class Steps {
     layers.front().x = bytes_of(x);
     layers.back().y = bytes_of(y);
     call_.layers = layers.data();
-    launch(packed_.kernels().forward, call_, plan_);
+    PythonHost::launch(packed_.kernels().forward, call_, plan_);
     now_ = 1 - now_;  // not if the step was given up
     return y.release().ptr();
   }

@@ -55,7 +55,7 @@ RNNKERN_INLINE void lanes_to_rows(const T* from, std::int64_t columns, int rows,
     V block[lanes];
     for (int k = 0; k < lanes; ++k) block[k] = k < some ? load<V>(from + k * lanes) : zero<V>();
     transpose(block);
-    for (int row = 0; row < rows; ++row) store(to + row * stride + first, block[row], some);
+    for (int row = 0; row < rows; ++row) store_some<V>(to + row * stride + first, block[row], some);
   }
 }
 

@@ -15,13 +15,6 @@ namespace {
 // work in Python may take its whole turn, 5 ms.
 constexpr std::int64_t kKeepsGil = 10'000;  // ns
 
-template <class Array>
-States pointers_of(const std::vector<Array>& arrays) {
-  States states{};
-  for (std::size_t s = 0; s < arrays.size(); ++s) states[s] = arrays[s].is_none() ? nullptr : bytes_of(arrays[s]);
-  return states;
-}
-
 // The elements of a state; None is None for each.
 std::vector<py::object> state_elements(const py::object& state, const char* name, std::size_t count) {
   return state.is_none() ? std::vector<py::object>(count, py::none()) : elements(state, name, count);
@@ -37,7 +30,7 @@ Save save_of(const py::object& name) {
 
 }  // namespace
 
-void launch(Task task, KernelCall& call, const Plan& plan) {
+void PythonHost::launch(Task task, KernelCall& call, const Plan& plan) {
   std::int64_t stop = 0;
   call.stop = &stop;
   if (plan.expected_ns < kKeepsGil) {
@@ -53,9 +46,6 @@ void launch(Task task, KernelCall& call, const Plan& plan) {
   }
   if (stop != 0) throw py::error_already_set();
 }
-
-States bytes_of(const std::vector<py::object>& arrays) { return pointers_of(arrays); }
-States bytes_of(const std::vector<py::array>& arrays) { return pointers_of(arrays); }
 
 py::tuple tuple_of(const std::vector<py::array>& arrays) {
   py::tuple tuple(arrays.size());

@@ -31,19 +31,20 @@ struct Saved {
   std::int64_t nbytes() const { return kept ? kept->buffer().owner.nbytes() : 0; }
 };
 
-// Arrays, or None in place of one.
-States bytes_of(const std::vector<py::object>& arrays);
-States bytes_of(const std::vector<py::array>& arrays);
+// Of arrays, or None in place of one.
+template <class Array>
+States bytes_of(const std::vector<Array>& arrays) {
+  States states{};
+  for (std::size_t s = 0; s < arrays.size(); ++s) states[s] = arrays[s].is_none() ? nullptr : bytes_of(arrays[s]);
+  return states;
+}
 
 py::tuple tuple_of(const std::vector<py::array>& arrays);
 
-// Runs a kernel over a stack that says everything but how to give up; without the GIL, unless the call is short.
-void launch(Task task, KernelCall& call, const Plan& plan);
-
-// Runs calls in memory that NumPy owns, see run() of wiring.h.
+// Runs calls in memory that NumPy owns, see run() of wiring.h; without the GIL, unless the call is short.
 struct PythonHost {
   using Scratch = rnnkern::Scratch;
-  static void launch(Task task, KernelCall& call, const Plan& plan) { rnnkern::launch(task, call, plan); }
+  static void launch(Task task, KernelCall& call, const Plan& plan);
 };
 
 WeightFormat format_of(const std::string& name);

@@ -171,55 +171,26 @@ RNNKERN_INLINE void store(Scalar<V>* target, V v) noexcept {
   std::memcpy(target, &v, sizeof v);
 }
 
-// The first n lanes, 0 <= n <= lanes; load gives zero in the others. Memory past them is not touched.
-template <class V>
-RNNKERN_INLINE V load(const Scalar<V>* source, int n) noexcept {
-  if constexpr (kIsNative<V> && kHasMaskedMoves) {
-    return native_load(source, n);
-  } else {
-    V v{};
-    std::memcpy(&v, source, static_cast<std::size_t>(n) * sizeof *source);
-    return v;
-  }
-}
-template <class V>
-RNNKERN_INLINE void store(Scalar<V>* target, V v, int n) noexcept {
-  if constexpr (kIsNative<V> && kHasMaskedMoves)
-    native_store(target, v, n);
-  else
-    std::memcpy(target, &v, static_cast<std::size_t>(n) * sizeof *target);
-}
-
+// The first `count` lanes, 0 <= count <= lanes; load_some gives zero in the others. Memory past them is not touched.
 template <class V>
 RNNKERN_INLINE V load_some(const Scalar<V>* source, int count) noexcept {
-  return count == kLanes<Scalar<V>> ? load<V>(source) : load<V>(source, count);
+  if (count == kLanes<Scalar<V>>) return load<V>(source);
+  if constexpr (kIsNative<V> && kHasMaskedMoves) {
+    return native_load(source, count);
+  } else {
+    V v{};
+    std::memcpy(&v, source, static_cast<std::size_t>(count) * sizeof *source);
+    return v;
+  }
 }
 template <class V>
 RNNKERN_INLINE void store_some(Scalar<V>* target, V v, int count) noexcept {
   if (count == kLanes<Scalar<V>>)
     store(target, v);
+  else if constexpr (kIsNative<V> && kHasMaskedMoves)
+    native_store(target, v, count);
   else
-    store(target, v, count);
-}
-
-// A vector wider than native, in two.
-template <class V>
-struct Halves {
-  typename Vector<Scalar<V>, sizeof(V) / 2>::Type low, high;
-};
-template <class V>
-RNNKERN_INLINE Halves<V> split(V v) noexcept {
-  Halves<V> halves;
-  std::memcpy(&halves.low, &v, sizeof halves.low);
-  std::memcpy(&halves.high, reinterpret_cast<const char*>(&v) + sizeof halves.low, sizeof halves.high);
-  return halves;
-}
-template <class V>
-RNNKERN_INLINE V join(Halves<V> halves) noexcept {
-  V v;
-  std::memcpy(&v, &halves.low, sizeof halves.low);
-  std::memcpy(reinterpret_cast<char*>(&v) + sizeof halves.low, &halves.high, sizeof halves.high);
-  return v;
+    std::memcpy(target, &v, static_cast<std::size_t>(count) * sizeof *target);
 }
 
 // Exchanges element l of rows[i] and element i of rows[l], by swapping ever smaller blocks off the diagonal.
@@ -248,8 +219,12 @@ RNNKERN_INLINE V fma(V a, V b, V c) noexcept {
   } else if constexpr (kIsNative<V>) {
     return native_fma(a, b, c);
   } else {
-    const Halves<V> x = split(a), y = split(b), z = split(c);
-    return join<V>({fma(x.low, y.low, z.low), fma(x.high, y.high, z.high)});
+    using Native = typename Vector<Scalar<V>, kNativeBytes>::Type;
+    Native x[sizeof(V) / kNativeBytes], y[sizeof(V) / kNativeBytes], z[sizeof(V) / kNativeBytes];
+    std::memcpy(x, &a, sizeof a), std::memcpy(y, &b, sizeof b), std::memcpy(z, &c, sizeof c);
+    for (std::size_t part = 0; part < sizeof(V) / kNativeBytes; ++part) z[part] = native_fma(x[part], y[part], z[part]);
+    std::memcpy(&c, z, sizeof c);
+    return c;
   }
 }
 template <class V>
