@@ -140,7 +140,8 @@ void run(const Network& network, const ForwardCall& call, const BackwardCall* sl
   }
   const bool backward = slopes != nullptr;
   KernelCall kernel_call{};
-  kernel_call.steps = call.steps, kernel_call.batch = call.batch;
+  // Without rows there may be any number of steps, which would be walked all the same.
+  kernel_call.steps = call.batch > 0 ? call.steps : 0, kernel_call.batch = call.batch;
   kernel_call.lengths = call.lengths, kernel_call.resets = call.resets;
   kernel_call.masks = call.masks, kernel_call.masked = masked.data();
   kernel_call.save = call.save;

@@ -767,6 +767,14 @@ def test_backward_refuses_what_other_weights_saved() -> None:
         layer.backward(tape, np.ones_like(y))
 
 
+def test_steps_without_rows_take_no_time() -> None:
+    """However many they are; the state and the gradients are those of nothing."""
+    layer, x = rk.GRU(3, 4, backend="native", seed=0), np.zeros((2**40, 0, 3), np.float32)
+    y, _, tape = layer.forward(x)
+    assert layer.freeze()(x)[0].shape == y.shape == (2**40, 0, 4)
+    assert not layer.backward(tape, np.zeros_like(y)).parameters["weight_ih_l0"].any()
+
+
 def test_more_rows_than_memory_are_rejected() -> None:
     """An array without elements can have so many rows that the size of the scratch memory would wrap around."""
     rows = 2**64 // 24 + 1
