@@ -123,7 +123,7 @@ extern "C" void run(int cell, const std::int64_t* sizes, double* const* arrays, 
   double* const* in = arrays;
   double* const* out = arrays + 10;
   std::int64_t stop = 0;
-  KernelCall call{T, B, lengths, resets,  1,       1,       nullptr, nullptr, nullptr, Split::units,
+  KernelCall call{T, B, lengths, resets,  1,       1,       nullptr, nullptr, nullptr, Save::gates, Split::units,
                   2, 2, threads, nullptr, nullptr, nullptr, &stop,   nullptr};
   Layer layer{{I, H, H, false},
               reverse,
