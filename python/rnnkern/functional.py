@@ -341,7 +341,7 @@ def dropout_masks(
         draws, skipped = divmod((layer * steps + first) * size, 8)
         generator = np.random.Generator(np.random.Philox(seed).advance(draws))
         numbers = generator.random(skipped + (last - first) * size, np.float32)[skipped:]
-        masks.append((numbers.reshape(last - first, batch, -1) >= dropout) * kept)
+        masks.append((numbers.reshape(last - first, batch, stack.output_size) >= dropout) * kept)
     return masks
 
 
