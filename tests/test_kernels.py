@@ -401,3 +401,15 @@ def test_what_lies_beyond_the_lengths_is_never_read(case: Case) -> None:
         same(results, expected)
         assert not results["y"][beyond].any()
         assert not results["dx"][beyond].any()
+
+
+def test_numba_gives_no_two_functions_one_name():
+    """Code of two processes that comes from the cache is told apart by the name, which must have the cell in it."""
+    kernels = pytest.importorskip("rnnkern.backends.numba_cpu_kernels", reason="Numba is not installed")
+    functions = [
+        function.py_func
+        for cell in CELLS.values()
+        for forward in (True, False)
+        for function in kernels._functions(cell, np.dtype("float32"), forward)
+    ]
+    assert len({function.__qualname__ for function in functions}) == len(functions) > 2 * len(CELLS)

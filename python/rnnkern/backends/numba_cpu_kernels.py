@@ -1,15 +1,14 @@
-"""What the loop of `numba_rows` is made of on a CPU, and where its code is kept.
+"""The loops of `numba_loop` on a CPU: products are NumPy's, the functions of a cell are compiled, each by itself.
 
-The loop is compiled once a dtype, and gets the functions of a cell, each compiled by itself, as arguments. The cache of
-Numba keys a function by the bytes of those it closes over. That key is the same in every process only while these are
-plain functions, as `register_jitable` leaves them, and has their code only where they were made in a function.
+The cache of Numba keys a function by the bytes of those it closes over. That key is the same in every process only
+while these are plain functions, as `register_jitable` leaves them, and has their code only where they were made in a
+function.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,25 +21,27 @@ from numba.np.arrayobj import populate_array
 from numpy.typing import NDArray
 
 from ..cells import Cell
-from .numba_rows import Function, Target, backward_slots, forward_slots, loop, tile_functions
+from .numba_loop import Function, Target, loop, row_functions, slots
 
 __all__ = ["array", "host", "run"]
 
-UNITS = 64  # of a tile, which then takes a fifth of the L1 cache
+Array = NDArray[Any]
+
+UNITS = 128  # of a slot; a tile then takes a fifth of the L1 cache
 
 _OPTIONS = {"error_model": "numpy", "fastmath": {"contract"}, "nogil": True}
-_compiled: Callable[[Function], Function] = register_jitable(_nrt=False, **_OPTIONS)  # nobody counts references
+_compiled: Callable[[Function], Function] = register_jitable(**_OPTIONS)
 _inlined: Callable[[Function], Function] = register_jitable(_nrt=False, forceinline=True, **_OPTIONS)
 
 
-def _cached(decorator: Callable[..., Any], function: Function, *arguments: Any) -> Any:
+def _cached(function: Function) -> Any:
     chosen = numba.config.CACHE_DIR
     # Keep what is compiled where Numba keeps it for a user, not in the package, which pip could then not remove whole.
     numba.config.CACHE_DIR = chosen or AppDirs(appname="numba", appauthor=False).user_cache_dir
     try:
-        return decorator(*arguments, cache=True, **_OPTIONS)(function)
+        return numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # no directory that may be written to: neither the user's nor the package's
-        return decorator(*arguments, **_OPTIONS)(function)
+        return numba.njit(**_OPTIONS)(function)
     finally:
         numba.config.CACHE_DIR = chosen
 
@@ -63,49 +64,8 @@ def _view(typing: Any, tile: Any, offset: Any) -> Any:
 
 
 @register_jitable(inline="always")
-def _lane(tile: Any, offset: Any) -> Any:
-    return _view(tile, offset)
-
-
-def _target() -> Target:
-    """The functions of a CPU; made in a function, so that the key of the cache has their code and not their names."""
-
-    def assign(place: Any, out: Any, source: Any, add: Any) -> None:
-        for i in range(len(out)):
-            out[i] = out[i] + source[i] if add else source[i]
-
-    def product(
-        place: Any, t: Any, lengths: Any, out: Any, out_row: Any, first: Any, source: Any, row: Any, column: Any,
-        weights: Any,
-    ) -> None:  # fmt: skip
-        K, N = weights.shape
-        unrolled = K // 4 * 4  # 4 steps of k for each load and store of `out`, for all rows while in the L1 cache
-        for k in range(0, unrolled, 4):
-            w0, w1, w2, w3 = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
-            for b in range(place[0], place[1]):
-                if t < lengths[b]:
-                    a, total = source[row + b, column + k : column + k + 4], out[out_row + b, first : first + N]
-                    a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
-                    for n in range(N):
-                        total[n] += a0 * w0[n] + a1 * w1[n] + a2 * w2[n] + a3 * w3[n]
-        for k in range(unrolled, K):
-            for b in range(place[0], place[1]):
-                if t < lengths[b]:
-                    a0, w0, total = source[row + b, column + k], weights[k], out[out_row + b, first : first + N]
-                    for n in range(N):
-                        total[n] += a0 * w0[n]
-
-    def call(first: Any, second: Any, which: Any, tile: Any, width: Any) -> None:
-        if which == 0:
-            first(tile, width)
-        else:
-            second(tile, width)
-
-    def wait() -> None:
-        """Nothing: a row has one thread."""
-
-    assign, product, call, wait = (_compiled(function) for function in (assign, product, call, wait))
-    return Target(UNITS, _inlined, _lane, assign, product, call, wait, _activations)
+def _lanes(tile: Any, u: Any, a: Any, b: Any, c: Any) -> Any:
+    return _view(tile, a + u), _view(tile, b + u), _view(tile, c + u)
 
 
 @lru_cache
@@ -158,29 +118,44 @@ def _activations(dtype: np.dtype[Any]) -> tuple[Function, Function]:
     return _inlined(sigmoid), _inlined(tanh)
 
 
-_TARGET = _target()
-_loop = _cached(numba.njit, loop(replace(_TARGET, compiled=_compiled)))  # whose functions are too large to be inlined
+_TARGET = Target(UNITS, _compiled, _inlined, _lanes, _activations)
 
 
 @lru_cache
-def _functions(cell: Cell, dtype: np.dtype[Any], forward: bool) -> tuple[Any, Any]:
-    """The compiled functions of a cell for a direction; the same twice where it has one."""
-    functions = tile_functions(cell, dtype, _TARGET)
-    first, second = functions[:2] if forward else functions[2:]
-    of_tile = types.void(types.Array(numba.from_dtype(dtype), 1, "C"), types.intp)
-    compiled = _cached(numba.cfunc, first, of_tile)
-    return compiled, _cached(numba.cfunc, second, of_tile) if cell.late_gates else compiled
+def _functions(cell: Cell, dtype: np.dtype[Any], forward: bool) -> list[Function]:
+    """`step` and `prepare` of a cell, compiled when they are first called."""
+    return [_cached(function) for function in row_functions(cell, dtype, forward, _TARGET)]
 
 
-def array(array: NDArray[Any]) -> NDArray[Any]:
+def _where(rows: Array) -> Any:
+    return True if rows.all() else rows[:, None]  # NumPy takes several times longer with a mask
+
+
+def _assign(out: Array, source: Array, mask: Any, add: bool) -> None:
+    if add:
+        np.add(out, source, out=out, where=mask)
+    else:
+        np.copyto(out, source, where=mask)
+
+
+def _product(out: Array, source: Array, weights: Array, add: Array, mask: Any) -> None:
+    np.add(source @ weights, add, out=out, where=mask)
+
+
+def array(array: Array) -> Array:
     """See `numba_layers`."""
-    return np.require(array, requirements=["C", "W"])
+    return array
 
 
 host = array
 
 
-def run(cell: Cell, dtype: np.dtype[Any], forward: bool, H: int, steps: Any, lengths: Any, *rest: Any) -> None:
+def run(cell: Cell, dtype: np.dtype[Any], forward: bool, H: int, steps: Any, arrays: Any) -> None:
     """See `numba_layers`."""
-    tile = np.zeros((forward_slots if forward else backward_slots)(cell)[-1] * UNITS, dtype)
-    _loop((0, len(lengths), 0, 1), tile, H, steps, lengths, *rest, *_functions(cell, dtype, forward))
+    tile, place = np.zeros(slots(cell) * UNITS, dtype), (0, arrays.active.shape[1], 0, UNITS)
+
+    def on_all_rows(compiled: Function) -> Function:
+        return lambda H, rows, inputs, outputs: compiled(tile, H, place, rows, inputs, outputs)
+
+    functions = [on_all_rows(one) for one in _functions(cell, dtype, forward)]
+    loop(forward, _where, _assign, _product, functions)(H, steps, arrays)

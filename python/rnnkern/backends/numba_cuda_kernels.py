@@ -1,11 +1,10 @@
-"""What the loop of `numba_rows` is made of on a GPU; exp and tanh are those of the device."""
+"""The loops of `numba_loop` on a GPU, a block for each row; exp and tanh are those of the device."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,46 +15,44 @@ from numba.core.errors import NumbaPerformanceWarning
 from numpy.typing import NDArray
 
 from ..cells import Cell
-from .numba_rows import Function, Target, backward_slots, forward_slots, loop, tile_functions
+from .numba_loop import Function, Target, loop, row_functions, slots
 
 __all__ = ["array", "host", "run"]
 
-# The simulator starts a thread of the CPU for each.
-THREADS = 2 if numba.config.ENABLE_CUDASIM else 128
-MAX_BLOCKS = 1 if numba.config.ENABLE_CUDASIM else 65535
+THREADS = 2 if numba.config.ENABLE_CUDASIM else 128  # of a block; the simulator starts a thread of the CPU for each
 
-_kernel: Callable[[Function], Function] = cuda.jit
 _device: Callable[[Function], Function] = cuda.jit(device=True)
 
 
 @_device
-def _lane(tile: Any, offset: Any) -> Any:
-    return tile[offset:]
+def _lanes(tile: Any, u: Any, a: Any, b: Any, c: Any) -> Any:  # a tuple: Numba lets no function return one slice
+    return tile[a:], tile[b:], tile[c:]
 
 
 @_device
-def _assign(place: Any, out: Any, source: Any, add: Any) -> None:
-    for i in range(place[2], len(out), place[3]):
-        out[i] = out[i] + source[i] if add else source[i]
+def _where(rows: Any) -> Any:
+    return rows
 
 
 @_device
-def _add_product(
-    place: Any, t: Any, lengths: Any, out: Any, out_row: Any, first: Any, source: Any, row: Any, column: Any,
-    weights: Any,
-) -> None:  # fmt: skip
-    K, N = weights.shape
-    for b in range(place[0], place[1]):
-        if t < lengths[b]:
-            for n in range(place[2], N, place[3]):
-                total = out[out_row + b, first + n]
-                for k in range(K):
-                    total += source[row + b, column + k] * weights[k, n]
-                out[out_row + b, first + n] = total
+def _assign(out: Any, source: Any, mask: Any, add: Any) -> None:
+    b = cuda.blockIdx.x
+    if mask[b]:
+        given = source[b if len(source) > 1 else 0]
+        for i in range(cuda.threadIdx.x, out.shape[1], cuda.blockDim.x):
+            out[b, i] = out[b, i] + given[i] if add else given[i]
+    cuda.syncthreads()
 
 
 @_device
-def _wait() -> None:
+def _product(out: Any, source: Any, weights: Any, add: Any, mask: Any) -> None:
+    b = cuda.blockIdx.x
+    if mask[b]:
+        for n in range(cuda.threadIdx.x, weights.shape[1], cuda.blockDim.x):
+            total = add[b if len(add) > 1 else 0, n]
+            for k in range(len(weights)):
+                total += source[b, k] * weights[k, n]
+            out[b, n] = total
     cuda.syncthreads()
 
 
@@ -73,29 +70,25 @@ def _activations(dtype: np.dtype[Any]) -> tuple[Function, Function]:
 
 
 @lru_cache
-def _loop(cell: Cell, dtype: np.dtype[Any], forward: bool) -> Any:
-    """The loop as a kernel, a block for each row."""
-    target = Target(1, _device, _lane, _assign, _add_product, _wait, _wait, _activations)
-    functions = tile_functions(cell, dtype, target)
-    first, second = functions[:2] if forward else functions[2:]
-    first, second = _device(first), _device(second if cell.late_gates else first)
+def _kernel(cell: Cell, dtype: np.dtype[Any], forward: bool) -> Any:
+    count, element = slots(cell), numba.from_dtype(dtype)
 
-    @_device
-    def call(unused: Any, unused_too: Any, which: Any, tile: Any, width: Any) -> None:
-        if which == 0:
-            first(tile, width)
-        else:
-            second(tile, width)
+    def on_row(compiled: Function) -> Function:
+        @_device
+        def function(H: Any, rows: Any, inputs: Any, outputs: Any) -> None:
+            tile, b = cuda.local.array(count, element), cuda.blockIdx.x
+            compiled(tile, H, (b, b + 1, cuda.threadIdx.x, cuda.blockDim.x), rows, inputs, outputs)
+            cuda.syncthreads()
 
-    rows = _device(loop(replace(target, call=call)))
-    slots, element = (forward_slots if forward else backward_slots)(cell)[-1], numba.from_dtype(dtype)
+        return function
 
-    @_kernel
-    def kernel(H: Any, steps: Any, lengths: Any, cut: Any, program: Any, arrays: Any) -> None:
-        tile = cuda.local.array(slots, element)
-        for b in range(cuda.blockIdx.x, len(lengths), cuda.gridDim.x):
-            place = (np.int64(b), np.int64(b + 1), np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x))
-            rows(place, tile, H, steps, lengths, cut, program, arrays, 0, 0)
+    target = Target(1, _device, _device, _lanes, _activations)
+    functions = [on_row(_device(one)) for one in row_functions(cell, dtype, forward, target)]
+    all_steps = _device(loop(forward, _where, _assign, _product, functions))
+
+    @cuda.jit
+    def kernel(H: Any, steps: Any, arrays: Any) -> None:  # of this module, whose `cuda` the simulator puts its own for
+        all_steps(H, steps, arrays)
 
     return kernel
 
@@ -110,8 +103,10 @@ def host(array: Any) -> NDArray[Any]:
     return np.asarray(array.copy_to_host())
 
 
-def run(cell: Cell, dtype: np.dtype[Any], forward: bool, H: int, steps: Any, lengths: Any, *rest: Any) -> None:
+def run(cell: Cell, dtype: np.dtype[Any], forward: bool, H: int, steps: Any, arrays: Any) -> None:
     """See `numba_layers`."""
-    with warnings.catch_warnings():  # of a launch that does not fill the device, as that of a small layer cannot
-        warnings.simplefilter("ignore", NumbaPerformanceWarning)
-        _loop(cell, dtype, forward)[min(len(lengths), MAX_BLOCKS), THREADS](H, steps, lengths, *rest)
+    T, B = arrays.active.shape
+    if T and B:
+        with warnings.catch_warnings():  # of a launch that does not fill the device, as that of a small layer cannot
+            warnings.simplefilter("ignore", NumbaPerformanceWarning)
+            _kernel(cell, dtype, forward)[B, THREADS](H, steps, arrays)

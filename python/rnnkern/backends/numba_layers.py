@@ -1,16 +1,16 @@
 """The functions of a backend over a stack, for both Numba backends.
 
-A layer-direction is a product of all inputs with W_ih, the loop of `numba_rows`, and a product over all steps for each
+A layer-direction is a product of all inputs with W_ih, a loop of `numba_loop`, and a product over all steps for each
 gradient. Products over all steps are NumPy's, on the CPU; a module of kernels has
 
-    array(array) -> what the loop takes: C-contiguous, writable, a copy where the kernels are on a device
+    array(array) -> what the loop takes: C-contiguous, a copy where the kernels are on a device
     host(array) -> the NumPy array
-    run(cell, dtype, forward, H, steps, lengths, cut, program, arrays): the loop, forward or backward
+    run(cell, dtype, forward, H, steps, arrays): the loop over (first, last, stride), with the arrays of its direction
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..reference import gradients
 from ..stack import (
     BIASES,
     Backward,
@@ -30,35 +31,34 @@ from ..stack import (
     backward_by_layer,
     forward_by_layer,
 )
-from .numba_rows import ALL, EACH, backward_phases, encode, forward_phases
+from .numba_loop import Arrays
 
 __all__ = ["functions_of", "kept_columns"]
 
 Array = NDArray[Any]
-Arrays = dict[str, Any]  # by the names that phases have
+Named = dict[str, Any]  # fields of `Arrays`
 
 
 class _Packed(NamedTuple):
-    forward: Arrays  # what the loop reads, zeros first: vectors as rows, matrices transposed
-    backward: Arrays
+    forward: Named  # what the loop reads of the weights
+    backward: Named
     w_ih: Array
-    shapes: dict[str, tuple[int, ...]]  # of the weights that get a gradient
+    b_ih: Array
+    names: Wanted  # of the weights that get a gradient
 
 
 def _pack_layer(kernels: Any, sizes: LayerSizes, weights: Weights) -> _Packed:
-    w_hh, early = weights["w_hh"], len(weights["w_hh"]) - sizes.cell.late_gates * sizes.hidden_size
-    vectors = {"zero": np.zeros(len(w_hh) + sizes.state_size, w_hh.dtype)}
-    vectors |= {name: weights.get(name, vectors["zero"][: len(w_hh)]) for name in BIASES}
-    vectors["extra"] = np.array([weights[name] for name in sizes.cell.extras], w_hh.dtype)
-    matrices = {"early": w_hh[:early], "late": w_hh[early:], "projection": weights.get("w_hr", w_hh[:0])}
-
-    def copies(matrices: Weights) -> Arrays:
-        return {name: kernels.array(np.array(matrix, order="C")) for name, matrix in matrices.items()}
-
-    rows = copies({name: vector.reshape(1, -1) for name, vector in vectors.items()})
-    forward = rows | copies({name: matrix.T for name, matrix in matrices.items()})
-    shapes = {name: array.shape for name, array in weights.items()}
-    return _Packed(forward, rows | copies(matrices), np.array(weights["w_ih"]), shapes)
+    w_hh, S, E = weights["w_hh"], len(sizes.cell.states), len(sizes.cell.extras)
+    late = len(w_hh) - sizes.cell.late_gates * sizes.hidden_size
+    b_ih, b_hh = (np.array(weights.get(name, np.zeros(len(w_hh), w_hh.dtype))) for name in BIASES)
+    extra = np.array([weights[name] for name in sizes.cell.extras], w_hh.dtype).reshape(1, E * sizes.hidden_size)
+    rows = {"b_hh": b_hh[None], "extra": extra, "zero": np.zeros((1, S * sizes.hidden_size), w_hh.dtype)}
+    matrices = {"early": w_hh[:late], "late": w_hh[late:], "projection": weights.get("w_hr", w_hh[:0])}
+    forward, backward = [
+        {name: kernels.array(np.array(array, order="C")) for name, array in (rows | given).items()}
+        for given in ({name: matrix.T for name, matrix in matrices.items()}, matrices)
+    ]
+    return _Packed(forward, backward, np.array(weights["w_ih"]), b_ih, tuple(weights))
 
 
 def _pack(kernels: Any, stack: Stack, weights: Sequence[Weights], training: bool) -> list[_Packed]:
@@ -66,98 +66,65 @@ def _pack(kernels: Any, stack: Stack, weights: Sequence[Weights], training: bool
 
 
 def kept_columns(sizes: LayerSizes, projects: bool) -> dict[str, int]:
-    """Columns of what forward leaves for backward: states before a step, saved values, scaled h, h to project."""
+    """Columns of what forward keeps for backward."""
     cell, H = sizes.cell, sizes.hidden_size
-    before, scaled = sizes.state_size + (len(cell.states) - 1) * H, H if cell.late_gates else 0
-    return {"before": before, "values": len(cell.saved) * H, "scaled": scaled, "hidden": H if projects else 0}
+    scaled, hidden = H if cell.late_gates else 0, H if projects else 0
+    return {"before": len(cell.states) * H, "values": len(cell.saved) * H, "scaled": scaled, "hidden": hidden}
 
 
-def _state(sizes: LayerSizes, rows: Array) -> State:
-    """A state from its rows (B, P + (S-1)*H)."""
-    H, P = sizes.hidden_size, sizes.state_size
-    return (rows[:, :P].copy(), *(rows[:, first : first + H].copy() for first in range(P, rows.shape[1], H)))
-
-
-def _blocks(sizes: LayerSizes, T: int, batch: int, reverse: bool) -> Iterator[tuple[int, int, int]]:
-    """First, last and stride of blocks of steps of about 0.05 s, between which Python looks for signals as Ctrl-C."""
-    operations = len(sizes.cell.gates) * sizes.hidden_size * (sizes.state_size + 50) * max(batch, 1)
-    block = max(1, 10**9 // operations)
-    for first in range(0, T, block):
-        last = min(first + block, T)
-        yield (T - 1 - first, T - 1 - last, -1) if reverse else (first, last, 1)
-
-
-def _run(kernels: Any, sizes: LayerSizes, x: Array, rows: tuple[Any, Any], phases: Any, arrays: Arrays) -> Arrays:
-    """The loop over all steps, backward where there is a gradient of x; rows are the lengths and cuts of a caller."""
-    (T, B), (lengths, cut), forward = x.shape[:2], rows, "dx" not in arrays
-    lengths = kernels.array(np.full(B, T, np.int64) if lengths is None else lengths)
-    cut = kernels.array(np.zeros(T * B, bool) if cut is None else cut.reshape(T * B))
-    program, given = kernels.array(encode(arrays, phases)), {name: kernels.array(one) for name, one in arrays.items()}
-    for steps in _blocks(sizes, T, B, sizes.reverse == forward):
-        kernels.run(
-            sizes.cell, x.dtype, forward, sizes.hidden_size, steps, lengths, cut, program, tuple(given.values())
-        )
-    return given
+def _run(
+    kernels: Any, sizes: LayerSizes, x: Array, state: State, lengths: Any, cut: Any, forward: bool, arrays: Named
+) -> tuple[State, Named]:
+    """A loop over all steps: the state after it, and all arrays."""
+    (T, B), H, P = x.shape[:2], sizes.hidden_size, sizes.state_size
+    active = np.full((T, B), True) if lengths is None else np.arange(T)[:, None] < lengths
+    rows = np.zeros((B, len(state) * H), x.dtype)
+    for s, part in enumerate(state):
+        rows[:, s * H : s * H + part.shape[1]] = part
+    arrays |= {"state": rows, "active": active, "cut": active[:0] if cut is None else cut & active}
+    given = {name: kernels.array(array) for name, array in arrays.items()}
+    steps = (0, T, 1) if sizes.reverse != forward else (T - 1, -1, -1)
+    kernels.run(sizes.cell, x.dtype, forward, H, steps, Arrays(**given))
+    h, *others = np.split(kernels.host(given["state"]), len(state), axis=1)
+    return (h[:, :P].copy(), *(one.copy() for one in others)), given
 
 
 def _forward_layer(
     sizes: LayerSizes, packed: _Packed, x: Array, state: State, lengths: Any, cut: Any, y: Array, kernels: Any,
     training: bool,
-) -> tuple[State, Arrays | None]:  # fmt: skip
-    (_, B, I), rows, projects = x.shape, x.shape[0] * x.shape[1], "w_hr" in packed.shapes
-    if rows == 0:
-        return tuple(part.copy() for part in state), None
-    columns = kept_columns(sizes, projects)
-    arrays = {name: np.zeros((rows if training else B, count), x.dtype) for name, count in columns.items()}
-    arrays["gates"] = x.reshape(rows, I) @ packed.w_ih.T
-    arrays["recurrent"] = np.zeros((B, len(packed.w_ih)), x.dtype)
-    arrays["state"] = np.concatenate(state, axis=1)
-    arrays["y"] = np.zeros((rows, sizes.state_size), x.dtype)
-    phases = forward_phases(sizes, projects, ALL if training else EACH)
-    given = _run(kernels, sizes, x, (lengths, cut), phases, packed.forward | arrays)
-    y[...] = kernels.host(given["y"]).reshape(y.shape)
-    return _state(sizes, kernels.host(given["state"])), {name: given[name] for name in columns}
+) -> tuple[State, Named]:  # fmt: skip
+    (T, B, I), G = x.shape, len(packed.w_ih)
+    columns = kept_columns(sizes, "w_hr" in packed.names)
+    arrays = {name: np.zeros((T if training else 1, B, count), x.dtype) for name, count in columns.items()}
+    arrays["gates"] = (x.reshape(T * B, I) @ packed.w_ih.T).reshape(T, B, G)
+    arrays["gates"] += packed.b_ih
+    y[...] = 0  # past the end of a row
+    arrays |= {"recurrent": np.zeros((B, G), x.dtype), "y": y, "dextra": np.zeros((0, B, 0), x.dtype)}
+    final, given = _run(kernels, sizes, x, state, lengths, cut, True, packed.forward | arrays)
+    y[...] = kernels.host(given["y"])
+    return final, {name: given[name] for name in columns}
 
 
 def _backward_layer(
-    sizes: LayerSizes, packed: _Packed, x: Array, kept: Arrays | None, lengths: Any, cut: Any, dy: Array | None,
+    sizes: LayerSizes, packed: _Packed, x: Array, kept: Named, lengths: Any, cut: Any, dy: Array | None,
     dstate: State, wanted: Wanted | None, need_x: bool, kernels: Any,
 ) -> tuple[Array | None, State, dict[str, Array]]:  # fmt: skip
-    (T, B, I), rows, gates, dtype = x.shape, x.shape[0] * x.shape[1], len(packed.w_ih), x.dtype
-    wanted = packed.shapes if wanted is None else wanted
-    if kept is None:  # no step, no row
-        zeros = {name: np.zeros(shape, dtype) for name, shape in packed.shapes.items() if name in wanted}
-        return np.zeros_like(x) if need_x else None, tuple(part.copy() for part in dstate), zeros
-    arrays = packed.backward | {name: kept[name] for name in ("before", "values")}
-    arrays["y"] = np.zeros((rows, sizes.state_size), dtype) if dy is None else np.array(dy).reshape(rows, -1)
-    arrays["state"] = np.concatenate(dstate, axis=1)
-    for name, columns in {"dx": gates, "dr": gates, "dextra": len(sizes.cell.extras) * sizes.hidden_size}.items():
-        arrays[name] = np.zeros((rows, columns), dtype)
-    arrays["units"] = np.zeros((B, sizes.hidden_size), dtype)  # as many arrays as forward has: one loop does both
-    given = _run(kernels, sizes, x, (lengths, cut), backward_phases(sizes, "w_hr" in packed.shapes), arrays)
-    if lengths is not None:  # x past a row's end may be NaN, and a gradient of zero would not stop that
-        x = np.where((np.arange(T)[:, None] < lengths)[:, :, None], x, 0)
-    host = {name: kernels.host(array) for name, array in (kept | given).items()}
-    dx = (host["dx"] @ packed.w_ih).reshape(T, B, I) if need_x else None
-    return dx, _state(sizes, host["state"]), _gradients(sizes, x.reshape(rows, I), host, wanted)
-
-
-def _gradients(sizes: LayerSizes, x: Array, arrays: Arrays, wanted: Wanted) -> dict[str, Array]:
-    """The gradients of the wanted weights; x (T*B, I)."""
-    dx, dr, ones = arrays["dx"], arrays["dr"], np.ones(len(x), x.dtype)
-    gradients: dict[str, Array] = {}
-    if "w_ih" in wanted:
-        gradients["w_ih"] = dx.T @ x
-    if "w_hh" in wanted:
-        late = dr.shape[1] - sizes.cell.late_gates * sizes.hidden_size
-        gradients["w_hh"] = dr.T @ arrays["before"][:, : sizes.state_size]
-        if sizes.cell.late_gates:
-            gradients["w_hh"][late:] = dr[:, late:].T @ arrays["scaled"]
-    if "w_hr" in wanted:
-        gradients["w_hr"] = arrays["y"].T @ arrays["hidden"]
-    vectors = {"b_ih": dx, "b_hh": dr}
-    vectors |= zip(sizes.cell.extras, np.split(arrays["dextra"], max(1, len(sizes.cell.extras)), axis=1), strict=False)
-    return gradients | {name: ones @ rows for name, rows in vectors.items() if name in wanted}
+    T, B, G, P, extras = *x.shape[:2], len(packed.w_ih), sizes.state_size, sizes.cell.extras
+    columns = {"gates": G, "recurrent": G, "dextra": len(extras) * sizes.hidden_size, "y": P}
+    arrays = {name: np.zeros((T, B, count), x.dtype) for name, count in columns.items()}
+    if dy is not None:
+        arrays["y"][...] = dy
+    if lengths is not None:  # x and dy past a row's end may be NaN, and a gradient of zero would not stop that
+        past = np.arange(T)[:, None] >= lengths
+        x, arrays["y"][past] = np.where(past[..., None], 0, x), 0
+    arrays |= kept | {"scaled": np.zeros((B, kept["scaled"].shape[2]), x.dtype)}
+    initial, given = _run(kernels, sizes, x, dstate, lengths, cut, False, packed.backward | arrays)
+    rows = {"dx": "gates", "dr": "recurrent", "dh": "y", "h": "before", "hidden": "hidden"}
+    of_steps = {name: kernels.host(given[field]) for name, field in rows.items()}
+    of_steps |= {"x": x, "h": of_steps["h"][..., :P], "scaled": kernels.host(kept["scaled"])}
+    of_steps |= zip(extras, np.split(kernels.host(given["dextra"]), max(1, len(extras)), axis=2), strict=False)
+    dx = (of_steps["dx"].reshape(T * B, G) @ packed.w_ih).reshape(x.shape) if need_x else None
+    return dx, initial, gradients(sizes.cell, packed.names if wanted is None else wanted, of_steps)
 
 
 def _forward(kernels: Any, stack: Stack, packed: Any, call: Forward) -> tuple[State, Any]:
