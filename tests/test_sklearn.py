@@ -367,33 +367,33 @@ def test_sequences_of_other_features_are_refused():
         model.predict(np.ones((2, 3)))
 
 
+WRONG_PARAMETERS = [
+    ({"cell": "elman"}, ValueError, "cell: expected one of rnn_tanh"),
+    ({"hidden_size": 0}, ValueError, "hidden_size: expected an integer >= 1, got 0"),
+    ({"batch_size": 2.5}, TypeError, "batch_size: expected an integer >= 1, got float 2.5"),
+    ({"max_iter": 0}, ValueError, "max_iter: expected an integer >= 1, got 0"),
+    ({"n_iter_no_change": 0}, ValueError, "n_iter_no_change: expected an integer >= 1, got 0"),
+    ({"pooling": "max"}, ValueError, "pooling: expected one of last, mean, got 'max'"),
+    ({"learning_rate": 0}, ValueError, "learning_rate: expected a finite number > 0, got 0"),
+    ({"max_norm": -1}, ValueError, "max_norm: expected a number > 0, got -1"),
+    ({"tol": None}, TypeError, "tol: expected a number, got NoneType"),
+    ({"validation_fraction": 1}, ValueError, r"validation_fraction: expected a number in \[0, 1\), got 1"),
+    ({"dropout": 2}, ValueError, "dropout: expected a number from 0 to 1, got 2"),
+    ({"dtype": "int8"}, ValueError, "dtype: expected float32 or float64, got 'int8'"),
+    ({"backend": "best"}, ValueError, "backend: expected 'auto' or one of"),
+]  # fmt: skip
+
+
 @BOTH
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"cell": "elman"}, ValueError, "cell: expected one of rnn_tanh"),
-        ({"hidden_size": 0}, ValueError, "hidden_size: expected an integer >= 1, got 0"),
-        ({"batch_size": 2.5}, TypeError, "batch_size: expected an integer >= 1, got float 2.5"),
-        ({"max_iter": 0}, ValueError, "max_iter: expected an integer >= 1, got 0"),
-        ({"n_iter_no_change": 0}, ValueError, "n_iter_no_change: expected an integer >= 1, got 0"),
-        ({"pooling": "max"}, ValueError, "pooling: expected one of last, mean, got 'max'"),
-        ({"learning_rate": 0}, ValueError, "learning_rate: expected a finite number > 0, got 0"),
-        ({"max_norm": -1}, ValueError, "max_norm: expected a number > 0, got -1"),
-        ({"tol": None}, TypeError, "tol: expected a number, got NoneType"),
-        ({"validation_fraction": 1}, ValueError, r"validation_fraction: expected a number in \[0, 1\), got 1"),
-        ({"dropout": 2}, ValueError, "dropout: expected a number from 0 to 1, got 2"),
-        ({"dtype": "int8"}, ValueError, "dtype: expected float32 or float64, got 'int8'"),
-        ({"backend": "best"}, ValueError, "backend: expected 'auto' or one of"),
-    ],
-)  # fmt: skip
-def test_a_wrong_parameter_is_named_by_fit(estimator, options, error, message):
+def test_a_wrong_parameter_is_named_by_fit(estimator):
     """And not earlier: scikit-learn sets parameters without a check."""
-    model = estimator(**options)
     X, y = data_for(estimator, count=4)
-    with pytest.raises(error, match=message):
-        model.fit(X, y)
-    with pytest.raises(NotFittedError):
-        model.predict(X)
+    for options, error, message in WRONG_PARAMETERS:
+        model = estimator(**options)
+        with pytest.raises(error, match=message):
+            model.fit(X, y)
+        with pytest.raises(NotFittedError):
+            model.predict(X)
 
 
 def test_several_numbers_at_once():

@@ -116,17 +116,14 @@ def test_equal_states_give_equal_files(path: Path, state: dict[str, Any]) -> Non
     assert path.read_bytes() == first
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [[1], {1: 2}, {"a": {"b": {1, 2}}}, {"a": len}, {"a": np.array([None])}, {"a": np.ma.ones(3)}, {"a": b"x"}],
-    ids=repr,
-)
-def test_what_cannot_be_saved_is_a_type_error(path: Path, wrong: Any) -> None:
+def test_what_cannot_be_saved_is_a_type_error(path: Path) -> None:
     """It is found before anything is written."""
     path.write_text("before")
-    with pytest.raises(TypeError, match=r"state"):
-        rk.save(path, wrong)
-    assert path.read_text() == "before"
+    things = ([1], {1: 2}, {"a": {"b": {1, 2}}}, {"a": len}, {"a": np.array([None])}, {"a": np.ma.ones(3)}, {"a": b"x"})
+    for wrong in things:
+        with pytest.raises(TypeError, match=r"state"):
+            rk.save(path, wrong)  # type: ignore[arg-type]
+        assert path.read_text() == "before"
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
