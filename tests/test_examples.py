@@ -10,19 +10,26 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-PROGRAM = str(Path(__file__).parent.parent / "examples" / "ddp_train.py")
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PROGRAM = str(EXAMPLES / "ddp_train.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 OPTIONS = {"steps": 150, "batch": 4, "length": 8, "size": 8, "symbols": 12, "dtype": "float64", "save-every": 20}
 SIZES = [one for name, value in OPTIONS.items() for one in (f"--{name}", str(value))]
 STEP = re.compile(r"step (\d+) loss ([\d.]+)")
 START = re.compile(r"rank 1 of 2, process (\d+), from step (\d+)")
 SECONDS = 120
+
+REPORTED = re.compile(r"^  (\S.*?)  +([\d.]+)$", re.MULTILINE)
+SHORT = [  # program, the package of its data, the line of its report that is to be better, and than which
+    ("forecasting", "pmdarima", "network, step by step", "<", "a season ago"),
+]
 
 
 def losses_of(text):
@@ -84,3 +91,18 @@ def test_training_goes_on_from_the_checkpoint_after_a_worker_was_killed(expected
     losses = losses_of(text)
     assert sorted(losses) == list(range(150))
     torch.testing.assert_close([losses[step] for step in expected], list(expected.values()))
+
+
+@pytest.mark.exhaustive  # a process and some seconds each; CI runs it
+@pytest.mark.parametrize(("name", "package", "ours", "relation", "baseline"), SHORT, ids=[row[0] for row in SHORT])
+def test_the_short_form_beats_a_baseline(name, package, ours, relation, baseline, tmp_path):
+    """And leaves a picture."""
+    if package and find_spec(package) is None:
+        pytest.skip(f"{package}, which has the data, is not installed")
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
+    reported = {line: float(value) for line, value in REPORTED.findall(done.stdout)}
+    better, worse = reported[ours], reported[baseline]
+    assert (better < worse) if relation == "<" else (better > worse), done.stdout
+    if find_spec("matplotlib"):
+        assert list(tmp_path.glob("*.png"))
