@@ -98,7 +98,6 @@ def main() -> None:
         rk.Dropout(0.3),
         rk.Linear(hidden, size, seed=options.seed + 2),
     )
-    model.parameters["0.weight"][...] *= 0.1  # vectors as small as what the LSTM's own weights expect
     print(f"{len(words):,} words, {size:,} different ones\n{model.summary()}")
     training, epochs = batches_of(symbols[train], STREAMS), 4 if options.quick else options.epochs
     optimizer = rk.AdamW(model, lr=5e-3)

@@ -147,7 +147,7 @@ def train(job: Job) -> Result:
     optimizer = rk.Adam(model, lr=0.01)
     losses: list[float] = []
     left = math.inf
-    while time.perf_counter() - start < job.seconds and len(losses) < job.updates and left >= LEARNED:
+    while time.perf_counter() - start < job.seconds and len(losses) < job.updates and not left < LEARNED:
         x, target = task.batch(generator, job.lag)
         y, _, tape = model.forward(x)
         loss, dy = task.loss(y, target)
