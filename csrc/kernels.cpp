@@ -68,7 +68,7 @@ void run_side_by_side(const KernelCall& call, Worker& worker, bool backwards) no
   const FlushDenormals flush;
   KernelCall own = alone_in(call);
   if (worker.index > 0) own.poll = nullptr;
-  Worker alone{0, 1, &worker, nullptr, -1, nullptr};
+  Worker alone{0, 1, &worker, nullptr, -1, nullptr, worker.yield};
   if (worker.admit)
     alone.admit = [](void* of, std::int64_t place) noexcept {
       Worker& outer = *static_cast<Worker*>(of);

@@ -103,7 +103,7 @@ struct Context {
 
   // Waits until layer-direction i has done so many steps. Returns false when the call was given up.
   bool await(std::int64_t i, std::int64_t steps) const noexcept {
-    for (Patience patience; __atomic_load_n(call.progress + i, __ATOMIC_ACQUIRE) < steps; patience.wait())
+    for (Patience patience(worker.yield); __atomic_load_n(call.progress + i, __ATOMIC_ACQUIRE) < steps; patience.wait())
       if (stop() != 0) return false;
     return true;
   }

@@ -36,6 +36,8 @@ constexpr microseconds kOthersCheckIn{30};         // between the first of sever
 constexpr nanoseconds kLongestCheckIn{2'000'000};  // a woken one takes 10 to 50 us, on a virtual core up to 300
 constexpr std::size_t kCacheLine = 64;
 
+void yield() noexcept { std::this_thread::yield(); }
+
 nanoseconds cpu_time() noexcept {
   timespec now{};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
@@ -96,7 +98,7 @@ class Team {
     const Clock::time_point start = Clock::now();
     open_seats(helpers);
     if (helpers > 0) await_helpers(start);
-    Worker worker{0, 1, this, barrier, kStart, nullptr};
+    Worker worker{0, 1, this, barrier, kStart, nullptr, yield};
     if (!demand.at_places || (seats().closed() && !looks_again_))
       worker.count = let_in(kStart);
     else
@@ -104,7 +106,7 @@ class Team {
     work(worker);
     if (worker.admit) let_in(kNever);  // whoever has come by now came for nothing
     const std::uint32_t taken = seats().taken();
-    for (Patience patience; finished_.load(std::memory_order_acquire) != taken;) patience.wait();
+    for (Patience patience(yield); finished_.load(std::memory_order_acquire) != taken;) patience.wait();
     last_end_ = Clock::now();
     const Outcome outcome{nanoseconds(last_end_ - start).count(),
                           static_cast<std::int64_t>(arrivals_.load(std::memory_order_relaxed) / (taken + 1)),
@@ -178,7 +180,7 @@ class Team {
     const nanoseconds for_sleepers =
         std::min(kLongestCheckIn, nanoseconds(demand_.expected_ns) / (missed_ % 8 == 0 ? 4 : 20));
     const Clock::time_point deadline = start + (demand_.at_places ? kAwakeCheckIn : for_sleepers);
-    for (Patience patience; !seats().closed() && Clock::now() < deadline;) patience.wait();
+    for (Patience patience(yield); !seats().closed() && Clock::now() < deadline;) patience.wait();
     if (!demand_.at_places) missed_ = seats().closed() ? 0 : missed_ + 1;
   }
 
@@ -227,9 +229,10 @@ class Team {
       if (seats.closed() || !seats_.compare_exchange_strong(seats.packed, seats.packed + 1)) continue;
       const int index = static_cast<int>(seats.taken()) + 1;
       std::int64_t place = kUndecided;
-      for (Patience patience; (place = joins_at_.load(std::memory_order_acquire)) == kUndecided;) patience.wait();
+      for (Patience patience(yield); (place = joins_at_.load(std::memory_order_acquire)) == kUndecided;)
+        patience.wait();
       if (place != kNever) {
-        Worker worker{index, static_cast<int>(this->seats().taken()) + 1, this, barrier, place, nullptr};
+        Worker worker{index, static_cast<int>(this->seats().taken()) + 1, this, barrier, place, nullptr, yield};
         work(worker);
       }
       finished_.fetch_add(1, std::memory_order_release);
@@ -240,7 +243,7 @@ class Team {
   Seats await_call(Helper& self) noexcept {
     Seats seats{seats_.load(std::memory_order_acquire)};
     const Clock::time_point deadline = Clock::now() + nanoseconds(kIdle);
-    for (Patience patience; seats.closed() && Clock::now() < deadline;) {
+    for (Patience patience(yield); seats.closed() && Clock::now() < deadline;) {
       patience.wait();
       seats.packed = seats_.load(std::memory_order_acquire);
     }
@@ -263,7 +266,7 @@ class Team {
     const std::uint64_t count = Seats{seats_.load(std::memory_order_relaxed)}.taken() + 1;
     const std::uint64_t before = arrivals_.fetch_add(1, std::memory_order_acq_rel);
     const std::uint64_t open = (before / count + 1) * count;
-    for (Patience patience; arrivals_.load(std::memory_order_acquire) < open;) patience.wait();
+    for (Patience patience(yield); arrivals_.load(std::memory_order_acquire) < open;) patience.wait();
   }
 
   std::atomic<bool> busy_ = false;
@@ -339,7 +342,7 @@ void run_team(Task task, void* context, int max_threads, std::int64_t expected_n
     max_threads = std::min(max_threads, num_threads());
     if (max_threads > 1) team = get_team();
   }
-  Worker alone{0, 1, nullptr, [](void*) noexcept {}, -1, nullptr};
+  Worker alone{0, 1, nullptr, [](void*) noexcept {}, -1, nullptr, yield};
   if (team == nullptr || !team->acquire()) return task(context, alone);
   const std::int64_t since_last = team->since_last();
   if (team->retreats(since_last)) {

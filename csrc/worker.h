@@ -17,6 +17,8 @@ struct Worker {
   // While worker 0 is alone and helpers may still come, it asks at each place for the new count; then null.
   std::int64_t joins_at;
   int (*admit)(void* team, std::int64_t place) noexcept;
+
+  void (*yield)() noexcept = nullptr;  // gives the core to whoever else wants it, for a task that waits on its own
 };
 
 using Task = void (*)(void* context, Worker& worker) noexcept;
