@@ -598,9 +598,13 @@ def test_ctrl_c_keeps_what_was_learned(estimator):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.warns(UserWarning, match="training was interrupted in epoch"):
-        model.fit(X, y)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.warns(UserWarning, match="training was interrupted in epoch"):
+            model.fit(X, y)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert 50 <= model.n_iter_ < 10**9
     assert model.score(X, y) > 0.8
     model.partial_fit(X, y)
