@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,20 +55,23 @@ def layer_of(name: str, inputs: int, lag: int) -> Any:
     return layer
 
 
-class Task:
+class Task(ABC):
     """Random rows, a model, and a loss with the value that it has for who remembers nothing."""
 
     guess: float
     inputs: int
 
+    @abstractmethod
     def model(self, layer: Any) -> rk.Sequential:
-        raise NotImplementedError
+        """The layer between what it reads and what it says."""
 
+    @abstractmethod
     def batch(self, generator: np.random.Generator, lag: int) -> tuple[Array, Array]:
-        raise NotImplementedError
+        """x and the target."""
 
+    @abstractmethod
     def loss(self, y: Array, target: Array) -> tuple[float, Any]:
-        raise NotImplementedError
+        """The loss, and the gradient of y."""
 
 
 class Adding(Task):

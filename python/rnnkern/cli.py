@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,48 +234,52 @@ def add_bench(commands: Any) -> None:
         help="run nothing, but write performance.md and performance.svg of the report.json of a quiet machine",
     )
 
-    def run(options: argparse.Namespace) -> int:
-        if options.compare:
-            with Terminal() as terminal:
-                terminal.say(report.compare(*options.compare))
-            return 0
-        if options.publish:
-            return publish(*options.publish)
-        if max(options.threads, default=1) > num_threads():
-            parser.error(f"argument --threads: expected at most {num_threads()}, the cores there are")
-        if options.suite and options.workload:
-            parser.error("argument --workload: expected no --suite with it")
-        wanted = runner.Options(
-            tuple(options.workload or runner.of_suites(options.suite or [runner.DEFAULT_SUITE])),
-            tuple(options.peer),
-            tuple(sorted(set(options.threads))),
-            options.seconds_per_peer,
-        )
-        try:
-            _try_folder(options.out)
-        except OSError as error:
-            parser.exit(2, f"rnnkern bench: {error}\n")
-        with Terminal() as terminal:
-            results = runner.run(runner.quick(wanted) if options.quick else wanted, terminal)
-            for reason in report.worthless(results):
-                terminal.say(f"worthless  {reason}")
-            for path in report.write(results, report.free_folder(results, options.out)):
-                terminal.say(f"saved      {path}")
-        return 130 if results["interrupted"] else 0
+    parser.set_defaults(run=partial(_bench, parser))
 
-    def publish(path: str, folder: str) -> int:
-        try:
-            results = report.load(path)
-            saved = report.publish(results, Path(folder))
-        except (OSError, ValueError) as error:
-            parser.exit(2, f"rnnkern bench: {error}\n")
+
+def _bench(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Compare or publish reports, or run the workloads."""
+    if options.compare:
         with Terminal() as terminal:
-            for one in saved:
-                terminal.say(f"saved      {one}")
-            terminal.say(report.summary(results))
+            terminal.say(report.compare(*options.compare))
         return 0
+    if options.publish:
+        return _publish(parser, *options.publish)
+    if max(options.threads, default=1) > num_threads():
+        parser.error(f"argument --threads: expected at most {num_threads()}, the cores there are")
+    if options.suite and options.workload:
+        parser.error("argument --workload: expected no --suite with it")
+    wanted = runner.Options(
+        tuple(options.workload or runner.of_suites(options.suite or [runner.DEFAULT_SUITE])),
+        tuple(options.peer),
+        tuple(sorted(set(options.threads))),
+        options.seconds_per_peer,
+    )
+    try:
+        _try_folder(options.out)
+    except OSError as error:
+        parser.exit(2, f"rnnkern bench: {error}\n")
+    with Terminal() as terminal:
+        results = runner.run(runner.quick(wanted) if options.quick else wanted, terminal)
+        for reason in report.worthless(results):
+            terminal.say(f"worthless  {reason}")
+        for path in report.write(results, report.free_folder(results, options.out)):
+            terminal.say(f"saved      {path}")
+    return 130 if results["interrupted"] else 0
 
-    parser.set_defaults(run=run)
+
+def _publish(parser: argparse.ArgumentParser, path: str, folder: str) -> int:
+    """Write a report as a page of the documentation."""
+    try:
+        results = report.load(path)
+        saved = report.publish(results, Path(folder))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"rnnkern bench: {error}\n")
+    with Terminal() as terminal:
+        for one in saved:
+            terminal.say(f"saved      {one}")
+        terminal.say(report.summary(results))
+    return 0
 
 
 COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_flow, add_doctor, add_cells, add_bench)

@@ -157,9 +157,8 @@ def fit(
     shown = sys.stdout.isatty() if verbose is None else flag("verbose", verbose)
     with Terminal() if shown else nullcontext() as terminal, _noting_interrupt() as interrupts:
         for epoch in range(len(history.loss), epochs):
-            waited = epoch - 1 - (-1 if history.best_epoch is None else history.best_epoch)
-            if interrupts or (patience is not None and waited >= patience):
-                history.ended = "interrupted" if interrupts else f"no better validation for {waited} epochs"
+            if interrupts or (patience is not None and training.waited >= patience):
+                history.ended = "interrupted" if interrupts else f"no better validation for {training.waited} epochs"
                 break
             start, state, mean = time.perf_counter(), None, _Mean()
             for step, (x, target, lengths) in enumerate(_batches("data", data, epoch), 1):
@@ -215,6 +214,11 @@ class _Training:
         self.history = History(metrics={name: [] for name in metrics})
         self.best: dict[str, Array] | None = None
         self.by_epoch = isinstance(schedule, PlateauSchedule)
+
+    @property
+    def waited(self) -> int:
+        """Epochs since the best one."""
+        return len(self.history.loss) - 1 - (-1 if self.history.best_epoch is None else self.history.best_epoch)
 
     @property
     def shown(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -179,6 +179,23 @@ def _numpy(tensor: Any) -> Array:
     return np.asarray(tensor.detach().numpy())
 
 
+def _jax_results(workload: Workload, names: Sequence[Mapping[str, str]], returned: Any) -> Results:
+    """What a scan returned, by name."""
+    y, state, *pulled = returned
+    problem = workload.checked
+    named = {"y": np.asarray(y)} | named_states(problem, state_of(tuple(np.asarray(one) for one in state)))
+    if not pulled:
+        return named
+    of_weights, dx, dstate = pulled[0]
+    gradients = {
+        f"d{name}": np.asarray(value[key]).T
+        for value, one in zip(of_weights, names, strict=True)
+        for key, name in one.items()
+    }
+    states = named_states(problem, state_of(tuple(np.asarray(one) for one in dstate)), "d")
+    return named | {"dx": np.asarray(dx)} | states | gradients
+
+
 def jax_scan(workload: Workload, threads: int) -> Prepared:
     """`lax.scan` over the steps with the input's product before it, jitted; gradients by `jax.vjp` under one jit.
 
@@ -249,22 +266,12 @@ def jax_scan(workload: Workload, threads: int) -> Prepared:
         returned = infer(parameters, x, initial) if dy is None else train(parameters, x, initial, dy)
         return jax.block_until_ready(returned)
 
-    def results(returned: Any) -> Results:
-        y, state, *pulled = returned
-        problem = workload.checked
-        named = {"y": np.asarray(y)} | named_states(problem, state_of(tuple(np.asarray(one) for one in state)))
-        if not pulled:
-            return named
-        of_weights, dx, dstate = pulled[0]
-        gradients = {
-            f"d{name}": np.asarray(value[key]).T
-            for value, one in zip(of_weights, names, strict=True)
-            for key, name in one.items()
-        }
-        states = named_states(problem, state_of(tuple(np.asarray(one) for one in dstate)), "d")
-        return named | {"dx": np.asarray(dx)} | states | gradients
-
-    return Prepared(run, results, f"jit, lax.scan, input product before the scan, {cores} cores", jnp.asarray)
+    return Prepared(
+        run,
+        partial(_jax_results, workload, names),
+        f"jit, lax.scan, input product before the scan, {cores} cores",
+        jnp.asarray,
+    )
 
 
 @dataclass(frozen=True)
