@@ -202,22 +202,23 @@ def test_demo_says_in_a_line_what_is_wrong_with_a_file(
     assert "it is switched off" in error_of(capsys, quick(text, tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "required: COMMAND"),
-        (["train"], "invalid choice: 'train'"),
-        (["demo", "--speed"], "unrecognized arguments: --speed"),
-        (["demo", "--cell", "none"], "invalid choice: 'none'"),
-        (["demo", "--hidden", "0"], "--hidden: invalid positive integer value: '0'"),
-        (["demo", "--seconds", "inf"], "--seconds: invalid positive number value: 'inf'"),
-        (["demo", "--seed", "-1"], "--seed: invalid non-negative integer value: '-1'"),
-        (["doctor", "--backend", "none"], "invalid choice: 'none'"),
-    ],
-)
-def test_wrong_usage_is_explained(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+WRONG_USAGE = [
+    ([], "required: COMMAND"),
+    (["train"], "invalid choice: 'train'"),
+    (["demo", "--speed"], "unrecognized arguments: --speed"),
+    (["demo", "--cell", "none"], "invalid choice: 'none'"),
+    (["demo", "--hidden", "0"], "--hidden: invalid positive integer value: '0'"),
+    (["demo", "--seconds", "inf"], "--seconds: invalid positive number value: 'inf'"),
+    (["demo", "--seed", "-1"], "--seed: invalid non-negative integer value: '-1'"),
+    (["doctor", "--backend", "none"], "invalid choice: 'none'"),
+]
+
+
+def test_wrong_usage_is_explained(subtests: pytest.Subtests, capsys: pytest.CaptureFixture[str]) -> None:
     """By argparse, with exit code 2."""
-    assert message in error_of(capsys, arguments)
+    for arguments, message in WRONG_USAGE:
+        with subtests.test(str(arguments)):
+            assert message in error_of(capsys, arguments)
 
 
 # The text and its n-gram models

@@ -178,27 +178,29 @@ def test_keras_computes_the_same_with_converted_weights(keras, cell, options):
     )
 
 
-@pytest.mark.parametrize(
-    ("cell", "option", "value"),
-    [
-        ("lstm", "activation", "relu"),
-        ("lstm", "recurrent_activation", "hard_sigmoid"),
-        ("gru", "activation", "elu"),
-        ("gru", "recurrent_dropout", 0.1),
-        ("gru_reset_before", "dropout", 0.1),
-        ("rnn_tanh", "go_backwards", True),
-        ("rnn_relu", "activation", "tanh"),
-    ],
-)
-def test_an_option_of_keras_that_is_not_ours_is_refused_by_name(keras, cell, option, value):
+KERAS_OPTIONS = [
+    ("lstm", "activation", "relu"),
+    ("lstm", "recurrent_activation", "hard_sigmoid"),
+    ("gru", "activation", "elu"),
+    ("gru", "recurrent_dropout", 0.1),
+    ("gru_reset_before", "dropout", 0.1),
+    ("rnn_tanh", "go_backwards", True),
+    ("rnn_relu", "activation", "tanh"),
+]
+
+
+def test_an_option_of_keras_that_is_not_ours_is_refused_by_name(subtests, keras):
     """Its weights alone convert."""
-    name, arguments = KERAS[cell]
-    layer = getattr(keras.layers, name)(5, **(arguments | {option: value}))
-    layer.build((None, None, 3))
-    with pytest.raises(ValueError, match=rf"layers\[0\]: .*{option}=.*for the cell '{cell}', got {value!r}") as error:
-        convert.from_keras(cell, [layer])
-    assert ("get_weights" in str(error.value)) == ("dropout" in option)
-    assert convert.from_keras(cell, [layer.get_weights()])["weight_hh_l0"].shape[1] == 5
+    for cell, option, value in KERAS_OPTIONS:
+        with subtests.test(f"{cell} {option}"):
+            name, arguments = KERAS[cell]
+            layer = getattr(keras.layers, name)(5, **(arguments | {option: value}))
+            layer.build((None, None, 3))
+            message = rf"layers\[0\]: .*{option}=.*for the cell '{cell}', got {value!r}"
+            with pytest.raises(ValueError, match=message) as error:
+                convert.from_keras(cell, [layer])
+            assert ("get_weights" in str(error.value)) == ("dropout" in option)
+            assert convert.from_keras(cell, [layer.get_weights()])["weight_hh_l0"].shape[1] == 5
 
 
 @pytest.mark.parametrize(("cell", "order"), [("lstm", "ifgo"), ("gru", "zrn")])
@@ -405,22 +407,24 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("framework", "cell"), REFUSED)
-def test_a_cell_that_a_framework_does_not_have_is_refused(framework, cell):
+def test_a_cell_that_a_framework_does_not_have_is_refused(subtests):
     """Both ways, with those it has."""
-    weights = rk.Recurrent(cell, 3, 4).parameters
-    with pytest.raises(ValueError, match=rf"cell: expected one that \w+.* has \(.*lstm.*\), got '{cell}'"):
-        getattr(convert, f"to_{framework}")(cell, weights)
-    with pytest.raises(ValueError, match=rf"cell: expected one that \w+.* has \(.*lstm.*\), got '{cell}'"):
-        getattr(convert, f"from_{framework}")(cell, [])
+    for framework, cell in REFUSED:
+        with subtests.test(f"{framework} {cell}"):
+            message = rf"cell: expected one that \w+.* has \(.*lstm.*\), got '{cell}'"
+            with pytest.raises(ValueError, match=message):
+                getattr(convert, f"to_{framework}")(cell, rk.Recurrent(cell, 3, 4).parameters)
+            with pytest.raises(ValueError, match=message):
+                getattr(convert, f"from_{framework}")(cell, [])
 
 
-@pytest.mark.parametrize("framework", ["keras", "onnx", "flax"])
-def test_a_projection_is_refused_where_there_is_none(framework):
+def test_a_projection_is_refused_where_there_is_none(subtests):
     """By the name of its weight."""
     layer = rk.LSTM(3, 4, proj_size=2)
-    with pytest.raises(ValueError, match=r"weights: expected no projection, which .* does not have, got weight_hr_l0"):
-        getattr(convert, f"to_{framework}")("lstm", layer.parameters)
+    message = r"weights: expected no projection, which .* does not have, got weight_hr_l0"
+    for framework in ("keras", "onnx", "flax"):
+        with subtests.test(framework), pytest.raises(ValueError, match=message):
+            getattr(convert, f"to_{framework}")("lstm", layer.parameters)
 
 
 def ones(*shape):
@@ -494,12 +498,11 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_refused_by_name(case):
+def test_what_does_not_fit_is_refused_by_name(subtests):
     """The argument, what was expected, what came."""
-    framework, cell, given, error, message = WRONG[case]
-    with pytest.raises(error, match=message):
-        getattr(convert, f"from_{framework}")(cell, given)
+    for case, (framework, cell, wrong, error, message) in WRONG.items():
+        with subtests.test(case), pytest.raises(error, match=message):
+            getattr(convert, f"from_{framework}")(cell, wrong)
 
 
 def test_a_state_dict_that_is_none_is_refused_by_name():

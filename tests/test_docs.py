@@ -26,15 +26,16 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.parametrize("name", WITH_EXAMPLES)
-def test_examples_of_docstrings_give_what_they_show(name):
+def test_examples_of_docstrings_give_what_they_show(subtests):
     """Every `>>>` of every module."""
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:  # of a bridge, whose framework is not installed
-        pytest.skip(str(error))
-    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
-    assert result.failed == 0
+    for name in WITH_EXAMPLES:
+        with subtests.test(name):
+            try:
+                module = importlib.import_module(name)
+            except ModuleNotFoundError as error:  # of a bridge, whose framework is not installed
+                pytest.skip(str(error))
+            result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+            assert result.failed == 0
 
 
 def test_the_example_of_the_readme_runs():

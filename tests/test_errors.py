@@ -35,39 +35,40 @@ def check(error, message, function, *args, **kwargs):
         assert array.tobytes() == copied.tobytes()
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"input_size": 0}, ValueError, "input_size: expected an integer >= 1, got 0"),
-        ({"input_size": 2.0}, TypeError, "input_size: expected an integer >= 1, got float 2.0"),
-        ({"hidden_size": -1}, ValueError, "hidden_size: expected an integer >= 1, got -1"),
-        ({"hidden_size": True}, TypeError, "hidden_size: expected an integer >= 1, got bool True"),
-        ({"hidden_size": "4"}, TypeError, "hidden_size: expected an integer >= 1, got str '4'"),
-        ({"num_layers": 0}, ValueError, "num_layers: expected an integer >= 1, got 0"),
-        ({"num_layers": None}, TypeError, "num_layers: expected an integer >= 1, got NoneType"),
-        ({"bias": 1}, TypeError, "bias: expected a bool, got int 1"),
-        ({"batch_first": "no"}, TypeError, "batch_first: expected a bool, got str 'no'"),
-        ({"bidirectional": 0.5}, TypeError, "bidirectional: expected a bool, got float 0.5"),
-        ({"dropout": 1.5}, ValueError, "dropout: expected a number from 0 to 1, got 1.5"),
-        ({"dropout": -0.1}, ValueError, "dropout: expected a number from 0 to 1, got -0.1"),
-        ({"dropout": float("nan")}, ValueError, "dropout: expected a number from 0 to 1, got nan"),
-        ({"dropout": True}, TypeError, "dropout: expected a number from 0 to 1, got bool True"),
-        ({"dropout": "0.5"}, TypeError, "dropout: expected a number from 0 to 1, got str '0.5'"),
-        ({"proj_size": H}, ValueError, f"proj_size: expected an integer from 0 to {H - 1}, got {H}"),
-        ({"proj_size": -1}, ValueError, f"proj_size: expected an integer from 0 to {H - 1}, got -1"),
-        ({"dtype": "float16"}, ValueError, "dtype: expected float32 or float64, got 'float16'"),
-        ({"dtype": None}, ValueError, "dtype: expected float32 or float64, got None"),
-        ({"dtype": "nonsense"}, TypeError, "dtype: expected float32 or float64, got str 'nonsense'"),
-        ({"backend": "nonsense"}, ValueError, "backend: expected 'auto' or one of native, .*, got 'nonsense'"),
-        ({"backend": 3}, TypeError, "backend: expected a name .*, got int"),
-        ({"seed": -1}, ValueError, "seed: expected an integer >= 0, got -1"),
-        ({"seed": 0.5}, TypeError, "seed: expected an integer >= 0, got float 0.5"),
-        ({"seed": "a"}, TypeError, "seed: expected an integer >= 0, got str 'a'"),
-    ],
-)
-def test_wrong_options_of_a_layer(options, error, message):
+WRONG_OPTIONS = [
+    ({"input_size": 0}, ValueError, "input_size: expected an integer >= 1, got 0"),
+    ({"input_size": 2.0}, TypeError, "input_size: expected an integer >= 1, got float 2.0"),
+    ({"hidden_size": -1}, ValueError, "hidden_size: expected an integer >= 1, got -1"),
+    ({"hidden_size": True}, TypeError, "hidden_size: expected an integer >= 1, got bool True"),
+    ({"hidden_size": "4"}, TypeError, "hidden_size: expected an integer >= 1, got str '4'"),
+    ({"num_layers": 0}, ValueError, "num_layers: expected an integer >= 1, got 0"),
+    ({"num_layers": None}, TypeError, "num_layers: expected an integer >= 1, got NoneType"),
+    ({"bias": 1}, TypeError, "bias: expected a bool, got int 1"),
+    ({"batch_first": "no"}, TypeError, "batch_first: expected a bool, got str 'no'"),
+    ({"bidirectional": 0.5}, TypeError, "bidirectional: expected a bool, got float 0.5"),
+    ({"dropout": 1.5}, ValueError, "dropout: expected a number from 0 to 1, got 1.5"),
+    ({"dropout": -0.1}, ValueError, "dropout: expected a number from 0 to 1, got -0.1"),
+    ({"dropout": float("nan")}, ValueError, "dropout: expected a number from 0 to 1, got nan"),
+    ({"dropout": True}, TypeError, "dropout: expected a number from 0 to 1, got bool True"),
+    ({"dropout": "0.5"}, TypeError, "dropout: expected a number from 0 to 1, got str '0.5'"),
+    ({"proj_size": H}, ValueError, f"proj_size: expected an integer from 0 to {H - 1}, got {H}"),
+    ({"proj_size": -1}, ValueError, f"proj_size: expected an integer from 0 to {H - 1}, got -1"),
+    ({"dtype": "float16"}, ValueError, "dtype: expected float32 or float64, got 'float16'"),
+    ({"dtype": None}, ValueError, "dtype: expected float32 or float64, got None"),
+    ({"dtype": "nonsense"}, TypeError, "dtype: expected float32 or float64, got str 'nonsense'"),
+    ({"backend": "nonsense"}, ValueError, "backend: expected 'auto' or one of native, .*, got 'nonsense'"),
+    ({"backend": 3}, TypeError, "backend: expected a name .*, got int"),
+    ({"seed": -1}, ValueError, "seed: expected an integer >= 0, got -1"),
+    ({"seed": 0.5}, TypeError, "seed: expected an integer >= 0, got float 0.5"),
+    ({"seed": "a"}, TypeError, "seed: expected an integer >= 0, got str 'a'"),
+]
+
+
+def test_wrong_options_of_a_layer(subtests):
     """Each option says what it takes."""
-    check(error, message, rk.LSTM, **({"input_size": I, "hidden_size": H} | options))
+    for options, error, message in WRONG_OPTIONS:
+        with subtests.test(str(options)):
+            check(error, message, rk.LSTM, **({"input_size": I, "hidden_size": H} | options))
 
 
 def test_wrong_cells_and_options_of_cells():
@@ -82,13 +83,11 @@ def test_wrong_cells_and_options_of_cells():
             check(ValueError, "proj_size: expected 0 for the cell", rk.Recurrent, name, I, H, proj_size=1)
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"hidden_size": 2**62}, {"input_size": 2**70}, {"num_layers": 2**60}, {"hidden_size": 2**30}], ids=str
-)
-def test_sizes_that_no_memory_holds(sizes):
+def test_sizes_that_no_memory_holds(subtests):
     """They are refused at once."""
-    with pytest.raises((ValueError, MemoryError)):
-        rk.LSTM(**({"input_size": I, "hidden_size": H} | sizes))
+    for sizes in ({"hidden_size": 2**62}, {"input_size": 2**70}, {"num_layers": 2**60}, {"hidden_size": 2**30}):
+        with subtests.test(str(sizes)), pytest.raises((ValueError, MemoryError)):
+            rk.LSTM(**({"input_size": I, "hidden_size": H} | sizes))
 
 
 def test_a_batch_that_no_memory_holds(backend):
@@ -169,12 +168,13 @@ WRONG_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS.keys())
-def test_wrong_arguments_of_a_run(backend, arguments, error, message):
+def test_wrong_arguments_of_a_run(subtests, backend):
     """In a call, in `forward` and in a frozen call alike."""
     layer = rk.LSTM(I, H, backend=backend)
-    for call in (layer, layer.forward, layer.freeze()):
-        check(error, message, call, **({"x": FLOATS["x"]} | arguments))
+    for name, (arguments, error, message) in WRONG_ARGUMENTS.items():
+        with subtests.test(name):
+            for call in (layer, layer.forward, layer.freeze()):
+                check(error, message, call, **({"x": FLOATS["x"]} | arguments))
 
 
 def read_only(array):
@@ -201,13 +201,14 @@ WRONG_OUTS = {
 }
 
 
-@pytest.mark.parametrize(("out", "error", "message"), WRONG_OUTS.values(), ids=WRONG_OUTS.keys())
-def test_wrong_outs(backend, out, error, message):
+def test_wrong_outs(subtests, backend):
     """`out` must match exactly; nothing is cast or copied into it."""
     layer = rk.LSTM(I, H, backend=backend)
     expected = r"out: expected writable, C-contiguous float32 of shape \(5, 4, 2\), "
-    for call in (layer, layer.freeze()):
-        check(error, expected + message, call, FLOATS["x"], out=out)
+    for name, (out, error, message) in WRONG_OUTS.items():
+        with subtests.test(name):
+            for call in (layer, layer.freeze()):
+                check(error, expected + message, call, FLOATS["x"], out=out)
 
 
 def test_out_may_not_overlap_an_input(backend):
@@ -275,12 +276,13 @@ WRONG_GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), WRONG_GRADIENTS.values(), ids=WRONG_GRADIENTS.keys())
-def test_wrong_arguments_of_backward(backend, arguments, error, message):
+def test_wrong_arguments_of_backward(subtests, backend):
     """As for the forward."""
     layer = rk.LSTM(I, H, backend=backend)
     _, _, tape = layer.forward(FLOATS["x"])
-    check(error, message, layer.backward, tape, **arguments)
+    for name, (arguments, error, message) in WRONG_GRADIENTS.items():
+        with subtests.test(name):
+            check(error, message, layer.backward, tape, **arguments)
 
 
 def test_gradients_that_cannot_be_added_to(backend):
@@ -319,11 +321,12 @@ def test_dropout_on_a_single_layer_warns_at_the_line_of_the_caller():
         assert [one.filename for one in seen] == [__file__]
 
 
-@pytest.mark.parametrize("name", ["RNNKERN_NUM_THREADS", "RNNKERN_BACKEND", "RNNKERN_MAX_ISA", "RNNKERN_CACHE_DIR"])
-def test_an_empty_variable_of_the_environment_is_not_set(name):
+def test_an_empty_variable_of_the_environment_is_not_set(subtests):
     """As a job script has it that clears one."""
     code = "import rnnkern as rk; rk.LSTM(3, 4)([[[0.0] * 3]])"
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {name: ""}, check=True)
+    for name in ("RNNKERN_NUM_THREADS", "RNNKERN_BACKEND", "RNNKERN_MAX_ISA", "RNNKERN_CACHE_DIR"):
+        with subtests.test(name):
+            subprocess.run([sys.executable, "-c", code], env=os.environ | {name: ""}, check=True)
 
 
 def test_tapes_of_others(backend):

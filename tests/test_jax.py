@@ -6,6 +6,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -412,43 +413,47 @@ def test_parameters_of_a_layer_are_a_tree():
     assert paths[0] == "['weight_ih_l0']"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "int8", "bool"])
-def test_x_of_another_dtype_is_converted(dtype):
+def test_x_of_another_dtype_is_converted(subtests):
     """And its gradient comes back in that dtype."""
-    params, x, *_ = arguments_of(Problem("gru"))
-    x = jnp.asarray(x, dtype)
-    assert_equal(rj.gru(params, x), rj.gru(params, x.astype(jnp.float32)))
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        assert jax.grad(lambda x: jnp.sum(rj.gru(params, x)[0]))(x).dtype == x.dtype
+    params, drawn, *_ = arguments_of(Problem("gru"))
+    for dtype in ("bfloat16", "float16", "float64", "int8", "bool"):
+        with subtests.test(dtype):
+            x = jnp.asarray(drawn, dtype)
+            assert_equal(rj.gru(params, x), rj.gru(params, x.astype(jnp.float32)))
+            if jnp.issubdtype(x.dtype, jnp.floating):
+                assert jax.grad(lambda x: jnp.sum(rj.gru(params, x)[0]))(x).dtype == x.dtype
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "int64", "uint64"])
-def test_lengths_of_every_integer_are_taken_and_have_no_gradient(dtype):
+def test_lengths_of_every_integer_are_taken_and_have_no_gradient(subtests):
     """A float0, as all integers."""
     params, x, _, _ = arguments_of(Problem("gru"))
-    lengths = jnp.asarray([5, 0, 3], dtype)
-    assert_equal(rj.gru(params, x, lengths=lengths), layer_of(Problem("gru"))(x, lengths=[5, 0, 3]))
-    gradient = jax.grad(lambda lengths: jnp.sum(rj.gru(params, x, lengths=lengths)[0]), allow_int=True)(lengths)
-    assert gradient.dtype == jax.dtypes.float0
+    expected = layer_of(Problem("gru"))(x, lengths=[5, 0, 3])
+    for dtype in ("int8", "uint8", "int32", "uint32", "int64", "uint64"):
+        with subtests.test(dtype):
+            lengths = jnp.asarray([5, 0, 3], dtype)
+            assert_equal(rj.gru(params, x, lengths=lengths), expected)
+            gradient = jax.grad(lambda lengths: jnp.sum(rj.gru(params, x, lengths=lengths)[0]), allow_int=True)(lengths)
+            assert gradient.dtype == jax.dtypes.float0
 
 
-@pytest.mark.parametrize(("lengths", "got"), [([6, 0, 0], 6), ([0, -1, 0], -1), ([0, 2**40, 0], 2**31 - 1)])
-def test_a_length_out_of_range_is_an_error_of_the_program(lengths, got):
+def test_a_length_out_of_range_is_an_error_of_the_program(subtests):
     """Its value is known only when it runs."""
     params, x, *_ = arguments_of(Problem("gru"))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=f"lengths: expected 0 <= length <= 5, got {got}"):
-        jax.block_until_ready(jax.jit(partial(rj.gru, params))(x, lengths=np.array(lengths)))
+    for lengths, got in (([6, 0, 0], 6), ([0, -1, 0], -1), ([0, 2**40, 0], 2**31 - 1)):
+        message = f"lengths: expected 0 <= length <= 5, got {got}"
+        with subtests.test(str(lengths)), pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            jax.block_until_ready(jax.jit(partial(rj.gru, params))(x, lengths=np.array(lengths)))
 
 
-@pytest.mark.parametrize("length", [2**32 + 3, 3 - 2**32, 6, -1])
-def test_a_length_that_numpy_knows_is_an_error_at_once(length):
+def test_a_length_that_numpy_knows_is_an_error_at_once(subtests):
     """Before JAX cuts it to 32 bits, also inside of jit."""
     params, x, *_ = arguments_of(Problem("gru"))
-    for wide in (False, True):
+    directly, traced = lambda call: call(), lambda call: jax.jit(call)()
+    for length, wide, called in product((2**32 + 3, 3 - 2**32, 6, -1), (False, True), (directly, traced)):
         jax.config.update("jax_enable_x64", wide)
-        for called in (lambda call: call(), lambda call: jax.jit(call)()):
-            with pytest.raises(ValueError, match=f"^lengths: expected values from 0 to 5, got {min(length, 1)} to "):
-                called(lambda: rj.gru(params, x, lengths=[length, 1, 1]))
+        message = f"^lengths: expected values from 0 to 5, got {min(length, 1)} to "
+        with subtests.test(str(length), wide=wide, traced=called is traced), pytest.raises(ValueError, match=message):
+            called(partial(rj.gru, params, x, lengths=[length, 1, 1]))
 
 
 GOOD = arguments_of(Problem("lstm", num_layers=2))
@@ -515,17 +520,17 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("wrong", BAD)
-def test_a_wrong_argument_is_named_while_jax_traces(wrong):
+def test_a_wrong_argument_is_named_while_jax_traces(subtests):
     """With what was expected and what came, as for the layers."""
-    given, error, message = BAD[wrong]
     params, x, state, _ = GOOD
-    given = {"params": params, "x": x, "state": state} | given
-    with pytest.raises(error, match=message):
-        rj.lstm(**given)
-    if isinstance(given["x"], np.ndarray):
-        with pytest.raises(error, match=message):
-            jax.jit(lambda x: rj.lstm(**given | {"x": x}))(given["x"])
+    for wrong, (change, error, message) in BAD.items():
+        with subtests.test(wrong):
+            given = {"params": params, "x": x, "state": state} | change
+            with pytest.raises(error, match=message):
+                rj.lstm(**given)
+            if isinstance(given["x"], np.ndarray):
+                with pytest.raises(error, match=message):
+                    jax.jit(lambda x, given=given: rj.lstm(**given | {"x": x}))(given["x"])
 
 
 def test_both_directions_cannot_run_in_reverse():

@@ -14,6 +14,7 @@ import tracemalloc
 import types
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -877,38 +878,39 @@ def steps_of(layer, optimizer, head, part=None):
 
 
 @every_copy
-@pytest.mark.parametrize("make", [partial(rk.SGD, lr=0.1, momentum=0.9), rk.Adam, partial(rk.SGD, lr=0.1)])
-@pytest.mark.parametrize("chosen", [None, ["weight_hh_l1", "bias_ih_l0"]], ids=["all", "some"])
-def test_a_copied_trainer_trains_as_the_original(duplicate, make, chosen):
+def test_a_copied_trainer_trains_as_the_original(subtests, duplicate):
     """Copied together, optimizer and layers stay connected, also where it has some of the parameters in a dict."""
-    layer, head = rk.GRU(3, 4, 2, dropout=0.5, seed=0), rk.Linear(4, 1, seed=1)
-    own = layer if chosen is None else {name: layer.parameters[name] for name in chosen}
-    optimizer = make([own, head.parameters])
-    steps_of(layer, optimizer, head, chosen)
-    mine = layer, optimizer, head
-    twin = copy.deepcopy(mine) if duplicate is copy.copy else duplicate(mine)
-    before = layer.state_dict()
-    losses = [steps_of(*one, chosen) for one in (twin, twin)]
-    same(tuple(layer.state_dict().values()), tuple(before.values()))  # the copy is of its own
-    assert losses == [steps_of(*one, chosen) for one in (mine, mine)]
-    same(tuple(twin[0].state_dict().values()), tuple(layer.state_dict().values()))
+    makers = (partial(rk.SGD, lr=0.1, momentum=0.9), rk.Adam, partial(rk.SGD, lr=0.1))
+    for make, chosen in product(makers, (None, ["weight_hh_l1", "bias_ih_l0"])):
+        with subtests.test(f"{make} of {chosen or 'all'}"):
+            layer, head = rk.GRU(3, 4, 2, dropout=0.5, seed=0), rk.Linear(4, 1, seed=1)
+            own = layer if chosen is None else {name: layer.parameters[name] for name in chosen}
+            optimizer = make([own, head.parameters])
+            steps_of(layer, optimizer, head, chosen)
+            mine = layer, optimizer, head
+            twin = copy.deepcopy(mine) if duplicate is copy.copy else duplicate(mine)
+            before = layer.state_dict()
+            losses = [steps_of(*one, chosen) for one in (twin, twin)]
+            same(tuple(layer.state_dict().values()), tuple(before.values()))  # the copy is of its own
+            assert losses == [steps_of(*one, chosen) for one in (mine, mine)]
+            same(tuple(twin[0].state_dict().values()), tuple(layer.state_dict().values()))
 
 
 @every_copy
-@pytest.mark.parametrize("make", [rk.Adam, partial(rk.SGD, lr=0.1, momentum=0.9)])
-@pytest.mark.parametrize("source", [lambda layer: layer, lambda layer: dict(layer.parameters)], ids=["layer", "dict"])
-def test_an_optimizer_copied_alone_owns_its_parameters(duplicate, make, source):
+def test_an_optimizer_copied_alone_owns_its_parameters(subtests, duplicate):
     """It takes the same steps, on arrays of its own."""
-    layer = rk.RNN(3, 4, seed=0)
-    optimizer = make(source(layer))
-    grads = layer.state_dict()
-    twin = duplicate(optimizer)
-    before = layer.state_dict()
-    twin.step(grads)
-    same(tuple(layer.parameters.values()), tuple(before.values()))
-    optimizer.step(grads)
-    same(tuple(twin._parameters[0].values()), tuple(layer.parameters.values()))
-    assert repr(twin.state_dict()) == repr(optimizer.state_dict())
+    for make, whole in product((rk.Adam, partial(rk.SGD, lr=0.1, momentum=0.9)), (True, False)):
+        with subtests.test(f"{make} of {'a layer' if whole else 'a dict'}"):
+            layer = rk.RNN(3, 4, seed=0)
+            optimizer = make(layer if whole else dict(layer.parameters))
+            grads = layer.state_dict()
+            twin = duplicate(optimizer)
+            before = layer.state_dict()
+            twin.step(grads)
+            same(tuple(layer.parameters.values()), tuple(before.values()))
+            optimizer.step(grads)
+            same(tuple(twin._parameters[0].values()), tuple(layer.parameters.values()))
+            assert repr(twin.state_dict()) == repr(optimizer.state_dict())
 
 
 @every_copy
@@ -960,24 +962,25 @@ def test_layers_frozen_layers_and_streams_can_be_copied(cell, backend, duplicate
     same(duplicate(frozen)(x, state), expected)
 
 
-@pytest.mark.parametrize(
-    ("layer", "text"),
-    [
-        (lambda: rk.RNN(3, 4), "RNN(3, 4)"),
-        (lambda: rk.RNN(3, 4, nonlinearity="relu"), "RNN(3, 4, nonlinearity='relu')"),
-        (
-            lambda: rk.LSTM(3, 4, 2, proj_size=2, dtype="float64"),
-            "LSTM(3, 4, num_layers=2, proj_size=2, dtype='float64')",
-        ),
-        (lambda: rk.GRU(3, 4, batch_first=True, reset_after=False), "GRU(3, 4, batch_first=True, reset_after=False)"),
-        (lambda: rk.Recurrent("gru", 3, 4, bias=False), "Recurrent('gru', 3, 4, bias=False)"),
-        (lambda: rk.GRU(3, 4, backend="reference").freeze(), "GRU(3, 4, backend='reference').freeze()"),
-        (lambda: rk.GRU(3, 4).freeze().stream(2), "GRU(3, 4).freeze().stream(batch=2)"),
-    ],
-)
-def test_layers_print_as_the_call_that_makes_them(layer, text):
+PRINTED = [
+    (lambda: rk.RNN(3, 4), "RNN(3, 4)"),
+    (lambda: rk.RNN(3, 4, nonlinearity="relu"), "RNN(3, 4, nonlinearity='relu')"),
+    (
+        lambda: rk.LSTM(3, 4, 2, proj_size=2, dtype="float64"),
+        "LSTM(3, 4, num_layers=2, proj_size=2, dtype='float64')",
+    ),
+    (lambda: rk.GRU(3, 4, batch_first=True, reset_after=False), "GRU(3, 4, batch_first=True, reset_after=False)"),
+    (lambda: rk.Recurrent("gru", 3, 4, bias=False), "Recurrent('gru', 3, 4, bias=False)"),
+    (lambda: rk.GRU(3, 4, backend="reference").freeze(), "GRU(3, 4, backend='reference').freeze()"),
+    (lambda: rk.GRU(3, 4).freeze().stream(2), "GRU(3, 4).freeze().stream(batch=2)"),
+]
+
+
+def test_layers_print_as_the_call_that_makes_them(subtests):
     """Without the options left at their defaults, as in torch."""
-    assert repr(layer()) == text
+    for layer, text in PRINTED:
+        with subtests.test(text):
+            assert repr(layer()) == text
 
 
 @pytest.mark.parametrize("layer", [rk.RNN, rk.LSTM, rk.GRU])

@@ -234,32 +234,33 @@ def test_a_model_of_one_feature_takes_sequences_of_any_length():
         tabular.predict(np.eye(5))
 
 
-@pytest.mark.parametrize(
-    ("X", "message"),
-    [
-        ([np.ones((3, 2)), np.ones((0, 2))], r"X\[1\]: expected at least one step, got an empty sequence"),
-        (np.ones((2, 0, 3)), r"X: expected sequences of at least one step, got an array of shape \(2, 0, 3\)"),
-        ([[1.0], []], r"X\[1\]: expected at least one step, got an empty sequence"),
-        ([np.ones((3, 2)), np.ones((3, 1))], r"X\[1\]: expected shape \(T, 2\), got \(3, 1\)"),
-        ([np.ones((3, 2, 2)), np.ones((3, 1))], r"X\[0\]: expected shape \(T, I\), got \(3, 2, 2\)"),
-        ([np.ones((3, 2)), np.array([[1.0, np.nan]])], r"X\[1\]: expected finite numbers, got NaN at step 0"),
-        ([np.ones((3, 2)), np.full((2, 2), np.inf)], r"X\[1\]: .*, got infinity at step 0"),
-        ([[1.0, 2.0], [3.0, np.nan]], r"X\[1\]: .* NaN at step 1; .* pass a list of sequences \(T_i, I\)"),
-        ([np.ones((2, 3)), np.ones((2, 4))], r"X\[1\]: .*, got \(2, 4\); steps come first: .* pass \[x.T for x in X\]"),
-        ([np.ones((3, 2)), np.ones((2, 2)) * 1j], "Complex data not supported"),
-        ([np.ones(2), np.array(["c"])], r"X\[1\]: expected numbers, got .*: could not convert string to float"),
-        ([np.ones((3, 2))], "inconsistent numbers of samples.*: X is read as 1 sequences"),
-        ([], "Expected 2D array, got 1D array"),
-    ],
-)  # fmt: skip
-def test_what_is_no_list_of_sequences_is_refused(X, message):
+NO_SEQUENCES = [
+    ([np.ones((3, 2)), np.ones((0, 2))], r"X\[1\]: expected at least one step, got an empty sequence"),
+    (np.ones((2, 0, 3)), r"X: expected sequences of at least one step, got an array of shape \(2, 0, 3\)"),
+    ([[1.0], []], r"X\[1\]: expected at least one step, got an empty sequence"),
+    ([np.ones((3, 2)), np.ones((3, 1))], r"X\[1\]: expected shape \(T, 2\), got \(3, 1\)"),
+    ([np.ones((3, 2, 2)), np.ones((3, 1))], r"X\[0\]: expected shape \(T, I\), got \(3, 2, 2\)"),
+    ([np.ones((3, 2)), np.array([[1.0, np.nan]])], r"X\[1\]: expected finite numbers, got NaN at step 0"),
+    ([np.ones((3, 2)), np.full((2, 2), np.inf)], r"X\[1\]: .*, got infinity at step 0"),
+    ([[1.0, 2.0], [3.0, np.nan]], r"X\[1\]: .* NaN at step 1; .* pass a list of sequences \(T_i, I\)"),
+    ([np.ones((2, 3)), np.ones((2, 4))], r"X\[1\]: .*, got \(2, 4\); steps come first: .* pass \[x.T for x in X\]"),
+    ([np.ones((3, 2)), np.ones((2, 2)) * 1j], "Complex data not supported"),
+    ([np.ones(2), np.array(["c"])], r"X\[1\]: expected numbers, got .*: could not convert string to float"),
+    ([np.ones((3, 2))], "inconsistent numbers of samples.*: X is read as 1 sequences"),
+    ([], "Expected 2D array, got 1D array"),
+]
+
+
+def test_what_is_no_list_of_sequences_is_refused(subtests):
     """By fit and by predict, with what is wrong and where."""
-    with pytest.raises(ValueError, match=message):
-        RNNClassifier().fit(X, [0, 1])
-    if "samples" not in message:
-        model = RNNClassifier(2, max_iter=1).fit(np.ones((2, 3, 2)), [0, 1])
-        with pytest.raises(ValueError, match=message):
-            model.predict(X)
+    model = RNNClassifier(2, max_iter=1).fit(np.ones((2, 3, 2)), [0, 1])
+    for X, message in NO_SEQUENCES:
+        with subtests.test(message):
+            with pytest.raises(ValueError, match=message):
+                RNNClassifier().fit(X, [0, 1])
+            if "samples" not in message:
+                with pytest.raises(ValueError, match=message):
+                    model.predict(X)
 
 
 def test_an_iterator_is_refused():
@@ -324,20 +325,23 @@ def test_a_frame_of_several_levels_is_refused():
         assert same_bits(model, clone(model).fit(way_out, y))
 
 
-@pytest.mark.parametrize("shape", [(20, 1, 10), (20, 3, 200), (20, 12, 120)])
-def test_an_array_that_looks_like_channels_first_is_fitted_with_a_warning(shape):
+def test_an_array_that_looks_like_channels_first_is_fitted_with_a_warning(subtests):
     """Also as a list; once, by fit, and not by predict."""
-    X, y = np.random.default_rng(0).normal(size=shape), np.arange(20) % 2
-    for form in (X, list(X)):
-        with pytest.warns(UserWarning, match=r"X is read as \(N, T, I\): .* pass np.transpose\(X, \(0, 2, 1\)\)"):
-            model = RNNClassifier(2, max_iter=1).fit(form, y)
-        model.predict(form)
+    message = r"X is read as \(N, T, I\): .* pass np.transpose\(X, \(0, 2, 1\)\)"
+    for shape in ((20, 1, 10), (20, 3, 200), (20, 12, 120)):
+        X, y = np.random.default_rng(0).normal(size=shape), np.arange(20) % 2
+        for form in (X, list(X)):
+            with subtests.test(f"{type(form).__name__} of shape {shape}"):
+                with pytest.warns(UserWarning, match=message):
+                    model = RNNClassifier(2, max_iter=1).fit(form, y)
+                model.predict(form)
 
 
-@pytest.mark.parametrize("shape", [(20, 3, 29), (20, 13, 200), (20, 100, 100), (20, 1, 1)])
-def test_more_features_than_steps_alone_are_no_reason_to_warn(shape):
+def test_more_features_than_steps_alone_are_no_reason_to_warn(subtests):
     """Nor are long lists of unequal length: their steps are those that differ."""
-    RNNClassifier(2, max_iter=1).fit(np.ones(shape), np.arange(20) % 2)
+    for shape in ((20, 3, 29), (20, 13, 200), (20, 100, 100), (20, 1, 1)):
+        with subtests.test(str(shape)):
+            RNNClassifier(2, max_iter=1).fit(np.ones(shape), np.arange(20) % 2)
     RNNClassifier(2, max_iter=1).fit([np.ones((2, 200)), np.ones((3, 200))], [0, 1])
 
 
@@ -385,15 +389,16 @@ WRONG_PARAMETERS = [
 
 
 @BOTH
-def test_a_wrong_parameter_is_named_by_fit(estimator):
+def test_a_wrong_parameter_is_named_by_fit(subtests, estimator):
     """And not earlier: scikit-learn sets parameters without a check."""
     X, y = data_for(estimator, count=4)
     for options, error, message in WRONG_PARAMETERS:
-        model = estimator(**options)
-        with pytest.raises(error, match=message):
-            model.fit(X, y)
-        with pytest.raises(NotFittedError):
-            model.predict(X)
+        with subtests.test(str(options)):
+            model = estimator(**options)
+            with pytest.raises(error, match=message):
+                model.fit(X, y)
+            with pytest.raises(NotFittedError):
+                model.predict(X)
 
 
 def test_several_numbers_at_once():
@@ -494,31 +499,31 @@ def test_a_class_weight_is_a_weight_of_its_sequences():
     assert once_more.n_iter_ == 4
 
 
-@pytest.mark.parametrize(
-    ("class_weight", "message"),
-    [
-        ({"sideways": 1}, r"class_weight: expected labels among \['down', 'up'\], got 'sideways'"),
-        ({"up": -1}, r"class_weight\['up'\]: expected a finite number >= 0, got -1"),
-        ({"up": 0, "down": 0}, "class_weight: expected a class of y with a weight > 0"),
-        ("even", "class_weight: expected a dict, 'balanced' or None, got 'even'"),
-        ([1, 2], "class_weight: expected a dict, 'balanced' or None"),
-    ],
-)
-def test_wrong_class_weights_are_refused(class_weight, message):
+WRONG_CLASS_WEIGHTS = [
+    ({"sideways": 1}, r"class_weight: expected labels among \['down', 'up'\], got 'sideways'"),
+    ({"up": -1}, r"class_weight\['up'\]: expected a finite number >= 0, got -1"),
+    ({"up": 0, "down": 0}, "class_weight: expected a class of y with a weight > 0"),
+    ("even", "class_weight: expected a dict, 'balanced' or None, got 'even'"),
+    ([1, 2], "class_weight: expected a dict, 'balanced' or None"),
+]
+
+
+def test_wrong_class_weights_are_refused(subtests):
     """By name; "balanced" by partial_fit, which sees a part."""
     X, y, _ = sequences(10)
-    with pytest.raises(ValueError, match=message):
-        RNNClassifier(2, max_iter=1, class_weight=class_weight).fit(X, y)
+    for class_weight, message in WRONG_CLASS_WEIGHTS:
+        with subtests.test(message), pytest.raises(ValueError, match=message):
+            RNNClassifier(2, max_iter=1, class_weight=class_weight).fit(X, y)
     with pytest.raises(ValueError, match="class_weight: expected a dict or None for partial_fit, got 'balanced'"):
         RNNClassifier(2, class_weight="balanced").partial_fit(X, y, classes=["down", "up"])
 
 
-@pytest.mark.parametrize("weights", [[1, -1, 1, 1], [0] * 4, [1] * 3, [1, 1, 1, np.nan]])
-def test_wrong_weights_are_refused(weights):
+def test_wrong_weights_are_refused(subtests):
     """By name."""
     X, y = data_for(RNNClassifier, count=4)
-    with pytest.raises(ValueError, match="sample_weight"):
-        RNNClassifier(2, max_iter=1).fit(X, y, weights)
+    for weights in ([1, -1, 1, 1], [0] * 4, [1] * 3, [1, 1, 1, np.nan]):
+        with subtests.test(str(weights)), pytest.raises(ValueError, match="sample_weight"):
+            RNNClassifier(2, max_iter=1).fit(X, y, weights)
 
 
 @BOTH

@@ -139,10 +139,10 @@ WRONG_CALLS: list[tuple[Callable[[], object], type[Exception], str]] = [
 ]
 
 
-def test_linear_names_what_is_wrong() -> None:
+def test_linear_names_what_is_wrong(subtests: pytest.Subtests) -> None:
     """Argument, expectation and what came."""
     for call, error, message in WRONG_CALLS:
-        with pytest.raises(error, match=message):
+        with subtests.test(message), pytest.raises(error, match=message):
             call()
 
 
@@ -296,28 +296,28 @@ def test_losses_of_nothing_are_zero() -> None:
 Z, ZT = np.zeros((5, 2, 3)), np.zeros((5, 2), int)
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: rk.cross_entropy(np.zeros(3), 0), ValueError, "logits: expected shape"),
-        (lambda: rk.cross_entropy(Z.astype(int), ZT), TypeError, "logits: expected float32 or float64, got int64"),
-        (lambda: rk.cross_entropy(Z, ZT.astype(float)), TypeError, "targets: expected integers, got float64"),
-        (lambda: rk.cross_entropy(Z, ZT[:4]), ValueError, r"targets: expected shape \(5, 2\), got \(4, 2\)"),
-        (lambda: rk.cross_entropy(Z, ZT + 3), ValueError, r"targets: expected values in \[0, 3\), got 3"),
-        (lambda: rk.cross_entropy(Z, ZT - 1), ValueError, r"targets: expected values in \[0, 3\), got -1"),
-        (lambda: rk.cross_entropy(Z[0], ZT[0], [1, 1]), ValueError, "lengths: expected logits of 3 dimensions"),
-        (lambda: rk.cross_entropy(Z, ZT, [1, 2, 3]), ValueError, r"lengths: expected integers of shape \(2,\)"),
-        (lambda: rk.cross_entropy(Z, ZT, [1.0, 2.0]), TypeError, r"lengths: expected integers of shape \(2,\)"),
-        (lambda: rk.cross_entropy(Z, ZT, [1, 6]), ValueError, "lengths: expected values from 0 to 5, got 1 to 6"),
-        (lambda: rk.mse(Z, Z[..., :1]), ValueError, "target: expected shape"),
-        (lambda: rk.mse(Z, Z.astype(complex)), TypeError, "target: expected real numbers"),
-        (lambda: rk.mse(Z.astype(complex), Z), TypeError, "prediction: expected"),
-    ],
-)
-def test_losses_name_what_is_wrong(call: Callable[[], object], error: type[Exception], message: str) -> None:
+WRONG_LOSSES = [
+    (lambda: rk.cross_entropy(np.zeros(3), 0), ValueError, "logits: expected shape"),
+    (lambda: rk.cross_entropy(Z.astype(int), ZT), TypeError, "logits: expected float32 or float64, got int64"),
+    (lambda: rk.cross_entropy(Z, ZT.astype(float)), TypeError, "targets: expected integers, got float64"),
+    (lambda: rk.cross_entropy(Z, ZT[:4]), ValueError, r"targets: expected shape \(5, 2\), got \(4, 2\)"),
+    (lambda: rk.cross_entropy(Z, ZT + 3), ValueError, r"targets: expected values in \[0, 3\), got 3"),
+    (lambda: rk.cross_entropy(Z, ZT - 1), ValueError, r"targets: expected values in \[0, 3\), got -1"),
+    (lambda: rk.cross_entropy(Z[0], ZT[0], [1, 1]), ValueError, "lengths: expected logits of 3 dimensions"),
+    (lambda: rk.cross_entropy(Z, ZT, [1, 2, 3]), ValueError, r"lengths: expected integers of shape \(2,\)"),
+    (lambda: rk.cross_entropy(Z, ZT, [1.0, 2.0]), TypeError, r"lengths: expected integers of shape \(2,\)"),
+    (lambda: rk.cross_entropy(Z, ZT, [1, 6]), ValueError, "lengths: expected values from 0 to 5, got 1 to 6"),
+    (lambda: rk.mse(Z, Z[..., :1]), ValueError, "target: expected shape"),
+    (lambda: rk.mse(Z, Z.astype(complex)), TypeError, "target: expected real numbers"),
+    (lambda: rk.mse(Z.astype(complex), Z), TypeError, "prediction: expected"),
+]
+
+
+def test_losses_name_what_is_wrong(subtests: pytest.Subtests) -> None:
     """Argument, expectation and what came."""
-    with pytest.raises(error, match=message):
-        call()
+    for call, error, message in WRONG_LOSSES:
+        with subtests.test(message), pytest.raises(error, match=message):
+            call()
 
 
 def test_options_of_losses_are_named() -> None:
@@ -400,26 +400,25 @@ def _read_only() -> np.ndarray:
     return array
 
 
+WRONG_GRADIENTS = [
+    ([{"a": np.ones(3)}], 0, ValueError, "expected a number > 0, got 0"),
+    ([{"a": np.ones(3)}], math.nan, ValueError, "expected a number > 0, got nan"),
+    ([{"a": np.ones(3)}], "1", TypeError, "expected a number, got str"),
+    ([{"a": np.ones(3)}, {"a": _read_only()}], 0.1, ValueError, r"grads\[1\]\['a'\]: expected a writable"),
+    ([{"a": np.ones(3)}, {"a": [1.0]}], 0.1, TypeError, r"grads\[1\]\['a'\]: expected an array of floats"),
+    ([np.ones(3)], 0.1, TypeError, r"grads\[0\]: expected a mapping"),
+]
+
+
 @pytest.mark.parametrize("clip", [rk.clip_grad_norm, rk.clip_grad_value])
-@pytest.mark.parametrize(
-    ("grads", "bound", "error", "message"),
-    [
-        ([{"a": np.ones(3)}], 0, ValueError, "expected a number > 0, got 0"),
-        ([{"a": np.ones(3)}], math.nan, ValueError, "expected a number > 0, got nan"),
-        ([{"a": np.ones(3)}], "1", TypeError, "expected a number, got str"),
-        ([{"a": np.ones(3)}, {"a": _read_only()}], 0.1, ValueError, r"grads\[1\]\['a'\]: expected a writable"),
-        ([{"a": np.ones(3)}, {"a": [1.0]}], 0.1, TypeError, r"grads\[1\]\['a'\]: expected an array of floats"),
-        ([np.ones(3)], 0.1, TypeError, r"grads\[0\]: expected a mapping"),
-    ],
-)
-def test_clipping_names_what_is_wrong(
-    clip: Callable[..., object], grads: Any, bound: Any, error: type[Exception], message: str
-) -> None:
+def test_clipping_names_what_is_wrong(subtests: pytest.Subtests, clip: Callable[..., object]) -> None:
     """And leaves the gradients alone."""
-    with pytest.raises(error, match=message):
-        clip(grads, bound)
-    first = grads[0]["a"] if isinstance(grads[0], dict) else grads[0]
-    assert (first == 1).all()
+    for grads, bound, error, message in WRONG_GRADIENTS:
+        with subtests.test(message):
+            with pytest.raises(error, match=message):
+                clip(grads, bound)
+            first = grads[0]["a"] if isinstance(grads[0], dict) else grads[0]
+            assert (first == 1).all()
 
 
 # Optimizers
@@ -557,32 +556,32 @@ def test_a_wrong_step_changes_nothing() -> None:
     assert (parameters["b"] == 1).all()
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda p: rk.SGD(p, -1), ValueError, "lr: expected a finite number >= 0, got -1"),
-        (lambda p: rk.SGD(p, math.inf), ValueError, "lr: expected"),
-        (lambda p: rk.SGD(p, None), TypeError, "lr: expected a number, got NoneType"),
-        (lambda p: rk.SGD(p, 0.1, 1.0), ValueError, r"momentum: expected a number in \[0, 1\), got 1.0"),
-        (lambda p: rk.Adam(p, betas=0.9), TypeError, "betas: expected two numbers"),
-        (lambda p: rk.Adam(p, betas=(0.9, 1)), ValueError, r"betas\[1\]: expected"),
-        (lambda p: rk.Adam(p, eps=0), ValueError, "eps: expected a finite number > 0, got 0"),
-        (lambda p: rk.Adam([p, p["a"]]), TypeError, r"parameters\[1\]: expected a mapping"),
-        (lambda p: rk.Adam({"a": p["a"].T}), ValueError, r"parameters\[0\]\['a'\]: expected a writable C-contiguous"),
-        (
-            lambda p: rk.Adam({"a": p["a"].astype(int)}),
-            TypeError,
-            r"parameters\[0\]\['a'\]: expected an array of floats",
-        ),
-        (lambda p: rk.Adam(p).load_state_dict({"steps": 1}), ValueError, "state: expected the names"),
-        (lambda p: rk.Adam(p).load_state_dict(rk.Adam({"b": p["a"]}).state_dict()), ValueError, r"state\['mean'\]"),
-        (lambda p: rk.SGD(p, 0.1).load_state_dict({"steps": -1}), ValueError, r"state\['steps'\]: expected"),
-    ],
-)
-def test_optimizers_name_what_is_wrong(call: Callable[[Any], object], error: type[Exception], message: str) -> None:
+WRONG_OPTIMIZERS = [
+    (lambda p: rk.SGD(p, -1), ValueError, "lr: expected a finite number >= 0, got -1"),
+    (lambda p: rk.SGD(p, math.inf), ValueError, "lr: expected"),
+    (lambda p: rk.SGD(p, None), TypeError, "lr: expected a number, got NoneType"),
+    (lambda p: rk.SGD(p, 0.1, 1.0), ValueError, r"momentum: expected a number in \[0, 1\), got 1.0"),
+    (lambda p: rk.Adam(p, betas=0.9), TypeError, "betas: expected two numbers"),
+    (lambda p: rk.Adam(p, betas=(0.9, 1)), ValueError, r"betas\[1\]: expected"),
+    (lambda p: rk.Adam(p, eps=0), ValueError, "eps: expected a finite number > 0, got 0"),
+    (lambda p: rk.Adam([p, p["a"]]), TypeError, r"parameters\[1\]: expected a mapping"),
+    (lambda p: rk.Adam({"a": p["a"].T}), ValueError, r"parameters\[0\]\['a'\]: expected a writable C-contiguous"),
+    (
+        lambda p: rk.Adam({"a": p["a"].astype(int)}),
+        TypeError,
+        r"parameters\[0\]\['a'\]: expected an array of floats",
+    ),
+    (lambda p: rk.Adam(p).load_state_dict({"steps": 1}), ValueError, "state: expected the names"),
+    (lambda p: rk.Adam(p).load_state_dict(rk.Adam({"b": p["a"]}).state_dict()), ValueError, r"state\['mean'\]"),
+    (lambda p: rk.SGD(p, 0.1).load_state_dict({"steps": -1}), ValueError, r"state\['steps'\]: expected"),
+]
+
+
+def test_optimizers_name_what_is_wrong(subtests: pytest.Subtests) -> None:
     """Argument, expectation and what came."""
-    with pytest.raises(error, match=message):
-        call({"a": np.ones((2, 3))})
+    for call, error, message in WRONG_OPTIMIZERS:
+        with subtests.test(message), pytest.raises(error, match=message):
+            call({"a": np.ones((2, 3))})
 
 
 def test_options_of_optimizers_are_named() -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,12 +117,12 @@ def test_equal_states_give_equal_files(path: Path, state: dict[str, Any]) -> Non
     assert path.read_bytes() == first
 
 
-def test_what_cannot_be_saved_is_a_type_error(path: Path) -> None:
+def test_what_cannot_be_saved_is_a_type_error(subtests: pytest.Subtests, path: Path) -> None:
     """It is found before anything is written."""
     path.write_text("before")
     things = ([1], {1: 2}, {"a": {"b": {1, 2}}}, {"a": len}, {"a": np.array([None])}, {"a": np.ma.ones(3)}, {"a": b"x"})
     for wrong in things:
-        with pytest.raises(TypeError, match=r"state"):
+        with subtests.test(str(wrong)), pytest.raises(TypeError, match=r"state"):
             rk.save(path, wrong)  # type: ignore[arg-type]
         assert path.read_text() == "before"
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
@@ -163,17 +164,18 @@ def test_a_link_stays_a_link(path: Path, state: dict[str, Any], tmp_path: Path) 
     assert same(rk.load(path), state)
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o4755])
-def test_a_file_keeps_its_permissions(path: Path, mode: int) -> None:
+def test_a_file_keeps_its_permissions(subtests: pytest.Subtests, path: Path) -> None:
     """A private file stays private; a new one has those of any other new file."""
     rk.save(path, {})
     other = path.with_name("other")
     other.touch()
     assert path.stat().st_mode == other.stat().st_mode
-    path.chmod(mode)
-    rk.save(path, {"a": 1})
-    assert stat.S_IMODE(path.stat().st_mode) == mode
-    assert rk.load(path) == {"a": 1}
+    for mode in (0o600, 0o640, 0o666, 0o4755):
+        with subtests.test(oct(mode)):
+            path.chmod(mode)
+            rk.save(path, {"a": mode})
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+            assert rk.load(path) == {"a": mode}
 
 
 def test_a_write_protected_file_is_refused(path: Path) -> None:
@@ -339,37 +341,38 @@ def _archive(structure: bytes) -> bytes:
     return data.getvalue()
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"hello",
-        _archive(b"\xff"),
-        _archive(b"[]"),
-        _archive(b'{"format": "rnnkern 2", "state": {"mapping": {}}}'),
-        _archive(b'{"format": "rnnkern 1", "state": 3}'),
-        _archive(b'{"format": "rnnkern 1", "state": {"mapping": {"a": {"array": "a"}}}}'),
-        _archive(b'{"format": "rnnkern 1", "state": {"mapping": {"a": {"pickle": "a"}}}}'),
-        _archive(b'{"format": "rnnkern 1", "state": ' + b"[" * 100_000),
-    ],
-    ids=range(9),
-)
-def test_a_foreign_file_is_refused(tmp_path: Path, data: bytes) -> None:
+FOREIGN = [
+    b"",
+    b"hello",
+    _archive(b"\xff"),
+    _archive(b"[]"),
+    _archive(b'{"format": "rnnkern 2", "state": {"mapping": {}}}'),
+    _archive(b'{"format": "rnnkern 1", "state": 3}'),
+    _archive(b'{"format": "rnnkern 1", "state": {"mapping": {"a": {"array": "a"}}}}'),
+    _archive(b'{"format": "rnnkern 1", "state": {"mapping": {"a": {"pickle": "a"}}}}'),
+    _archive(b'{"format": "rnnkern 1", "state": ' + b"[" * 100_000),
+]
+
+
+def test_a_foreign_file_is_refused(subtests: pytest.Subtests, tmp_path: Path) -> None:
     """With the path in the message."""
     path = tmp_path / "state.npz"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"state\.npz"):
-        rk.load(path)
+    for number, data in enumerate(FOREIGN):
+        with subtests.test(number=number):
+            path.write_bytes(data)
+            with pytest.raises(ValueError, match=r"state\.npz"):
+                rk.load(path)
 
 
-@pytest.mark.parametrize("writer", [np.savez, np.savez_compressed, np.save])
-def test_a_file_of_numpy_is_refused(tmp_path: Path, writer: Any) -> None:
+def test_a_file_of_numpy_is_refused(subtests: pytest.Subtests, tmp_path: Path) -> None:
     """It has no structure to return; the message says how to read it."""
     path = tmp_path / "state.npz"
-    with path.open("wb") as file:
-        writer(file, np.ones(3))
-    with pytest.raises(ValueError, match=rf"state\.npz: .* of numpy\.{writer.__name__[:4]}.*numpy\.load\(path\)"):
-        rk.load(path)
+    for writer in (np.savez, np.savez_compressed, np.save):
+        with path.open("wb") as file:
+            writer(file, np.ones(3))
+        message = rf"state\.npz: .* of numpy\.{writer.__name__[:4]}.*numpy\.load\(path\)"
+        with subtests.test(writer.__name__), pytest.raises(ValueError, match=message):
+            rk.load(path)
 
 
 def test_a_file_of_another_program_is_refused(path: Path) -> None:
@@ -383,18 +386,18 @@ def test_a_file_of_another_program_is_refused(path: Path) -> None:
             rk.load(path)
 
 
-@pytest.mark.parametrize("kind", ["zip", "legacy", "script"])
-def test_a_file_of_pytorch_is_refused(path: Path, torch: ModuleType, kind: str) -> None:
+def test_a_file_of_pytorch_is_refused(subtests: pytest.Subtests, path: Path, torch: ModuleType) -> None:
     """Under any name; the message says how to read it."""
     module = torch.nn.Linear(2, 3)
-    for target in (path, path.with_suffix(".pth")):
+    for kind, target in product(("zip", "legacy", "script"), (path, path.with_suffix(".pth"))):
         if kind == "script":
             with zipfile.ZipFile(target, "w") as archive:
                 for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
                     archive.writestr(f"model/{name}", b"")
         else:
             torch.save(module.state_dict(), target, _use_new_zipfile_serialization=kind == "zip")
-        with pytest.raises(ValueError, match=r"PyTorch: torch\.(jit\.)?load\(path"):
+        message = r"PyTorch: torch\.(jit\.)?load\(path"
+        with subtests.test(f"{kind} {target.suffix}"), pytest.raises(ValueError, match=message):
             rk.load(target)
 
 
@@ -485,12 +488,13 @@ def test_a_dtype_that_numpy_has_not_is_refused(tmp_path: Path, torch: ModuleType
 
 
 @pytest.mark.usefixtures("safetensors")
-@pytest.mark.parametrize("key", ["big-endian", "record", "scalars"])
-def test_a_dtype_that_safetensors_has_not_is_refused(tmp_path: Path, key: str) -> None:
+def test_a_dtype_that_safetensors_has_not_is_refused(subtests: pytest.Subtests, tmp_path: Path) -> None:
     """Where it is, before anything is written."""
     path = tmp_path / "state.safetensors"
-    with pytest.raises(TypeError, match=rf"state\['{key}'\].*: expected a dtype that \.safetensors files"):
-        rk.save(path, {key: STATE[key]})
+    for key in ("big-endian", "record", "scalars"):
+        message = rf"state\['{key}'\].*: expected a dtype that \.safetensors files"
+        with subtests.test(key), pytest.raises(TypeError, match=message):
+            rk.save(path, {key: STATE[key]})
     assert not path.exists()
 
 
@@ -512,15 +516,15 @@ WRONG = {
 
 
 @pytest.mark.usefixtures("safetensors")
-@pytest.mark.parametrize("case", WRONG)
-def test_a_foreign_file_of_safetensors_is_refused(tmp_path: Path, case: str) -> None:
+def test_a_foreign_file_of_safetensors_is_refused(subtests: pytest.Subtests, tmp_path: Path) -> None:
     """Without allocating what it claims to hold."""
-    header, size, reason = WRONG[case]
     path = tmp_path / "state.safetensors"
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
-    with pytest.raises(ValueError, match=rf"state\.safetensors: expected a whole safetensors file: .*{reason}"):
-        rk.load(path)
+    for case, (header, size, reason) in WRONG.items():
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+        message = rf"state\.safetensors: expected a whole safetensors file: .*{reason}"
+        with subtests.test(case), pytest.raises(ValueError, match=message):
+            rk.load(path)
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
