@@ -23,6 +23,8 @@ import pytest
 from rnnkern import backends, config
 from rnnkern.cells import CELLS
 
+pytest.register_assert_rewrite("onnx_models", "results", "torch_modules")  # which several files of tests share
+
 # The native backend once on each ISA of the machine. A device backend joins where there is a device; the simulator runs
 # in a process and with tests of its own.
 NATIVE: list[tuple[str, str | None]] = [("native", isa) for isa in config.isas()] or [("native", None)]
@@ -78,6 +80,13 @@ def torch() -> ModuleType:
     """PyTorch on one thread; skips where it is not installed."""
     module: ModuleType = pytest.importorskip("torch", reason="PyTorch is not installed")
     module.set_num_threads(1)
+    return module
+
+
+@pytest.fixture(scope="session")
+def runtime() -> ModuleType:
+    """ONNX Runtime; skips where it is not installed."""
+    module: ModuleType = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     return module
 
 
