@@ -187,6 +187,10 @@ def test_a_layer_leaves_memory_to_its_next_call(cell: str) -> None:
     del tape
     layer.release()
     assert layer._reserve.nbytes == copied._reserve.nbytes == 0
+    copied.release(for_good=True)
+    for one in (copied, copy.deepcopy(copied)):
+        assert np.array_equal(one(x)[0], y)
+        assert not rk.memory_plan(one, x.shape).stays
 
 
 @pytest.mark.usefixtures("threads")

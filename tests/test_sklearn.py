@@ -659,13 +659,14 @@ def test_cross_validation_takes_a_list_of_sequences():
 
 @BOTH
 def test_a_saved_model_predicts_the_same_bits(estimator, tmp_path):
-    """Through pickle, joblib, and joblib's arrays mapped from the file, which cannot be written."""
+    """Through pickle, joblib, and arrays that joblib maps from a file that cannot be written; no layer keeps memory."""
     X, y = data_for(estimator)
     model = estimator(8, max_iter=2, random_state=0).fit(X, y)
     joblib.dump(model, tmp_path / "model")
     copies = [joblib.load(tmp_path / "model", mmap_mode=mode) for mode in (None, "r")]
     for copy in (pickle.loads(pickle.dumps(model)), *copies):
         assert np.array_equal(outputs(copy, X), outputs(model, X))
+        assert copy.layer_._reserve is model.layer_._reserve is None
 
 
 @pytest.mark.parametrize("estimator", [RNNTagger, RNNForecaster])

@@ -130,6 +130,8 @@ class Recurrent(Piece, Generic[StateT]):
     ((5, 2, 4), (1, 2, 4))
     """
 
+    _keeps_memory = True  # for its next call
+
     def __init__(
         self,
         cell: str,
@@ -184,7 +186,7 @@ class Recurrent(Piece, Generic[StateT]):
         self._backend = backends.pick(self._chosen_backend)
         # The parameters as backends take them, one mapping for each layer-direction.
         self._weights = [{key: self._parameters[name] for key, name in names.items()} for names in self._names]
-        self._reserve = backends.reserve_of(self._backend)
+        self._reserve = backends.reserve_of(self._backend) if self._keeps_memory else None
 
     @property
     def cell(self) -> str:
@@ -421,11 +423,21 @@ class Recurrent(Piece, Generic[StateT]):
         copy = rounded if stored else copied
         return Frozen(signature, self._chosen_backend, [copy(one) for one in self._weights], repr(self))
 
-    def release(self) -> None:
+    def release(self, *, for_good: bool = False) -> None:
         """Give up the memory that the layer keeps for its next call; that call allocates again.
 
         On the backend native a layer keeps the packed weights of its last call, and what the last `forward` saved once
         its tape is gone: fresh memory costs a large layer a tenth of a training step. `memory_plan` says how much.
+
+        Parameters
+        ----------
+        for_good
+            Whether later calls, and those of copies, are to leave none either.
+
+        Raises
+        ------
+        TypeError
+            `for_good` is no bool.
 
         Examples
         --------
@@ -434,8 +446,11 @@ class Recurrent(Piece, Generic[StateT]):
         >>> y, h = layer(np.ones((5, 2, 3)))
         >>> layer.release()
         """
+        if flag("for_good", for_good):
+            self._keeps_memory = False
         if self._reserve is not None:
             self._reserve.release()
+            self._reserve = self._reserve if self._keeps_memory else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -107,7 +107,7 @@ class TrainedNetwork(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
             self.cell, self._initialize_inputs(steps, weights), self.hidden_size, self.num_layers, dropout=self.dropout,
             bidirectional=self.bidirectional, dtype=self.dtype, backend=self.backend, seed=layer_seed,
         )  # fmt: skip
-        layer._reserve = None  # an estimator lives on after its training
+        layer.release(for_good=True)  # an estimator lives on after its training
         width = layer.hidden_size * (1 + layer.bidirectional)
         self.output_ = Linear(width, outputs, dtype=self.dtype, backend=self.backend, seed=output_seed)
         self.layer_ = layer
