@@ -19,11 +19,38 @@ WITH_EXAMPLES = [
     if ">>> " in path.read_text(encoding="utf-8")
 ]
 CHECKED_ELSEWHERE = ("convert.md", "sklearn.md")  # with what their programs compute
-PROGRAMS = [
-    page.name
-    for page in sorted((ROOT / "docs").glob("*.md"))
-    if "```python" in page.read_text(encoding="utf-8") and page.name not in CHECKED_ELSEWHERE
-]
+FRAGMENTS = "examples"  # shows parts of the programs that tests/test_examples.py runs
+BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FRAMEWORK = re.compile(r"^(?:import|from) (?:rnnkern\.)?(torch|jax|onnx|keras|sklearn)\b", re.MULTILINE)
+
+
+def pages_by_framework():
+    """The pages of the site that have programs, by the frameworks that these import."""
+    found: dict[str, list[Path]] = {}
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if BLOCK.search(text) and page.name not in CHECKED_ELSEWHERE and page.parent.name != FRAGMENTS:
+            found.setdefault(" ".join(sorted(set(FRAMEWORK.findall(text)))) or "numpy", []).append(page)
+    return found
+
+
+PAGES = pages_by_framework()
+
+
+def run_programs(page):
+    """All blocks of a page as one program; what `pycon` shows is what comes."""
+    text = page.read_text(encoding="utf-8")
+    names = {"__name__": "__main__"}
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for block in BLOCK.finditer(text):
+        line, (kind, program) = text.count("\n", 0, block.start(2)), block.groups()
+        if kind == "python":
+            exec(compile("\n" * line + program, page, "exec"), names)
+        else:
+            test = doctest.DocTestParser().get_doctest(program, names, page.name, str(page), line)
+            runner.run(test, clear_globs=False)
+            names.update(test.globs)
+    assert runner.failures == 0
 
 
 def test_examples_of_docstrings_give_what_they_show(subtests):
@@ -47,20 +74,23 @@ def test_the_example_of_the_readme_runs():
     assert float(names["loss"]) < 1
 
 
-@pytest.mark.parametrize("page", PROGRAMS)
-def test_the_programs_of_the_pages_run(page, tmp_path, monkeypatch):
-    """As printed, in an empty folder; all of a page are one program."""
-    parts = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+@pytest.mark.parametrize("frameworks", PAGES)
+def test_the_programs_of_the_pages_run(frameworks, tmp_path, monkeypatch):
+    """As printed, in an empty folder, and with what they show."""
+    for name in frameworks.split():
+        pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
+    threads = rnnkern.num_threads()
     try:
-        exec(compile("".join(parts), page, "exec"), {"__name__": "__main__"})
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
+        for page in PAGES[frameworks]:
+            run_programs(page)
+    finally:
+        rnnkern.set_num_threads(threads)
 
 
 def test_the_files_that_the_pages_name_are_there():
     """So that a page changes with the files that it sends its readers to."""
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for name in re.findall(
             r"`((?:csrc|python|tests|tools|cmake|lab|examples|benchmarks)/[\w./]+)`", page.read_text("utf-8")
         ):

@@ -156,7 +156,7 @@ def binary_cross_entropy(
     """Cross-entropy of yes or no, mean over all elements of the rows that count, and its gradient.
 
     Per element, in nats: -t log(p) - (1 - t) log(1 - p) with p = sigmoid(z), computed as
-    max(z, 0) - z t + log(1 + exp(-|z|)), which no finite logit z overflows. As
+    `max(z, 0) - z t + log(1 + exp(-|z|))`, which no finite logit z overflows. As
     `torch.nn.functional.binary_cross_entropy_with_logits`.
 
     Parameters
@@ -291,7 +291,7 @@ def huber(
 ) -> tuple[float, Any]:
     """Huber's loss (1964), mean over all elements of the rows that count, and its gradient.
 
-    Per element with the error e: e^2 / 2 where |e| <= delta, else delta (|e| - delta / 2). As
+    Per element with the error e: `e^2 / 2` where `|e| <= delta`, else `delta (|e| - delta / 2)`. As
     `torch.nn.functional.huber_loss` over the rows that count; the mean is taken in float64.
 
     Parameters
