@@ -1,6 +1,7 @@
 """The site: `python -m sphinx -W --keep-going docs build/site`, with what the extra `docs` installs."""
 
 import rnnkern
+from sphinx.util.inspect import TypeAliasForwardRef
 
 project = "rnnkern"
 author = "the rnnkern developers"
@@ -23,6 +24,8 @@ autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "DTypeLike")}
+# Show a type alias by its name alone, where Sphinx 9 shows the object that stands for it.
+TypeAliasForwardRef.__repr__ = lambda self: self.name
 
 html_theme = "furo"
 html_title = "rnnkern"
