@@ -1,7 +1,8 @@
 """The site: `python -m sphinx -W --keep-going docs build/site`, with what the extra `docs` installs."""
 
-import rnnkern
 from sphinx.util.inspect import TypeAliasForwardRef
+
+import rnnkern
 
 project = "rnnkern"
 author = "the rnnkern developers"
@@ -9,7 +10,7 @@ copyright = "the rnnkern developers"
 version = release = rnnkern.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build"]
+highlight_language = "none"  # of a block that names none: shell commands, formulas
 
 # Pages are Markdown that also reads well without the site.
 myst_heading_anchors = 3
