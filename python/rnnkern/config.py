@@ -31,6 +31,8 @@ def set_num_threads(count: int) -> None:
     TypeError, ValueError
         count is not an integer, or is below 1.
 
+    Examples
+    --------
     >>> before = num_threads()
     >>> set_num_threads(1)
     >>> num_threads()
@@ -112,6 +114,8 @@ def show_config(mode: str = "text") -> dict[str, Any] | None:
     ValueError
         mode is neither "text" nor "dicts".
 
+    Examples
+    --------
     >>> show_config(mode="dicts")["threads"] >= 1
     True
     """

@@ -35,6 +35,8 @@ CELL_OPERATORS: dict[str, tuple[str, dict[str, Any]]] = {
 def export(layer: Recurrent, path: str | os.PathLike[str], *, state: bool = False, lengths: bool = False) -> None:
     """Write a layer as an ONNX model, which ONNX Runtime and others run to the same results.
 
+    The input is `x`; the outputs are `y` and the final state, `h_n` and for an LSTM `c_n`.
+
     Parameters
     ----------
     layer
@@ -47,8 +49,6 @@ def export(layer: Recurrent, path: str | os.PathLike[str], *, state: bool = Fals
         Whether the initial state is an input, `h_0` and for an LSTM `c_0`, as for a call; else it is zeros.
     lengths
         Whether there is an input `lengths`, int64 (B,).
-
-    The input is `x`; the outputs are `y` and the final state, `h_n` and for an LSTM `c_n`.
 
     Raises
     ------
