@@ -217,7 +217,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
            .def("forward", &Packed::forward, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"),
                 py::arg("masks"), py::arg("y"), py::arg("save"))
            .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("need_x"),
-                py::arg("wanted"), py::arg("sums"))
+                py::arg("need_state"), py::arg("wanted"), py::arg("sums"))
            .def("plan", &Packed::plan, py::arg("steps"), py::arg("batch"), py::arg("save"), py::arg("backward"))
            .def_property_readonly("names", [](const Packed& self) { return self.names(); })
            .def_property_readonly("isa", [](const Packed& self) { return self.isa(); })

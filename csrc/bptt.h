@@ -341,6 +341,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     if (Phase::projects && !projected) return;
     if (Phase::projects || (Phase::is_last && !(Phase::Step::projects && projected))) run_last<p>(rows, of.units);
     if constexpr (Phase::from == From::nothing) return;
+    if (p == 0 && !layer_.dinitial[0] && t_ == this->time(0)) return;  // nobody wants what it carries on
     this->wait_if_units();
     const Panels panels = this->panels(Plain::panels<T>(of.depth), backwards);
     if constexpr (Phase::multiplies) {

@@ -46,7 +46,7 @@ struct Layer {
   void* dx;                       // [T*B] rows of I, contiguous; null: not wanted
   bool add_to_dx;                 // a second direction adds to what the first has written
   const void* dlast[kMaxStates];  // gradients of `last`
-  void* dinitial[kMaxStates];
+  void* dinitial[kMaxStates];     // null: not wanted
   LayerWeights<void*> gradients;  // null: not wanted; else zeroed by the caller
 };
 

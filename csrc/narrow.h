@@ -97,7 +97,7 @@ class Narrow : public Loop {
   }
   void leave_states(T* const* states, void* const* to) const noexcept {
     for_elements(states, [&](int s, T& element, std::int64_t b, std::int64_t unit) {
-      if (b < call.batch) static_cast<T*>(to[s])[b * H_ + unit] = element;
+      if (to[s] && b < call.batch) static_cast<T*>(to[s])[b * H_ + unit] = element;
     });
   }
 

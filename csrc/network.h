@@ -158,15 +158,18 @@ class Network {
                                     std::to_string(lengths[b]));
   }
 
-  // Adds to a call its layers and how it is divided.
-  Plan complete(KernelCall& call, const std::vector<Layer>& layers, bool backward) const {
-    const Plan plan = make_plan({call.steps, call.batch, input_size(), hidden_, outputs_,
-                                 static_cast<std::int64_t>(layer_count()), static_cast<std::int64_t>(directions()),
+  // Adds to a call its layers, from the lowest on that takes part, and how it is divided.
+  Plan complete(KernelCall& call, const std::vector<Layer>& layers, bool backward, std::size_t lowest = 0) const {
+    const std::size_t first = lowest * directions();
+    const auto count = static_cast<std::int64_t>(layer_count() - lowest);
+    if (call.masks) call.masks += lowest;
+    const Plan plan = make_plan({call.steps, call.batch, sizes(first).inputs, hidden_, outputs_, count,
+                                 static_cast<std::int64_t>(directions()),
                                  kernels_.row_grain(sizes(0), call.batch, call.save), entry_.gates, entry_.saved,
                                  num_threads(), bytes_, private_cache(), backward, call.masks != nullptr});
-    call.layer_count = static_cast<int>(layer_count());
+    call.layer_count = static_cast<int>(count);
     call.directions = static_cast<int>(directions());
-    call.layers = layers.data();
+    call.layers = layers.data() + first;
     call.split = plan.split;
     call.block_steps = plan.block_steps;
     call.part_steps = plan.part_steps;

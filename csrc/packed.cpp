@@ -195,7 +195,7 @@ py::tuple Packed::forward(const py::object& x, const py::object& state, const py
 }
 
 py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x,
-                           const Wanted& wanted, const py::object& sums) const {
+                           bool need_state, const Wanted& wanted, const py::object& sums) const {
   if (saved.packed_id != id_) throw py::value_error("saved: expected what forward of these weights returned");
   const auto dlast_objects = state_elements(dlast, "dlast", state_count());
   std::vector<std::vector<py::object>> given(layer_directions());
@@ -207,7 +207,7 @@ py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::o
   const auto dfinal = checked_states(dlast_objects, "dlast", B);
   if (!dy.is_none()) checked(dy, "dy", dtype_, {T, B, output_size()});
   const py::object dx = need_x ? py::object(new_array(dtype_, {T, B, input_size()})) : py::none();
-  const std::vector<py::array> dinitial = new_states(B);
+  const std::vector<py::array> dinitial = need_state ? new_states(B) : std::vector<py::array>{};
   if (wanted && wanted->size() != layer_directions())
     throw py::value_error("wanted: expected one for each of " + std::to_string(layer_directions()) +
                           " layer-directions");
@@ -272,7 +272,9 @@ py::dict Packed::plan(std::int64_t steps, std::int64_t batch, const py::object& 
   py::dict described;
   described["threads"] = plan.threads;
   described["split"] = plan.split == Split::rows ? "rows" : plan.split == Split::units ? "units" : "layers";
+  constexpr const char* reasons[] = {"cache", "weights", "gradients", "joining", "layers", "call"};
   described["block_steps"] = plan.block_steps;
+  described["block_reason"] = reasons[static_cast<int>(plan.reason)];
   described["kept"] = backward || kept == 0 ? 0 : Buffer::with_room(kept);
   described["scratch"] = Scratch::beside_stack(scratch);
   return described;

@@ -63,11 +63,11 @@ class Packed : public Network {
   // Which weights of each layer-direction, in the order of LayerWeights, are to get a gradient; none: all of them.
   using Wanted = std::optional<std::vector<std::vector<bool>>>;
 
-  // Returns the gradients of x (None unless need_x), of the initial state, and of the wanted weights of each
-  // layer-direction, in dicts like those they were packed from. None for dlast, or in place of one, is zeros. Gradients
-  // of weights are added to those in `sums`, for each layer-direction a list in the order of `names()`, of which those
-  // not wanted are not looked at; None makes new ones.
-  py::tuple backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x,
+  // Returns the gradients of x (None unless need_x), of the initial state (() unless need_state), and of the wanted
+  // weights of each layer-direction, in dicts like those they were packed from. None for dlast, or in place of one, is
+  // zeros. Gradients of weights are added to those in `sums`, for each layer-direction a list in the order of
+  // `names()`, of which those not wanted are not looked at; None makes new ones.
+  py::tuple backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x, bool need_state,
                      const Wanted& wanted, const py::object& sums) const;
 
   // How a training call of this size is divided, and the bytes that NumPy allocates in it beside states, y and

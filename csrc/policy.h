@@ -24,6 +24,16 @@ inline int most_threads(const std::vector<std::string>& siblings, double quota) 
 // Of one core, within a factor of two: they only weigh work against the cost of waking and waiting.
 constexpr double kFlopsPerNs = 30, kWakeNs = 15'000;
 
+// Why a block has so many steps.
+enum class BlockReason : int {
+  cache,      // the gates of a thread's part stay in its private cache
+  weights,    // enough rows to pay for reading W_ih, which the private cache does not hold
+  gradients,  // enough rows to pay for reading and writing the gradients of the weights
+  joining,    // a helper that comes late can join at the next block
+  layers,     // the layer above can begin
+  call,       // there are no more
+};
+
 // How a call is divided: among how many threads, by rows, units or layers, and in blocks of how many steps. Results do
 // not depend on it, only the time.
 struct Plan {
@@ -31,6 +41,7 @@ struct Plan {
   int threads;
   std::int64_t block_steps, part_steps;  // part_steps: of a block, after which backward hands on what it has of dx
   std::int64_t expected_ns;
+  BlockReason reason;
 };
 
 struct PlanInput {
@@ -72,7 +83,7 @@ inline Plan make_plan(const PlanInput& in) {
       rows * (weights * (in.backward ? 4 : 2) / kFlopsPerNs + static_cast<double>(in.layers()) * 20);
   const double step_ns = total_ns / static_cast<double>(std::max<std::int64_t>(in.steps * in.layers(), 1));
 
-  Plan plan{Split::rows, in.max_threads, 1, 1, 0};
+  Plan plan{Split::rows, in.max_threads, 1, 1, 0, BlockReason::cache};
   SideBySide side{};
   if (in.row_grain > 1) {
     // Backward divides its sums over rows whatever the steps divide.
@@ -104,19 +115,24 @@ inline Plan make_plan(const PlanInput& in) {
   // it too. On one thread of a Zen 4 server LSTM 1536, B = 8 takes 0.74 of the time of blocks of one step.
   const std::int64_t widest = std::max(in.inputs, in.layer_count > 1 ? in.directions * in.outputs : 0);
   const bool streams = in.backward || in.gates * in.hidden * widest * in.element_bytes > in.private_cache;
-  block_rows = std::clamp<std::int64_t>(block_rows, streams ? 256 : 1, 4096);
+  if (streams && block_rows < 256)
+    block_rows = 256, plan.reason = in.backward ? BlockReason::gradients : BlockReason::weights;
+  block_rows = std::clamp<std::int64_t>(block_rows, 1, 4096);
   // A helper that was asleep comes some 30 to 100 us late. It can join forward at each block, so that the first one
   // must not be half of the call; backward spends more time in steps.
-  if (!in.backward && plan.threads > 1)
-    block_rows = std::min(block_rows, std::max<std::int64_t>(in.steps * in.batch / 8, 48));
+  const std::int64_t until_helped = std::max<std::int64_t>(in.steps * in.batch / 8, 48);
+  if (!in.backward && plan.threads > 1 && block_rows > until_helped)
+    block_rows = until_helped, plan.reason = BlockReason::joining;
   const auto steps_of = [&](std::int64_t rows) {
     return std::clamp<std::int64_t>(rows / std::max<std::int64_t>(in.batch, 1), 1, std::max<std::int64_t>(in.steps, 1));
   };
   plan.block_steps = plan.part_steps = steps_of(block_rows);
   if (plan.split == Split::layers && plan.threads > 1) {
     plan.part_steps = std::min(plan.block_steps, steps_of(in.steps * in.batch / side.parts + 1));
-    if (!in.backward) plan.block_steps = plan.part_steps;  // forward hands on whole blocks
+    if (!in.backward && plan.part_steps < plan.block_steps)  // forward hands on whole blocks
+      plan.block_steps = plan.part_steps, plan.reason = BlockReason::layers;
   }
+  if (plan.block_steps >= in.steps) plan.reason = BlockReason::call;
   return plan;
 }
 

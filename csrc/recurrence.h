@@ -268,7 +268,7 @@ class LayerContext : protected Context<Cell, T> {
   }
   void leave_states(const T* const* states, void* const* to) const noexcept {
     for_state_rows([&](int s, std::int64_t b, std::int64_t units, std::int64_t stride) {
-      copy_row(static_cast<T*>(to[s]) + b * units, states[s] + b * stride, units, units);
+      if (to[s]) copy_row(static_cast<T*>(to[s]) + b * units, states[s] + b * stride, units, units);
     });
   }
   template <class Body>

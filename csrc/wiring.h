@@ -3,7 +3,9 @@
 // for.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -28,10 +30,10 @@ struct ForwardCall {
 };
 
 struct BackwardCall {
-  const void* dy;  // null: zeros
-  States dlast;    // null in place of one: zeros
-  void* dx;        // null: not wanted
-  States dinitial;
+  const void* dy;                              // null: zeros
+  States dlast;                                // null in place of one: zeros
+  void* dx;                                    // null: not wanted
+  States dinitial;                             // null: not wanted, all or none
   std::vector<LayerWeights<void*>> gradients;  // of each layer-direction; null: not wanted; else zeroed by the caller
 };
 
@@ -98,16 +100,27 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
   }
 }
 
-// Adds where each layer-direction of a backward finds its gradients. Between layers the gradient of one layer's input
-// is that of the output below it; these take turns in `between`. Behind them, where directions are worked on side by
-// side, is the second one's gradient, which is added to that of the first in the end.
+// Returns the lowest layer of which a gradient is wanted, below which none takes part; the number of layers where none
+// is.
+inline std::size_t lowest_wanted(const Network& network, const BackwardCall& slopes) {
+  if (slopes.dx || slopes.dinitial[0]) return 0;
+  const auto found = std::ranges::find_if(slopes.gradients, [](const LayerWeights<void*>& to) {
+    return to.w_ih || to.w_hh || to.b_ih || to.b_hh || to.w_hr || std::ranges::any_of(to.extra, std::identity{});
+  });
+  return static_cast<std::size_t>(found - slopes.gradients.begin()) / network.directions();
+}
+
+// Adds where each layer-direction of a backward, from the lowest layer on that takes part, finds its gradients. Between
+// layers the gradient of one layer's input is that of the output below it; these take turns in `between`. Behind them,
+// where directions are worked on side by side, is the second one's gradient, which is added to that of the first in the
+// end.
 inline void connect(const Network& network, std::vector<Layer>& layers, const ForwardCall& call,
-                    const BackwardCall& slopes, void* between, void* aside) {
+                    const BackwardCall& slopes, std::size_t lowest, void* between, void* aside) {
   const std::int64_t width = network.output_size();
   const auto input_gradient = [&](std::size_t layer) {
-    return layer == 0 ? slopes.dx : network.offset(between, layer % 2 ? 0 : call.steps * call.batch * width);
+    return layer == lowest ? slopes.dx : network.offset(between, layer % 2 ? 0 : call.steps * call.batch * width);
   };
-  for (std::size_t i = 0; i < layers.size(); ++i) {
+  for (std::size_t i = lowest * network.directions(); i < layers.size(); ++i) {
     Layer& one = layers[i];
     const std::size_t layer = i / network.directions();
     const void* dy = layer + 1 == network.layer_count() ? slopes.dy : input_gradient(layer + 1);
@@ -139,20 +152,23 @@ void run(const Network& network, const ForwardCall& call, const BackwardCall* sl
       masked.push_back(kept->masked(layer));
   }
   const bool backward = slopes != nullptr;
+  const std::size_t lowest = backward ? lowest_wanted(network, *slopes) : 0;
+  if (lowest == network.layer_count()) return;
   KernelCall kernel_call{};
   // Without rows there may be any number of steps, which would be walked all the same.
   kernel_call.steps = call.batch > 0 ? call.steps : 0, kernel_call.batch = call.batch;
   kernel_call.lengths = call.lengths, kernel_call.resets = call.resets;
   kernel_call.masks = call.masks, kernel_call.masked = masked.data();
   kernel_call.save = call.save;
-  const Plan plan = network.complete(kernel_call, layers, backward);
+  const Plan plan = network.complete(kernel_call, layers, backward, lowest);
   const std::int64_t own = network.kernels().scratch_bytes(kernel_call, backward);
   const std::int64_t between_bytes = kept && !backward ? 0 : network.between_bytes(kernel_call);
   const std::int64_t aside_bytes = backward ? network.aside_bytes(kernel_call) : 0;
   const typename Host::Scratch scratch(own + between_bytes + aside_bytes);
   char* const between = static_cast<char*>(scratch.data()) + own;
   connect(network, layers, call, kept ? &*kept : nullptr, between);
-  if (backward) connect(network, layers, call, *slopes, between, aside_bytes ? between + between_bytes : nullptr);
+  if (backward)
+    connect(network, layers, call, *slopes, lowest, between, aside_bytes ? between + between_bytes : nullptr);
   std::vector<std::int64_t> progress(plan.split == Split::layers ? layers.size() + 1 : 0);
   if (!progress.empty()) kernel_call.progress = progress.data();
   kernel_call.scratch = scratch.data();

@@ -559,6 +559,7 @@ class Native:
             "dy": np.ones((5, 2, stack.output_size), stack.dtype),
             "dlast": self.state(stack),
             "need_x": True,
+            "need_state": self.rng.random() < 0.5,
             "wanted": self.rng.choice((None, self.wanted(stack, bias))),
             "sums": self.rng.choice((None, self.sums(stack, bias))),
         }

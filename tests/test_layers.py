@@ -11,6 +11,8 @@ import time
 import tracemalloc
 import types
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from results import agree, given, parts, same
 from rnnkern import backends
 from rnnkern.cells import CELLS
 from rnnkern.functional import SAVES, dropout_masks
+from rnnkern.stack import Backward
 from rnnkern.testing import Problem, assert_accurate, inputs, layer_of, run, state_of
 
 
@@ -329,6 +332,27 @@ def test_parameters_that_are_not_asked_for_have_no_gradient(cell, backend):
         same(total.x, full.x)
         for name, gradient in total.parameters.items():
             same(gradient, full.parameters[name] * (2 if name in names else 1))
+
+
+def test_layers_below_the_lowest_that_is_asked_for_take_no_part(backend):
+    """Nor is the gradient of the initial state there, unless asked for; no bit of the others changes."""
+    for cell, bidirectional, (H, B) in product(CELLS, (False, True), ((4, 40), (20, 3))):
+        layer = rk.Recurrent(cell, 3, H, 3, bidirectional=bidirectional, dropout=0.5, backend=backend, seed=0)
+        x, state = given(layer, 5, B)
+        y, final, tape = layer.forward(x, state, lengths=5 - np.arange(B) % 6, seed=1)
+        call = partial(layer._backend.backward, layer._signature.stack, tape.packed, tape.saved, tape.call)
+        asked = Backward(y, tuple(parts(final)), False)
+        _, dstate, gradients = call(asked)
+        for lowest, need_state in product(range(4), (False, True)):
+            wanted = [["w_hh"] * (index // (1 + bidirectional) >= lowest) for index in range(len(gradients))]
+            dx, initial, found = call(asked._replace(wanted=wanted, need_state=need_state))
+            assert dx is None
+            same(initial, dstate if need_state else ())
+            assert [list(one) for one in found] == wanted
+            same(
+                [one["w_hh"] for one in found if one],
+                [one["w_hh"] for one in gradients[lowest * (1 + bidirectional) :]],
+            )
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3), (4, 0, 3)])

@@ -251,13 +251,25 @@ def test_an_explanation_names_what_threads_divide() -> None:
         both_ways = rk.explain(rk.LSTM(64, 64, bidirectional=True, seed=0), (100, 64), limits=MACHINE)
         one_after_the_other = rk.explain(rk.LSTM(64, 64, 2, seed=0), (100, 64), limits=MACHINE)
         alone = rk.explain(rk.LSTM(2, 2, seed=0), (1, 1, 2), limits=MACHINE)
+        rk.set_num_threads(1)
+        reasons = {
+            name: rk.explain(layer, (T, 4, layer.input_size), limits=MACHINE)
+            for name, layer, T in (
+                ("all there are", rk.RNN(8, 8, seed=0), 4),
+                ("the private cache;", rk.RNN(8, 8, seed=0), 1 << 20),
+                ("W_ih", rk.LSTM(512, 512, seed=0), 512),
+            )
+        }
     finally:
         rk.set_num_threads(before)
+    for name, explanation in reasons.items():
+        assert name in str(explanation).partition("backward")[0]
+    assert "the gradients of the weights" in str(rows).partition("backward")[2]
     assert "2 threads divide the rows;" in str(rows)
     assert "2 threads divide the units and meet at every step;" in str(units)
     for layers in (both_ways, one_after_the_other):
         assert str(layers).count("2 threads work on layers and directions side by side;") == 2
-    assert "1 thread; blocks of 1 steps;" in str(alone)
+    assert "1 thread; blocks of 1 steps, all there are;" in str(alone)
 
 
 @pytest.mark.parametrize("backend", ["numba", "reference"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rnnkern import backends
+from rnnkern.backends import native
 from rnnkern.cells import CELLS
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -67,14 +67,24 @@ def test_second_derivatives_know_dropout_and_projection(cell):
     torch.testing.assert_close(first.detach(), second)
 
 
-def test_only_the_gradients_that_are_wanted_come():
-    """Frozen weights have none, an input that needs none neither."""
-    module, x = rt.LSTM(3, 4), torch.rand(5, 2, 3)
-    module.weight_hh_l0.requires_grad_(False)
-    module(x)[0].sum().backward()
-    assert x.grad is None
-    assert module.weight_hh_l0.grad is None
-    assert module.weight_ih_l0.grad is not None
+def test_only_the_gradients_that_are_wanted_come(monkeypatch):
+    """Frozen weights have none, an input that needs none neither; layers below those that learn take no part."""
+    module, x = rt.LSTM(3, 4, num_layers=3, bidirectional=True, dropout=0.5), torch.rand(5, 2, 3)
+    state = [torch.rand(6, 2, 4) for _ in range(2)]
+    names = [name for name, _ in module.named_parameters() if "_l2" in name and name != "weight_hh_l2"]
+    parameters = [getattr(module, name) for name in names]
+    torch.manual_seed(0)
+    expected = torch.autograd.grad(module(x, state)[0].sum(), parameters)
+    module.requires_grad_(False)
+    for one in parameters:
+        one.requires_grad_(True)
+    asked, original = [], native.backward
+    monkeypatch.setattr(native, "backward", lambda *given: asked.append(given[-1].lowest(given[0])) or original(*given))
+    torch.manual_seed(0)
+    module(x, state)[0].sum().backward()
+    assert x.grad is module.weight_hh_l2.grad is module.weight_ih_l0.grad is None
+    assert all(torch.equal(one.grad, gradient) for one, gradient in zip(parameters, expected, strict=True))
+    assert asked == [2]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of forward mode
@@ -95,8 +105,7 @@ def test_weights_that_need_no_gradient_cost_none(monkeypatch, compiled):
     module, x = rt.LSTM(3, 4), torch.rand(5, 2, 3, requires_grad=True)
     expected = torch.autograd.grad(module(x)[0].sum(), [x, module.bias_hh_l0])
     module.requires_grad_(False).bias_hh_l0.requires_grad_(True)
-    native, asked = backends.get("native"), []
-    original = native.backward
+    asked, original = [], native.backward
     monkeypatch.setattr(native, "backward", lambda *given: asked.append(given[-1].wanted) or original(*given))
     call = torch.compile(module, backend="aot_eager") if compiled else module
     found = torch.autograd.grad(call(x)[0].sum(), [x, module.bias_hh_l0])

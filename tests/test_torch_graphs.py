@@ -167,7 +167,7 @@ def test_backward_passes_opcheck(cell, need_x):
     state = [torch.rand(4, 2, 4) for _ in CELLS[cell].states]
     call = (x, state, [one.detach() for one in module._weights()], *[None] * 3, 0.0)
     y, *final, tape = torch.ops.rnnkern.forward(*call, True, *module._stack())
-    given = (*call, tape, y, y, [None, *final[1:]], need_x, [need_x, True] * 8, *module._stack())
+    given = (*call, tape, y, y, [None, *final[1:]], need_x, need_x, [need_x, True] * 8, *module._stack())
     torch.library.opcheck(torch.ops.rnnkern.backward, given)
 
 

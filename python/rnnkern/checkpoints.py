@@ -64,7 +64,8 @@ def backward(
         part = _part(call, first, last, state, saved.masks, "gates")
         dy = None if asked.dy is None else asked.dy[first:last]
         to = None if dx is None else dx[first:last]
-        dstate, sums = _run_segment(backend, stack, packed, part, asked._replace(dy=dy, dstate=dstate, sums=sums), to)
+        part_asked = asked._replace(dy=dy, dstate=dstate, sums=sums, need_state=True)
+        dstate, sums = _run_segment(backend, stack, packed, part, part_asked, to)
         dstate = _cut(stack, call, dstate, last)
     return dx, stack.filled(dstate, call.x.shape[1]), sums
 

@@ -20,6 +20,14 @@ from .limits import Limit, Limits, Work, limit, measure
 
 __all__ = ["Division", "Explanation", "MemoryPlan", "explain", "memory_plan"]
 
+BLOCK_REASONS = {
+    "cache": "whose gates stay in the private cache",
+    "weights": "which pay for reading W_ih, larger than the private cache",
+    "gradients": "which pay for reading and writing the gradients of the weights",
+    "joining": "after each of which a thread that was asleep can join",
+    "layers": "after each of which the layer above goes on",
+    "call": "all there are",
+}
 LARGEST = int(np.iinfo(np.intp).max)  # size of an axis
 
 
@@ -33,6 +41,7 @@ class Division:
     kept: int  # bytes that forward keeps for backward beside y and the states
     scratch: int  # bytes of arrays that go when the call returns
     estimated: bool = False  # kept and scratch are about that, not to the byte
+    block_reason: str = "call"  # why blocks have so many steps: a key of `BLOCK_REASONS`
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,8 @@ def _sentence(division: Division, flops: int) -> str:
         "layers": f"{division.threads} threads work on layers and directions side by side",
     }
     threads = who[division.split] if division.threads > 1 else "1 thread"
-    return f"{threads}; blocks of {division.block_steps:,} steps; {flops / 1e9:.3g} GFLOP"
+    blocks = f"blocks of {division.block_steps:,} steps, {BLOCK_REASONS[division.block_reason]}"
+    return f"{threads}; {blocks}; {flops / 1e9:.3g} GFLOP"
 
 
 def memory_plan(layer: Recurrent, shape: Sequence[int], *, save: str = "gates") -> MemoryPlan:
@@ -194,10 +204,10 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
     Returns
     -------
     Explanation
-        The threads, what they divide among them and the steps in a block, for forward and backward; the additions and
-        multiplications; bytes of weights and `memory_plan`; and `limits`, the shortest times of a forward alone and of
-        both calls, by `rnnkern.limits.limit`. There are none for float64 and projections, nor where other
-        programs kept the machine busy while it was measured.
+        The threads, what they divide among them, the steps in a block and why there are so many, for forward and
+        backward; the additions and multiplications; bytes of weights and `memory_plan`; and `limits`, the shortest
+        times of a forward alone and of both calls, by `rnnkern.limits.limit`. There are none for float64 and
+        projections, nor where other programs kept the machine busy while it was measured.
 
     Raises
     ------
@@ -209,8 +219,8 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
     >>> import rnnkern as rk
     >>> rk.explain(rk.GRU(64, 128, dtype="float64", seed=0), (100, 1, 64))
     GRU(64, 128, dtype='float64'), x (100, 1, 64)
-    forward   ... blocks of ... steps; 0.0147 GFLOP
-    backward  ... blocks of ... steps; 0.0295 GFLOP
+    forward   ... blocks of ... steps, ...; 0.0147 GFLOP
+    backward  ... blocks of 100 steps, all there are; 0.0295 GFLOP
     weights   595,968 bytes, ... packed for both calls
     memory    ... bytes between the calls, ... at the peak
     limit     not known: the machine is measured for float32 without projections

@@ -138,8 +138,8 @@ class StepSchedule(_Schedule):
 class PlateauSchedule:
     """The learning rate times `factor` where a loss falls no more, as `torch.optim.lr_scheduler.ReduceLROnPlateau`.
 
-    A loss is better where it is below `best - threshold |best|`. After more than `patience` losses in a row that are not
-    (NaN is not), the learning rate falls and the count begins again.
+    A loss is better where it is below `best - threshold |best|`. After more than `patience` losses in a row that are
+    not (NaN is not), the learning rate falls and the count begins again.
 
     Parameters
     ----------

@@ -56,6 +56,14 @@ class Backward(NamedTuple):
     need_x: bool = True
     wanted: Sequence[Wanted] | None = None  # for each layer-direction the weights that get a gradient; None: all
     sums: Sequence[dict[str, Array]] | None = None  # what an earlier backward returned of the weights: to be added to
+    need_state: bool = True  # where not, and not x, layers below the lowest with wanted weights take no part
+
+    def lowest(self, stack: Stack) -> int:
+        """The lowest layer of which a gradient is wanted; L where none is."""
+        if self.need_x or self.need_state or self.wanted is None:
+            return 0
+        asked = (index for index, names in enumerate(self.wanted) if names)
+        return next(asked, len(stack.layers)) // len(stack.directions)
 
 
 @dataclass(frozen=True)
@@ -229,8 +237,8 @@ def backward_by_layer(
 
     `backward_layer(sizes, weights, x, saved, lengths, cut, dy, dstate, wanted, need_x) -> (dx, dstate, gradients)`.
 
-    Returns dx (T, B, I), None unless asked for, the gradients of the initial state, and those of the wanted weights of
-    each layer-direction.
+    Returns dx (T, B, I), None unless asked for, the gradients of the initial state, () unless asked for, and those of
+    the wanted weights of each layer-direction.
     """
     dy = asked.dy
     dstate = stack.filled(asked.dstate, call.x.shape[1], call.x.dtype)
@@ -239,7 +247,8 @@ def backward_by_layer(
     sizes = stack.layers
     gradients: list[dict[str, Array]] = [{} for _ in sizes]
     dx: Array | None = None
-    for layer in reversed(range(stack.num_layers)):
+    lowest = asked.lowest(stack)
+    for layer in reversed(range(lowest, stack.num_layers)):
         dx = None
         for direction, reverse in enumerate(stack.directions):
             index = layer * directions + direction
@@ -254,7 +263,7 @@ def backward_by_layer(
                 None if dy is None else dy[:, :, direction * stack.state_size : (direction + 1) * stack.state_size],
                 tuple(s[index] for s in dstate),
                 None if asked.wanted is None else asked.wanted[index],
-                asked.need_x or layer > 0,
+                asked.need_x or layer > lowest,
             )
             dx = part if dx is None or part is None else dx + part
             for all_layers, one in zip(initial, new, strict=True):
@@ -264,5 +273,5 @@ def backward_by_layer(
         for sums, added in zip(asked.sums, gradients, strict=True):
             for name, gradient in added.items():
                 sums[name] += gradient
-        return dx, initial, list(asked.sums)
-    return dx, initial, gradients
+        gradients = list(asked.sums)
+    return dx, initial if asked.need_state else (), gradients

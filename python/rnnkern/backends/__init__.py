@@ -9,8 +9,8 @@ A backend is a module with these names; arrays are time-major, C-contiguous and 
     forward(stack, packed, call) -> (final state, saved)
         call is a `stack.Forward`, of which y is filled; saved is what backward needs, None where `call.save` is
     backward(stack, packed, saved, call, asked) -> (dx or None, dstate, gradients)
-        asked is a `stack.Backward`; gradients: a dict like weights for each layer-direction, of the names that are
-        wanted; the others cost no time
+        asked is a `stack.Backward`; dstate: () unless asked for; gradients: a dict like weights for each
+        layer-direction, of the names that are wanted; the others cost no time
     linear_forward(x, weight, bias, y)                 x (rows, inputs), weight (outputs, inputs), y (rows, outputs)
     linear_backward(x, weight, dy, need_x, wanted=("weight", "bias")) -> (dx, dweight, dbias), None where not wanted
 

@@ -121,7 +121,9 @@ def backward(
     """See `backends`; what `call` says is in `saved`."""
     flags = None if asked.wanted is None else [[name in one for name in packed.names] for one in asked.wanted]
     sums = None if asked.sums is None else [[one.get(name) for name in packed.names] for one in asked.sums]
-    dx, dinitial, gradients = packed.backward(saved, asked.dy, asked.dstate, asked.need_x, flags, sums)
+    dx, dinitial, gradients = packed.backward(
+        saved, asked.dy, asked.dstate, asked.need_x, asked.need_state, flags, sums
+    )
     return dx, dinitial, gradients
 
 

@@ -69,7 +69,7 @@ class Eager(torch.autograd.Function):
                 return (None, None, *_again(kernels, rows, x, tensors[:states], tensors[states:], gradients, needs))
             # Keep y, in whose memory the tape is.
             (y, *_), tape = kernels.again(x, tensors[:states], tensors[states:], rows)
-        return (None, None, *kernels.backward(tape, x, gradients, needs[0], states > 0, needs[1 + states :]))
+        return (None, None, *kernels.backward(tape, x, gradients, needs[0], needs[1 : 1 + states], needs[1 + states :]))
 
 
 # Skips the search of `Eager.apply` for transforms of torch.func, which the modules have done by then.
@@ -109,7 +109,7 @@ torch.library.define("rnnkern::forward", f"({_CALL}, bool training, {_STACK}) ->
 torch.library.define(
     "rnnkern::backward",
     f"({_CALL}, Tensor tape, Tensor y, Tensor? dy, Tensor?[] dfinal, bool need_x, "
-    f"bool[] need_weights, {_STACK}) -> Tensor[]",
+    f"bool need_state, bool[] need_weights, {_STACK}) -> Tensor[]",
 )
 
 
@@ -174,15 +174,16 @@ def _backward_operator(
     dy: Tensor | None,
     dfinal: Sequence[Tensor | None],
     need_x: bool,
+    need_state: bool,
     need_weights: Sequence[bool],
     *stack: Any,
 ) -> list[Tensor]:
-    """Gradients of x, of the initial state and of the weights; of x and weights empty tensors unless needed."""
+    """Gradients of x, of the initial state and of the weights; empty tensors where not needed."""
     kernels = kernels_of(*stack, x.dtype)
     known = tape_of(tape, x, y)
     if known is None:
         (y, *_), known = kernels.again(x, state, weights, kernels.rows(x, lengths, resets, seed, dropout))
-    found = kernels.backward(known, x, (dy, *dfinal), need_x, True, need_weights)
+    found = kernels.backward(known, x, (dy, *dfinal), need_x, [need_state] * len(dfinal), need_weights)
     return [x.new_empty(0) if one is None else one for one in found]
 
 
@@ -200,11 +201,13 @@ def _backward_shapes(
     dy: Tensor | None,
     dfinal: Sequence[Tensor | None],
     need_x: bool,
+    need_state: bool,
     need_weights: Sequence[bool],
     *stack: Any,
 ) -> list[Tensor]:
     kernels = kernels_of(*stack, x.dtype)
-    states, weight_shapes = kernels.signature.stack.state_shapes(x.shape[1]), kernels.weight_shapes()
+    states = [shape if need_state else 0 for shape in kernels.signature.stack.state_shapes(x.shape[1])]
+    weight_shapes = kernels.weight_shapes()
     slopes = [shape if need else 0 for shape, need in zip(weight_shapes, need_weights, strict=True)]
     return [x.new_empty(shape) for shape in (x.shape if need_x else 0, *states, *slopes)]
 
@@ -220,11 +223,12 @@ def _differentiate(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, .
     x, lengths, resets, seed, tape, y, *tensors = ctx.saved_tensors
     state, weights = tensors[: ctx.states], tensors[ctx.states :]
     dy, *dfinal, _ = gradients
-    need_x, _, needs, *_ = ctx.needs_input_grad
+    need_x, need_states, needs, *_ = ctx.needs_input_grad
     call = (x, state, weights, lengths, resets, seed, ctx.dropout)
-    dx, *rest = torch.ops.rnnkern.backward(*call, tape, y, dy, dfinal, need_x, needs, *ctx.stack)
+    dx, *rest = torch.ops.rnnkern.backward(*call, tape, y, dy, dfinal, need_x, any(need_states), needs, *ctx.stack)
+    dstate = [one if need else None for one, need in zip(rest, need_states, strict=False)]
     dweights = [one if need else None for one, need in zip(rest[len(dfinal) :], needs, strict=True)]
-    return (dx if need_x else None, rest[: len(state)], dweights, *[None] * (5 + len(ctx.stack)))
+    return (dx if need_x else None, dstate, dweights, *[None] * (5 + len(ctx.stack)))
 
 
 def _differentiate_again(ctx: Any, gradients: Sequence[Tensor | None]) -> Any:

@@ -225,10 +225,10 @@ class Kernels:
         x: Tensor,
         gradients: Sequence[Tensor | None],
         need_x: bool,
-        need_state: bool,
+        need_state: Sequence[bool],
         need_weights: Sequence[bool],
     ) -> list[Tensor | None]:
-        """Gradients of x, of the initial state (left out unless needed) and of the weights; None unless needed.
+        """Gradients of x, of the initial state and of the weights; None where nothing of the kind is needed.
 
         `gradients` are those of y and of the final state.
         """
@@ -239,18 +239,18 @@ class Kernels:
         dy, *dfinal = [None if one is None else array_of(one) for one in gradients]
         stack, from_numpy = self.signature.stack, torch.from_numpy
         if tape.saved is None:
+            passed = stack.filled(tuple(dfinal), batch) if any(need_state) else ()
             return [
                 torch.zeros_like(x) if need_x else None,
-                *[from_numpy(one.copy()) for one in stack.filled(tuple(dfinal), batch) if need_state],
+                *([from_numpy(one.copy()) for one in passed] or [None] * len(need_state)),
                 *[x.new_zeros(shape) for shape in self.weight_shapes()],
             ]
         self._make_way(steps * batch)
         wanted = None if all(need_weights) else self._wanted(need_weights)
-        asked = Backward(dy, tuple(dfinal), need_x, wanted)
+        asked = Backward(dy, tuple(dfinal), need_x, wanted, need_state=any(need_state))
         dx, dinitial, slopes = self.backend.backward(stack, tape.packed, tape.saved, tape.call, asked)
         found = [None if dx is None else from_numpy(dx)]
-        if need_state:
-            found += [from_numpy(one) for one in dinitial]
+        found += [from_numpy(one) for one in dinitial] or [None] * len(need_state)
         if wanted is None:
             return found + [from_numpy(one[key]) for one in slopes for key in self.keys]
         return found + [from_numpy(one[key]) if key in one else None for one in slopes for key in self.keys]
