@@ -200,6 +200,12 @@ def test_a_stream_has_the_bits_of_the_call() -> None:
         with pytest.raises(ValueError, match="state"):
             stream.state = (*stream.state[:-1], (np.zeros(3),) * 2)
         same(stream.step(x[1]), steps[1])
+        for wrong in (np.empty(steps[0].shape, "float16"), x[2], steps[0][:1]):
+            with pytest.raises((TypeError, ValueError), match="out: expected writable, C-contiguous"):
+                stream.step(x[2], out=wrong)
+        out = np.empty_like(steps[2])
+        assert stream.step(x[2], out) is out
+        same(out, steps[2])
     assert "bfloat16" in repr(tagger().freeze("bfloat16").stream()._streams)
 
 

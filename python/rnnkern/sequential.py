@@ -14,7 +14,17 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import as_array, as_floats, as_parameter, chosen_names, describe, flag, row_lengths, seed_or_none
+from .arguments import (
+    as_array,
+    as_floats,
+    as_parameter,
+    check_out,
+    chosen_names,
+    describe,
+    flag,
+    row_lengths,
+    seed_or_none,
+)
 from .functional import Grads, Parameters, add_into, refuse_to_copy
 from .layers import Recurrent
 from .pieces import Dropout, Embedding, Last, Piece
@@ -48,6 +58,7 @@ class _Chain:
     batch_first: bool
     symbols: bool  # whether x is of symbols
     steps: bool  # whether y has steps, which `Last` takes away
+    features: int  # of y
 
     @cached_property
     def recurrent(self) -> list[bool]:
@@ -447,35 +458,39 @@ class SequentialStream:
             if not isinstance(one, Last)
         ]
 
-    def step(self, x_t: Any) -> Array:
+    def step(self, x_t: Any, out: Array | None = None) -> Array:
         """The output of the next step.
 
         Parameters
         ----------
         x_t
             (B, I); where the first piece is an `Embedding` integers (B,).
+        out
+            Where to write the output: (B, F), of the model's dtype, writable, C-contiguous, apart from x_t.
 
         Returns
         -------
         y_t
-            (B, F).
+            (B, F); `out` where given.
 
         Raises
         ------
         ValueError, TypeError
-            x_t is not as above; the message names it. The states are as before.
+            An argument is not as above; the message names it. The states are as before.
         RuntimeError
             Another thread is using the stream.
         """
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("stream: used by two threads at once; give each thread its own `frozen.stream()`")
         try:
-            for step in self._steps:
+            if out is not None:  # before a state moves
+                check_out(out, (self._batch, self._frozen._chain.features), self._frozen._chain.dtype, (x_t,))
+            for step in self._steps[:-1]:
                 x_t = step(x_t)
+            y_t: Array = self._steps[-1](x_t, out=out)
+            return y_t
         finally:
             self._lock.release()
-        y_t: Array = x_t
-        return y_t
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -541,6 +556,7 @@ def _chain(pieces: tuple[Any, ...]) -> _Chain:
         bool(timed and timed[0].batch_first),
         isinstance(pieces[0], Embedding),
         not any(isinstance(one, Last) for one in pieces),
+        sized[-1][1].sizes[1],
     )
 
 
