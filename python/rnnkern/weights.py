@@ -60,7 +60,8 @@ def save(path: AnyPath, state: Mapping[str, Any]) -> None:
     ----------
     path
         File to write; no suffix is added. One that ends in `.safetensors` is of that format, and needs the package
-        `safetensors`; other programs find the arrays in it under their keys, joined by dots.
+        `safetensors`; other programs find the arrays in it under their keys, joined by dots. Its arrays are
+        little-endian: big-endian ones come back as such, of the same values.
     state
         Mapping from str to NumPy arrays and scalars, int, float, str, bool, None, and lists, tuples and mappings of
         these, such as `{"layer": layer.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}`.
@@ -412,12 +413,13 @@ def _safetensors() -> ModuleType:
 
 
 def _add_safetensors(arrays: Arrays, keys: tuple[str, ...], array: NDArray[Any]) -> str:
-    if array.dtype not in _SAFETENSORS_DTYPES.values():
+    dtype = array.dtype.newbyteorder("<")  # the byte order of the format
+    if dtype not in _SAFETENSORS_DTYPES.values():
         raise TypeError(f"{_where(keys)}: expected a dtype that .safetensors files can hold, got {array.dtype}")
     name = ".".join(keys).encode(errors="replace").decode()
     while name in arrays or name == "__metadata__":
         name += "'"
-    arrays[name] = np.array(array, order="C")  # a copy, so that what is written is what the checksum is of
+    arrays[name] = np.array(array, dtype, order="C")  # a copy, so that what is written is what the checksum is of
     return name
 
 
