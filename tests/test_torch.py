@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -389,10 +390,19 @@ def test_a_wrong_option_is_named(subtests):
             rt.GRU(**({"input_size": 3, "hidden_size": 4} | options))
 
 
-def test_a_module_of_another_dtype_says_what_is_supported():
-    """At the call, since `half()` belongs to torch."""
+def test_a_module_of_another_dtype_or_device_says_what_is_supported(subtests):
+    """At the call, since `half()` belongs to torch; also where some of the parameters are of another."""
     with pytest.raises(NotImplementedError, match=r"parameters: .*got torch.bfloat16 on cpu"):
         rt.GRU(3, 4).bfloat16()(X.bfloat16())
+    with pytest.raises(NotImplementedError, match=r"parameters: expected some on cpu, as input, got .* on meta"):
+        rt.GRU(3, 4, device="meta")(X)
+    for kind in (torch.float64, "meta"):
+        module = rt.GRU(3, 4)
+        module.weight_hh_l0 = torch.nn.Parameter(module.weight_hh_l0.to(kind))
+        for call in (module.freeze, partial(module, X)):
+            message = rf"parameters: expected all of torch.float32 on cpu, got weight_hh_l0 of .*{kind}"
+            with subtests.test(str(kind)), pytest.raises(TypeError, match=message):
+                call()
 
 
 @pytest.mark.parametrize("packed", [False, True])

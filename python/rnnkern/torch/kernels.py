@@ -20,6 +20,7 @@ from ..backends.native import native_module
 from ..cells import CELLS
 from ..config import num_threads
 from ..functional import dropout_masks, run, run_packed
+from ..layers import parameter_names
 from ..stack import Backward, Forward, Stack
 
 __all__ = [
@@ -137,10 +138,12 @@ _num_threads = num_threads if native_module() is None else native_module().num_t
 class Kernels:
     """A stack on a backend, from tensors to tensors and without autograd. The state is a tuple, (h,) or (h, c)."""
 
-    def __init__(self, signature: Signature, backend: ModuleType, keys: tuple[str, ...]) -> None:
+    def __init__(self, signature: Signature, backend: ModuleType, keys: tuple[str, ...], dtype: torch.dtype) -> None:
         self.signature = signature
         self.backend = backend
+        self.dtype = dtype
         self.keys = keys  # the weights of a layer-direction, in torch's order
+        self.names = [names[key] for names in parameter_names(signature.stack, "b_ih" in keys) for key in keys]
         self.flops = signature.stack.flops  # of a row of one step
 
     def pack(self, arrays: Sequence[dict[str, Array]], training: bool) -> Any:
@@ -149,6 +152,10 @@ class Kernels:
 
     def arrays(self, weights: Sequence[Tensor]) -> list[dict[str, Array]]:
         """The memory of the weights where they are contiguous, else copies."""
+        for name, one in zip(self.names, weights, strict=True):
+            if one.dtype is not self.dtype or not one.is_cpu:
+                got = f"{name} of {one.dtype} on {one.device}"
+                raise TypeError(f"parameters: expected all of {self.dtype} on cpu, got {got}")
         return self.by_layer([array_of(one) for one in weights])
 
     def by_layer(self, weights: Sequence[Any]) -> list[dict[str, Any]]:
@@ -281,4 +288,4 @@ def kernels_of(
     directions: tuple[bool, ...] = (False, True) if bidirectional else (False,)
     stack = Stack(CELLS[cell], input_size, hidden_size, proj_size, num_layers, directions, DTYPES[dtype])
     keys = tuple(stack.layers[0].weight_shapes(bias, proj_size > 0))
-    return Kernels(Signature(stack), backends.pick(backend), keys)
+    return Kernels(Signature(stack), backends.pick(backend), keys, dtype)

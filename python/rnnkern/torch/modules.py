@@ -243,6 +243,8 @@ class Layers(torch.nn.RNNBase):
             _check_kind("input", x.device, x.dtype)
             if x.dtype is not dtype:
                 raise TypeError(f"input: expected {dtype}, as the parameters are, got {x.dtype}")
+            if weight.is_meta and not x.is_meta:
+                raise NotImplementedError(f"parameters: expected some on {x.device}, as input, got {dtype} on meta")
             if x.device != weight.device:
                 raise NotImplementedError(f"input: expected one on {weight.device}, as the parameters, got {x.device}")
         return x
