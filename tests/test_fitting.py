@@ -6,6 +6,7 @@ import copy
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ RANDOM = np.random.default_rng(3)
 X = RANDOM.standard_normal((T, N, 2)).astype(np.float32)
 TARGET = RANDOM.integers(3, size=(T, N))
 LENGTHS = RANDOM.integers(1, T + 1, size=N)
+RESETS = RANDOM.random((T, N)) < 0.3
 
 
 def model_of(*, last: bool = False) -> rk.Sequential:
@@ -28,10 +30,10 @@ def model_of(*, last: bool = False) -> rk.Sequential:
     return rk.Sequential(*(one for one in pieces if last or not isinstance(one, rk.Last)))
 
 
-def batches(epoch: int) -> Iterator[tuple[Any, ...]]:
+def batches(epoch: int, resets: bool = False) -> Iterator[tuple[Any, ...]]:
     """Three of an epoch, in an order of its own."""
     for part in np.array_split(np.random.default_rng(epoch).permutation(N), 3):
-        yield X[:, part], TARGET[:, part], LENGTHS[part]
+        yield X[:, part], TARGET[:, part], LENGTHS[part], *([RESETS[:, part]] if resets else [])
 
 
 def values(model: Any) -> list[Any]:
@@ -51,15 +53,16 @@ def training(model: rk.Sequential, epochs: int, **options: Any) -> rk.History:
 
 
 def test_fit_takes_the_steps_of_a_loop_by_hand() -> None:
-    """To the same bits, carrying the state or not; losses are means by rows, metrics see no padding."""
-    for carry in (False, True):
+    """To the same bits, carrying the state or not, with resets; losses are means by rows, metrics see no padding."""
+    for carry, resets in ((False, None), (True, None), (True, RESETS)):
+        data = partial(batches, resets=resets is not None)
         model, own = model_of(), model_of()
         optimizer, losses, steps = rk.SGD(own, lr=0.1), [], 0
         for epoch in range(2):
             state, total = None, 0.0
-            for x, target, lengths in batches(epoch):
-                seed = derived_seed(9, steps)
-                y, state, tape = own.forward(x, state if carry else None, lengths=lengths, seed=seed)
+            for x, target, lengths, *cut in data(epoch):
+                seed, cuts = derived_seed(9, steps), cut[0] if cut else None
+                y, state, tape = own.forward(x, state if carry else None, lengths=lengths, resets=cuts, seed=seed)
                 loss, dy = rk.cross_entropy(y, target, lengths)
                 grads = own.backward(tape, dy)
                 rk.clip_grad_norm(grads, 0.5)
@@ -68,14 +71,14 @@ def test_fit_takes_the_steps_of_a_loop_by_hand() -> None:
             losses.append(total / LENGTHS.sum())
         seen = []
         history = rk.fit(
-            model, batches, loss=rk.cross_entropy, epochs=2, optimizer=rk.SGD(model, lr=0.1), max_norm=0.5, seed=9,
-            carry_state=carry, validation=[(X, TARGET, LENGTHS)],
+            model, data, loss=rk.cross_entropy, epochs=2, optimizer=rk.SGD(model, lr=0.1), max_norm=0.5, seed=9,
+            carry_state=carry, validation=[(X, TARGET, LENGTHS, resets)],
             metrics={"rows": lambda y, target, seen=seen: seen.append(y) or len(target)},
         )  # fmt: skip
         assert history.best_epoch == 1
         assert values(model) == values(own)
         assert history.loss == pytest.approx(losses, rel=1e-12)
-        y, _ = model(X, lengths=LENGTHS)
+        y, _ = model(X, lengths=LENGTHS, resets=resets)
         np.testing.assert_array_equal(seen[1], y[np.arange(T)[:, None] < LENGTHS])
         assert history.metrics == {"rows": [LENGTHS.sum()] * 2}
         assert history.validation_loss[1] == rk.cross_entropy(y, TARGET, LENGTHS)[0]

@@ -30,6 +30,7 @@ __all__ = ["History", "fit"]
 Array = NDArray[Any]
 Loss = Callable[..., tuple[float, Any]]
 Metric = Callable[[Array, Array], float]
+_Batch = tuple[Any, Array, Any, Any]  # x, target, and lengths and resets or None
 
 
 @dataclass
@@ -80,7 +81,8 @@ def fit(
         `Sequential`, or a recurrent layer.
     data
         What gives the batches of an epoch each time it is gone through, such as a list, or a function of the number of
-        the epoch, from 0, that does. A batch is (x, target) or (x, target, lengths), as model and loss take them.
+        the epoch, from 0, that does. A batch is (x, target), (x, target, lengths) or (x, target, lengths, resets), as
+        model and loss take them; lengths may be None.
     loss
         A function as `cross_entropy` or `mse`: of y and target the loss and the gradient of y; where a batch has
         lengths and y has steps it is given `lengths` and `batch_first` too.
@@ -161,8 +163,8 @@ def fit(
                 history.ended = "interrupted" if interrupts else f"no better validation for {training.waited} epochs"
                 break
             start, state, mean = time.perf_counter(), None, _Mean()
-            for step, (x, target, lengths) in enumerate(_batches("data", data, epoch), 1):
-                state, value, rows = training.step(x, target, lengths, state if carry else None, loss, max_norm)
+            for step, batch in enumerate(_batches("data", data, epoch), 1):
+                state, value, rows = training.step(batch, state if carry else None, loss, max_norm)
                 mean.add(value, rows)
                 if terminal is not None:
                     terminal.progress(f"epoch {epoch + 1}/{epochs}  step {step}  loss {mean.value:.4g}{training.shown}")
@@ -232,12 +234,11 @@ class _Training:
             return {}
         return {"lengths": lengths} | ({"batch_first": True} if self.model.batch_first else {})
 
-    def step(
-        self, x: Any, target: Array, lengths: Any, state: Any, loss: Loss, max_norm: float | None
-    ) -> tuple[Any, float, int]:
+    def step(self, batch: _Batch, state: Any, loss: Loss, max_norm: float | None) -> tuple[Any, float, int]:
         """Train on one batch; the final state, the loss, and the number of rows it is the mean of."""
+        x, target, lengths, resets = batch
         seed, options = derived_seed(self.seed, self.optimizer.steps), self._of_loss(lengths)
-        y, state, tape = self.model.forward(x, state, lengths=lengths, seed=seed)
+        y, state, tape = self.model.forward(x, state, lengths=lengths, resets=resets, seed=seed)
         value, dy = loss(y, target, **options)
         grads = self.model.backward(tape, dy, need_x=False)
         if max_norm is not None:
@@ -247,14 +248,12 @@ class _Training:
             self.schedule.step()
         return state, float(value), _count(y, options)
 
-    def evaluate(
-        self, batches: Iterator[tuple[Any, Array, Any]], loss: Loss, carry: bool
-    ) -> tuple[float, dict[str, float]]:
+    def evaluate(self, batches: Iterator[_Batch], loss: Loss, carry: bool) -> tuple[float, dict[str, float]]:
         """The loss and the metrics of batches that are not trained on."""
         mean, state, parts = _Mean(), None, []
-        for x, target, lengths in batches:
+        for x, target, lengths, resets in batches:
             options = self._of_loss(lengths)
-            y, state = self.model(x, state if carry else None, lengths=lengths)
+            y, state = self.model(x, state if carry else None, lengths=lengths, resets=resets)
             mean.add(float(loss(y, target, **options)[0]), _count(y, options))
             if self.metrics:
                 parts.append((_rows(y, y, options), _rows(target, y, options)))
@@ -305,20 +304,23 @@ class _Training:
             raise ValueError(f"checkpoint {path}: expected one of this training: {error}") from error
 
 
-def _batches(name: str, data: Any, epoch: int) -> Iterator[tuple[Any, Array, Any]]:
-    """The batches of an epoch: x, target, and lengths or None."""
+def _batches(name: str, data: Any, epoch: int) -> Iterator[_Batch]:
+    """The batches of an epoch."""
     given = data if hasattr(data, "__iter__") or not callable(data) else data(epoch)
     if not hasattr(given, "__iter__") or (given is data and iter(given) is given):
         raise TypeError(f"{name}: expected a list or a function of the epoch, for one pass each, got {describe(data)}")
     none = True
     for batch in given:
-        none, expected = False, f"{name}: expected batches (x, target) or (x, target, lengths)"
+        none, expected = (
+            False,
+            f"{name}: expected batches (x, target) or (x, target, lengths) or (x, target, lengths, resets)",
+        )
         if isinstance(batch, Batch):
             raise TypeError(f"{expected}, got (x, lengths, indices): give x, labels[indices], lengths")
-        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3, 4):
             raise TypeError(f"{expected}, got {describe(batch)}; a single batch is [(x, target)]")
-        x, target, lengths = (*batch, None)[:3]
-        yield x, np.asarray(target), lengths
+        x, target, lengths, resets = (*batch, None, None)[:4]
+        yield x, np.asarray(target), lengths, resets
     if none:
         raise ValueError(f"{name}: expected at least one batch, got none in epoch {epoch}")
 
