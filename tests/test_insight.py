@@ -191,6 +191,28 @@ def test_layers_are_diagnosed_as_if_alone():
         assert one.exponents[0] == pytest.approx(same.exponents[0], rel=0.5)
 
 
+def test_between_resets_are_rows_of_their_own():
+    """With the state where it enters a row, in both directions; a reset past a row's end cuts nothing."""
+    layer, generator = rk.LSTM(3, 4, 2, bidirectional=True, dtype="float64", seed=0), np.random.default_rng(2)
+    x, dy, state = (generator.standard_normal(size) for size in ((7, 2, 3), (7, 2, 8), (2, 4, 2, 4)))
+    lengths, resets = np.array([7, 4]), np.zeros((7, 2), bool)
+    resets[[0, 2, 5], 0] = resets[[4, 6], 1] = True
+    pieces = [(0, 0, 2), (0, 2, 5), (0, 5, 7), (1, 0, 4)]
+    alone = {"x": np.zeros((4, 4, 3)), "dy": np.zeros((4, 4, 8)), "state": np.zeros((2, 4, 4, 4))}
+    for n, (row, start, end) in enumerate(pieces):
+        alone["x"][: end - start, n], alone["dy"][: end - start, n] = x[start:end, row], dy[start:end, row]
+    alone["state"][:, 1::2, 2], alone["state"][:, :, 3] = state[:, 1::2, 0], state[:, :, 1]
+    expected = rk.diagnose(layer, **alone | {"state": tuple(alone["state"])}, lengths=[2, 3, 2, 4])
+    found = rk.diagnose(layer, x, dy, state=tuple(state), lengths=lengths, resets=resets)
+    assert str(found).splitlines()[1:] == str(expected).splitlines()[1:]
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        np.testing.assert_array_equal(one.flow, other.flow)
+        np.testing.assert_array_equal(one.exponents, other.exponents)
+        assert one.sensitivity == other.sensitivity
+    same = layer.forward(x, tuple(state), lengths=lengths, resets=resets)[0][2:5, 0]
+    np.testing.assert_array_equal(same, layer(alone["x"], tuple(alone["state"]), lengths=[2, 3, 2, 4])[0][:3, 1])
+
+
 def test_gates_are_counted_as_they_are():
     """Saturation and memory against the gates of a tape; the activations that a cell declares have these ranges."""
     for cell in CELLS:

@@ -146,6 +146,7 @@ def diagnose(
     *,
     state: Any = None,
     lengths: Any = None,
+    resets: Any = None,
     exponents: int = 8,
     seed: int = 0,
 ) -> Diagnosis:
@@ -177,8 +178,9 @@ def diagnose(
     ----------
     layer
         A layer.
-    x, state, lengths
-        As for a call of the layer: at least one row of at least one step.
+    x, state, lengths, resets
+        As for a call of the layer: at least one row of at least one step. What lies between resets is as rows of their
+        own.
     dy
         Gradient of y, in its shape. None takes, for each row and direction of the last layer, a gradient of length 1 of
         the last h, drawn with `seed`.
@@ -210,7 +212,7 @@ def diagnose(
         raise TypeError(f"layer: expected an RNN, LSTM, GRU or Recurrent, got {describe(layer)}")
     k, generator = integer("exponents", exponents, 1), np.random.default_rng(seed_or_none(seed))
     signature = layer._signature
-    inputs, states, rows, _, unbatched = signature.arguments(x, state, lengths, None)
+    inputs, states, rows, cut, unbatched = signature.arguments(x, state, lengths, resets)
     T, B, _ = inputs.shape
     rows = np.full(B, T) if rows is None else rows
     if not rows.any():
@@ -218,6 +220,9 @@ def diagnose(
     if dy is not None:
         dy = as_parameter("dy", dy, signature.output_shape(T, B, unbatched), signature.dtype)
         dy = signature.from_caller(dy, unbatched)
+    if cut is not None:
+        inputs, states, rows, dy = _between_resets(signature.stack, inputs, states, rows, cut, dy)
+        B = len(rows)
     found = record(signature.stack, layer._weights, inputs, states, rows, dy, generator)
     directions = len(signature.stack.directions)
     return Diagnosis(
@@ -227,6 +232,24 @@ def diagnose(
         ),
         f"{layer!r}: {int(rows.max())} steps, {B} row{'s' * (B != 1)}",
     )
+
+
+def _between_resets(
+    stack: Stack, x: Array, state: Any, lengths: Array, resets: Array, dy: Array | None
+) -> tuple[Array, Any, Array, Array | None]:
+    """The pieces between resets as rows (T', N, .), since neither states nor gradients go from one to the next."""
+    begins = resets & (np.arange(len(x))[:, None] < lengths)
+    begins[0] = lengths > 0
+    row, start = np.nonzero(begins.T)
+    last = np.append(row[1:] != row[:-1], True)
+    first = np.roll(last, 1)
+    pieces = np.where(last, lengths[row], np.roll(start, -1)) - start
+    steps = np.minimum(start + np.arange(pieces.max())[:, None], len(x) - 1)
+    if state is not None:
+        # The initial state enters a row at its first step, unless that is reset, and in reverse at its last.
+        enters = np.array([last if one.reverse else first & ~resets[0, row] for one in stack.layers])
+        state = tuple(np.where(enters[..., None], one[:, row], 0) for one in stack.filled(state, len(lengths)))
+    return x[steps, row], state, pieces, None if dy is None else dy[steps, row]
 
 
 def record(
