@@ -83,9 +83,10 @@ def test_the_programs_of_the_pages_run(subtests, tmp_path, monkeypatch):
 
 
 def test_the_files_that_the_pages_name_are_there():
-    """So that a page changes with the files that it sends its readers to."""
+    """So that a page changes with the files that it sends its readers to, by name or by a link."""
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
-        for name in re.findall(
-            r"`((?:csrc|python|tests|tools|cmake|lab|examples|benchmarks)/[\w./]+)`", page.read_text("utf-8")
-        ):
-            assert (ROOT / name).exists(), f"{page.name}: {name}"
+        text = page.read_text("utf-8")
+        named = re.findall(r"`((?:csrc|python|tests|tools|cmake|lab|examples|benchmarks)/[\w./]+)`", text)
+        linked = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
+        for path in [*(ROOT / name for name in named), *(page.parent / name for name in linked)]:
+            assert path.exists(), f"{page.name}: {path}"
