@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
+#include <optional>
 #include <span>
 #include <string>
 #include <tuple>
@@ -95,6 +97,36 @@ void linear_backward(const py::object& x, const py::object& weight, const py::ob
   call.dbias = arrays.given(dbias, "dbias", {call.outputs}, true);
   if (call.rows > 0) run_linear(call, arrays.dtype, true);
 }
+
+// Runs the kernels over the rows of vectors and matrices: for the sums of their squares, or by `factor`. Returns the
+// sum of all squares, those of a row first.
+double run_rows(const py::list& arrays, double factor, bool measure) {
+  const KernelTable& table = *active().table;
+  double total = 0;
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    if (!py::isinstance<py::array>(arrays[i])) throw py::type_error(Name{"arrays", i}.text() + ": expected an array");
+    const auto& fields = fields_of(arrays[i]);
+    const py::dtype dtype = float_dtype(py::reinterpret_borrow<py::array>(arrays[i]).dtype());
+    if (fields.nd != 1 && fields.nd != 2)
+      throw py::value_error(Name{"arrays", i}.text() + ": expected one or two dimensions");
+    const std::int64_t rows = fields.nd == 2 ? fields.dimensions[0] : 1, columns = fields.dimensions[fields.nd - 1];
+    Rows call{rows, columns, nullptr, nullptr, factor};
+    call.values = bytes_of(
+        checked(arrays[i], {"arrays", i}, dtype, fields.nd == 2 ? Shape{rows, columns} : Shape{columns}, !measure));
+    std::vector<double> squares(measure ? static_cast<std::size_t>(rows) : 0);
+    if (measure) call.squares = squares.data();
+    const Section section = divide_rows(static_cast<double>(rows) * static_cast<double>(columns), num_threads());
+    std::optional<WithoutGil> gil;
+    if (section.expected_ns > kKeepsGil) gil.emplace();
+    run_team(dtype.itemsize() == 4 ? table.rows_f32 : table.rows_f64, &call, section.threads, section.expected_ns,
+             Joining::at_start);
+    total = std::accumulate(squares.begin(), squares.end(), total);
+  }
+  return total;
+}
+
+double sum_of_squares(const py::list& arrays) { return run_rows(arrays, 0, true); }
+void scale(const py::list& arrays, double factor) { run_rows(arrays, factor, false); }
 
 py::array activation(const std::string& name, const py::array& x) {
   const KernelTable& table = *active().table;
@@ -217,7 +249,8 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
            .def("forward", &Packed::forward, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("resets"),
                 py::arg("masks"), py::arg("y"), py::arg("save"))
            .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("need_x"),
-                py::arg("need_state"), py::arg("wanted"), py::arg("sums"))
+                py::arg("need_state"), py::arg("wanted"), py::arg("sums"), py::arg("bound"), py::arg("saturated"),
+                py::arg("flow"))
            .def("plan", &Packed::plan, py::arg("steps"), py::arg("batch"), py::arg("save"), py::arg("backward"))
            .def_property_readonly("names", [](const Packed& self) { return self.names(); })
            .def_property_readonly("isa", [](const Packed& self) { return self.isa(); })
@@ -233,6 +266,9 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"));
   m.def("linear_backward", &linear_backward, py::arg("x"), py::arg("weight"), py::arg("dy"), py::arg("dx"),
         py::arg("dweight"), py::arg("dbias"));
+  m.def("sum_of_squares", &sum_of_squares, py::arg("arrays"),
+        "In float64, the elements of a row first and then the rows; the same on any number of threads.");
+  m.def("scale", &scale, py::arg("arrays"), py::arg("factor"), "Multiplies arrays in place.");
   m.def("activation", &activation, py::arg("name"), py::arg("x"), "One of the kernels' activations, for tests.");
   m.def("measure", &measure, py::arg("name"), py::arg("cell"), py::arg("repeats"), py::arg("elements"),
         py::arg("threads"), py::arg("runs"), "Times a loop that only the machine limits, for rnnkern.limits.");

@@ -5,9 +5,14 @@
 #pragma once
 
 #include "recurrence.h"
+#include "watch.h"
 
 namespace rnnkern {
 namespace {
+
+// What is measured of a row: the square of the norm of each state's gradient, and the saturated units of each gate.
+template <class Cell>
+constexpr int kMeasures = Cell::states + Cell::gates;
 
 template <class Cell, class T>
 struct BackwardScratch {
@@ -21,6 +26,7 @@ struct BackwardScratch {
   T* zeros;                           // [padded H]
   T* values;                          // [block rows, slots, padded H]: with Save::outputs what forward would have saved
   T* given_again[Cell::Step::count];  // [block rows, vectors, padded H]: and given
+  double* measured;                   // [block rows, kMeasures, panels of H]: sums that are asked for, see watch.h
   std::int64_t gate_stride;
   // Of one worker.
   const T **left, **right;                 // [block rows]: of a sum of outer products
@@ -54,6 +60,7 @@ struct BackwardScratch {
     for_each_phase<Cell>([&]<int p>() {
       given_again[p] = arena.take<T>(p < Cell::Step::last ? again * given_in<Cell, p>(sizes) * padded_h : 0);
     });
+    measured = arena.take<double>(measures(call.watch) ? rows * kMeasures<Cell> * Plain::panels<T>(H) : 0);
     arena.take_for_workers(call.max_threads, worker_index, [&] {
       for (const T**& one : before) one = arena.take<const T*>(again);
       left = arena.take<const T*>(rows), right = arena.take<const T*>(rows), outputs = arena.take<T*>(rows);
@@ -111,6 +118,7 @@ class BackwardLoop : protected LayerContext<Cell, T> {
       if (!this->takes_part()) continue;
       this->wait();
       if (layer_.dx) add_to_dx({first, end});
+      if (layer_.flow) report({first, end});
       this->hand_over(call.steps - first);
     }
     return true;
@@ -138,6 +146,35 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     if (Cell::kept[state] == kInOutput) return output(before(t), b);
     if (call.save == Save::outputs) return this->saved_state(state, before(t), b);
     return Loop::saved_row(before(t), b) + Cell::kept[state] * padded_h_;
+  }
+
+  // Says whether dy is added where the gradient is used; else `watch` of a step has added it to the carry.
+  bool adds_dy() const noexcept { return layer_.dy && !watches(call.watch); }
+
+  // What is measured of a row of a block, by panels.
+  double* measured(std::int64_t row, int measure) const noexcept {
+    return s_.measured + (row * kMeasures<Cell> + measure) * Plain::panels<T>(H_);
+  }
+  double total(std::int64_t row, int measure) const noexcept {
+    const double* const parts = measured(row, measure);
+    const std::int64_t units = measure < Cell::states ? shape_.units[measure] : H_;
+    double sum = 0;
+    for (std::int64_t panel = 0; panel < Plain::panels<T>(units); ++panel) sum += parts[panel];
+    return sum;
+  }
+
+  // Writes what was measured of some steps, for this worker's part of their rows.
+  void report(Range steps) const noexcept {
+    const std::int64_t B = call.batch;
+    const Range own = share((steps.end - steps.begin) * B, worker.index, worker.count);
+    for (std::int64_t row = own.begin; row < own.end; ++row) {
+      const std::int64_t i = steps.begin + row / B, t = time(i), b = row % B;
+      T* const to = static_cast<T*>(layer_.flow) + t * B + b;
+      for (int m = 0; m < kMeasures<Cell>; ++m) {
+        const double sum = t < this->length(b) ? total((i - block_first_) * B + b, m) : 0;
+        to[m * call.steps * B] = static_cast<T>(m < Cell::states ? __builtin_sqrt(sum) : sum / static_cast<double>(H_));
+      }
+    }
   }
 
   // What forward has saved of row b in step t of the block at hand.
@@ -327,8 +364,41 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
       for (int s = Cell::Step::projects; s < Cell::states; ++s) s_.prev[s][rows] = this->previous(s, t, b);
       s_.batch_index[rows++] = b;
     }
+    if (watches(call.watch)) watch(rows);
     for_each_phase_backwards<Cell>([&]<int p>() RNNKERN_INLINE_LAMBDA { run_phase<p>(rows, step_in_block % 2 == 1); });
     if constexpr (PhaseOf<Cell, 0>::from == From::nothing) this->wait_if_units();
+  }
+
+  // Adds dy to the gradients of the states after the step, measures and bounds them.
+  __attribute__((noinline)) void watch(std::int64_t rows) noexcept {
+    const Watch& asked = call.watch;
+    const auto for_rows = [&](auto&& body) {
+      for (int s = 0; s < Cell::states; ++s) {
+        const Panels panels = this->panels(Plain::panels<T>(shape_.units[s]));
+        for (std::int64_t i = 0; i < rows; ++i) body(s, s_.batch_index[i], panels, shape_.units[s]);
+      }
+    };
+    for_rows([&](int s, std::int64_t b, Panels panels, std::int64_t units) {
+      const T* const dy = s == 0 && layer_.dy ? this->output_gradient_row(t_, b) : nullptr;
+      watch_row(carry(s, b), dy, panels, units, asked, this->measured(row0_ + b, s));
+    });
+    if (asked.flow) {
+      const Panels panels = this->panels(Plain::panels<T>(H_));
+      for (std::int64_t i = 0; i < rows; ++i) {
+        const std::int64_t b = s_.batch_index[i];
+        const T* const gates = Cell::saved > 0 ? this->saved_row(t_, b) : this->output(t_, b);
+        for (int gate = 0; gate < Cell::gates; ++gate)
+          count_saturated(gates + gate * padded_h_, panels, H_, asked.low[gate], asked.high[gate],
+                          this->measured(row0_ + b, Cell::states + gate));
+      }
+    }
+    if (asked.bound != Bound::norm) return;
+    this->wait_if_units();  // for the sums of the others
+    for_rows([&](int s, std::int64_t b, Panels panels, std::int64_t units) {
+      const T factor = factor_of<T>(asked, this->total(row0_ + b, s));
+      const Range own = units_of<T>(panels, units);
+      if (factor != T{1}) scale(carry(s, b) + own.begin, own.end - own.begin, factor);
+    });
   }
 
   // Takes the gradients of the results of phase p back to what it has taken: to the part of the phase before it, or to
@@ -399,7 +469,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   // dh of a row: what the later steps and the output ask of h.
   RNNKERN_INLINE V output_gradient(std::int64_t b, std::int64_t unit, int count) const noexcept {
     const V later = load<V>(carry(0, b) + unit);
-    return layer_.dy ? later + load_some<V>(this->output_gradient_row(t_, b) + unit, count) : later;
+    return adds_dy_ ? later + load_some<V>(this->output_gradient_row(t_, b) + unit, count) : later;
   }
 
   // Runs the elementwise part of phase p for a vector of units, from the gradients of what it has given. It adds to
@@ -445,6 +515,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   }
 
   std::int64_t t_ = 0, row0_ = 0;
+  const bool adds_dy_ = this->adds_dy();
 };
 
 }  // namespace

@@ -25,6 +25,10 @@ Result in_python(Result (*function)(Parameters...), std::type_identity_t<Paramet
   }
 }
 
+// A call expected to be shorter than this keeps the GIL: giving it up costs 0.1 us, and to get it back from a thread at
+// work in Python may take its whole turn, 5 ms.
+constexpr std::int64_t kKeepsGil = 10'000;  // ns
+
 // While one lives, other Python threads run; but for a look for Ctrl-C once 0.1 s have passed, and every 0.05 s from
 // then on.
 class WithoutGil {

@@ -7,7 +7,7 @@
 
 namespace rnnkern {
 
-constexpr int kMaxStates = 2, kMaxExtras = 4;
+constexpr int kMaxStates = 2, kMaxExtras = 4, kMaxGates = 4;
 
 // I, H and P of a layer-direction; P = H without a projection.
 struct LayerSizes {
@@ -48,6 +48,7 @@ struct Layer {
   const void* dlast[kMaxStates];  // gradients of `last`
   void* dinitial[kMaxStates];     // null: not wanted
   LayerWeights<void*> gradients;  // null: not wanted; else zeroed by the caller
+  void* flow;                     // [states + gates, T*B], see Watch; null: not wanted
 };
 
 // What forward keeps for backward of each step beside y: nothing, what the cell saves of its gates, or only the states
@@ -57,6 +58,19 @@ enum class Save : int { nothing, gates, outputs };
 // What the threads of a call divide among them: the rows of the batch, the units of a layer, or the layer-directions,
 // each of which is one thread's.
 enum class Split : int { rows, units, layers };
+
+// What bounds a row of the gradient of a state after a step, dy added: nothing, its norm, or each element.
+enum class Bound : int { nothing, norm, value };
+
+// What backward does with these gradients beside going on with them. It bounds them; and where `flow` is wanted it
+// measures, of each row of a step, their norms before they are bounded and, for each gate, the share of the units where
+// it is saturated: at most `low` or above `high`. Past a row's end these are zero.
+struct Watch {
+  Bound bound;
+  double most;
+  bool flow;
+  double low[kMaxGates], high[kMaxGates];
+};
 
 // A stack of L layers of D directions, one call; layer-direction (l, d) is layers[l * D + d].
 struct KernelCall {
@@ -69,6 +83,7 @@ struct KernelCall {
   void* const* masked;       // [L-1] of [T, B, D*P]: forward writes y * mask here, the input of the next layer
   Save save;
   Split split;
+  Watch watch;               // of backward
   std::int64_t block_steps;  // steps whose gates are worked on while they are in cache
   std::int64_t part_steps;   // of a block of backward: steps after which dx is there for the layer below
   int max_threads;
@@ -103,6 +118,14 @@ struct CellKernels {
   std::int64_t (*row_grain)(const LayerSizes&, std::int64_t batch, Save) noexcept;  // rows a thread works on together
   Task forward;                                                                     // context: const KernelCall*
   Task backward;                                                                    // the same; null: inference only
+};
+
+// The sum of the squares of each of `rows` rows of `columns` elements, and their product with a factor.
+struct Rows {
+  std::int64_t rows, columns;
+  void* values;
+  double* squares;  // [rows]: written where that is not null
+  double factor;    // by which they are multiplied otherwise
 };
 
 struct LinearKernels {
@@ -144,6 +167,7 @@ struct KernelTable {
   const CellEntry* cells;
   int cell_count;
   LinearKernels linear_f32, linear_f64;
+  Task rows_f32, rows_f64;  // context: const Rows*
   const ActivationKernel* activations;
   int activation_count;
   const ProbeKernel* probes;

@@ -215,6 +215,19 @@ void linear_backward(void* context, Worker& worker) noexcept {
                    s.outputs + rows.begin, false);
 }
 
+template <class T>
+void run_rows(void* context, Worker& worker) noexcept {
+  const Rows& call = *static_cast<const Rows*>(context);
+  const Range own = share(call.rows, worker.index, worker.count);
+  for (std::int64_t row = own.begin; row < own.end; ++row) {
+    T* const values = static_cast<T*>(call.values) + row * call.columns;
+    if (call.squares)
+      call.squares[row] = sum_of_squares(values, call.columns);
+    else
+      scale(values, call.columns, static_cast<T>(call.factor));
+  }
+}
+
 template <class V, V (*function)(V) noexcept>
 void apply(const Scalar<V>* x, Scalar<V>* y, std::int64_t n) noexcept {
   constexpr int lanes = kLanes<Scalar<V>>;
@@ -273,10 +286,10 @@ namespace RNNKERN_ISA {
 extern const KernelTable table;
 constexpr LinearKernels kLinearF32{linear_scratch_bytes<float>, linear_forward<float>, linear_backward<float>};
 constexpr LinearKernels kLinearF64{linear_scratch_bytes<double>, linear_forward<double>, linear_backward<double>};
-const KernelTable table = {Entries<Cells>::all, Cells::count,         kLinearF32,
-                           kLinearF64,          kActivations,         sizeof kActivations / sizeof *kActivations,
-                           Probes<Cells>::all,  Probes<Cells>::count, kLanes<float>,
-                           kLanes<double>};
+const KernelTable table = {
+    Entries<Cells>::all, Cells::count,         kLinearF32,    kLinearF64,
+    run_rows<float>,     run_rows<double>,     kActivations,  sizeof kActivations / sizeof *kActivations,
+    Probes<Cells>::all,  Probes<Cells>::count, kLanes<float>, kLanes<double>};
 
 }  // namespace RNNKERN_ISA
 }  // namespace rnnkern

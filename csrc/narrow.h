@@ -310,6 +310,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
       Mask<V> passes = V{} == V{};  // the gradient of the state to the step before
       if (call.resets)
         passes = this->lanes_where(vector, [&](std::int64_t b) { return !this->cut(layer_.reverse, t, b); });
+      if (watches(call.watch)) watch(s, t, vector, active, step_in_block * call.batch + vector * lanes);
       add_elementwise(s, t, vector, active, passes);
       add_carry(Cell::separate_recurrent ? s.dr : s.dx, vector, active, passes);
 
@@ -378,7 +379,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
       if constexpr (Cell::saved == 0) h = load<V>(s.h + at);
       for (int one = 0; one < Cell::states; ++one) dnew[one] = load<V>(carry[one] + at);
       const V dh = dnew[0];
-      if (layer_.dy) dnew[0] = dh + load<V>(s.dy + at);
+      if (this->adds_dy()) dnew[0] = dh + load<V>(s.dy + at);
       backward_part<Cell, 0>(saved, extra, prev, &h, dnew, dx, dr, dprev, dextra);
 
       for (int gate = 0; gate < gates; ++gate) store(s.dx + gate * H_ * lanes + at, dx[gate]);
@@ -388,6 +389,43 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
       store(carry[0] + at, select<V>(active, dprev[0], dh));
       for (int one = 1; one < Cell::states; ++one)
         store(carry[one] + at, select<V>(active, select<V>(passes, dprev[one], zero<V>()), dnew[one]));
+    }
+  }
+
+  // Adds dy to the gradients of the states after the step, measures and bounds them; as of rows that stand alone.
+  // `row`: number in the block of the first one.
+  __attribute__((noinline)) void watch(const Step& s, std::int64_t t, std::int64_t vector, Mask<V> active,
+                                       std::int64_t row) const noexcept {
+    const Watch& asked = call.watch;
+    const int rows = rows_of(vector);
+    for (int one = 0; one < Cell::states; ++one) {
+      T* const gradient = state(s_.carry[one], vector);
+      double squares[lanes] = {};
+      V factor = set<V>(1);
+      for (std::int64_t at = 0; at < H_ * lanes; at += lanes) {
+        const V carry = load<V>(gradient + at), sum = one == 0 && layer_.dy ? carry + load<V>(s.dy + at) : carry;
+        store(gradient + at, select<V>(active, sum, carry));
+        for (int l = 0; l < lanes; ++l) squares[l] += static_cast<double>(sum[l]) * static_cast<double>(sum[l]);
+      }
+      for (int l = 0; l < rows; ++l) {
+        if (measures(asked)) *this->measured(row + l, one) = squares[l];
+        if (asked.bound == Bound::norm) factor[l] = factor_of<T>(asked, squares[l]);
+      }
+      if (asked.bound == Bound::nothing) continue;
+      for (std::int64_t at = 0; at < H_ * lanes; at += lanes) {
+        const V sum = load<V>(gradient + at);
+        const V less = asked.bound == Bound::norm ? sum * factor : bounded<V>(sum, static_cast<T>(asked.most));
+        store(gradient + at, select<V>(active, less, sum));
+      }
+    }
+    for (int gate = 0; asked.flow && gate < gates; ++gate) {
+      const T* const values = Cell::saved > 0 ? this->saved(t, vector) + gate * H_ * lanes : s.h;
+      for (int l = 0; l < rows; ++l) {
+        std::int64_t count = 0;
+        for (std::int64_t at = l; at < H_ * lanes; at += lanes)
+          count += values[at] <= static_cast<T>(asked.low[gate]) || values[at] > static_cast<T>(asked.high[gate]);
+        *this->measured(row + l, Cell::states + gate) = static_cast<double>(count);
+      }
     }
   }
 

@@ -1,6 +1,7 @@
 #include "packed.h"
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 
 #include "dispatch.h"
@@ -10,10 +11,6 @@
 
 namespace rnnkern {
 namespace {
-
-// A call expected to be shorter than this keeps the GIL: giving it up costs 0.1 us, and to get it back from a thread at
-// work in Python may take its whole turn, 5 ms.
-constexpr std::int64_t kKeepsGil = 10'000;  // ns
 
 // The elements of a state; None is None for each.
 std::vector<py::object> state_elements(const py::object& state, const char* name, std::size_t count) {
@@ -195,15 +192,23 @@ py::tuple Packed::forward(const py::object& x, const py::object& state, const py
 }
 
 py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x,
-                           bool need_state, const Wanted& wanted, const py::object& sums) const {
+                           bool need_state, const Wanted& wanted, const py::object& sums, const GivenBound& bound,
+                           const GivenSaturated& saturated, const py::object& flow) const {
   if (saved.packed_id != id_) throw py::value_error("saved: expected what forward of these weights returned");
   const auto dlast_objects = state_elements(dlast, "dlast", state_count());
   std::vector<std::vector<py::object>> given(layer_directions());
   if (!sums.is_none())
     for (std::size_t i = 0; const py::object& one : elements(sums, "sums", layer_directions()))
       given[i] = elements(one, {"sums", i}, names_.size()), ++i;
+  BackwardCall slopes{};
+  slopes.watch = watch_of(bound, saturated);
+  const std::vector<py::object> flows =
+      slopes.watch.flow ? elements(flow, "flow", layer_directions()) : std::vector<py::object>();
   const std::int64_t T = saved.steps, B = saved.batch;
   check(saved);
+  for (std::size_t i = 0; i < flows.size(); ++i)
+    slopes.flow.push_back(
+        bytes_of(checked(flows[i], {"flow", i}, dtype_, {entry().states + entry().gates, T, B}, true)));
   const auto dfinal = checked_states(dlast_objects, "dlast", B);
   if (!dy.is_none()) checked(dy, "dy", dtype_, {T, B, output_size()});
   const py::object dx = need_x ? py::object(new_array(dtype_, {T, B, input_size()})) : py::none();
@@ -215,7 +220,6 @@ py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::o
   for (std::size_t i = 0; i < layer_directions(); ++i) gradients.push_back(gradients_of(i, wanted, given[i]));
   std::vector<const void*> mask_data;
   const ForwardCall call = call_of(saved, mask_data);
-  BackwardCall slopes{};
   slopes.dy = dy.is_none() ? nullptr : bytes_of(dy), slopes.dlast = bytes_of(dfinal);
   slopes.dx = need_x ? bytes_of(dx) : nullptr, slopes.dinitial = bytes_of(dinitial);
   for (const auto& arrays : gradients) {
@@ -227,6 +231,22 @@ py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::o
   py::list found;
   for (const auto& one : gradients) found.append(dict_of(one));
   return py::make_tuple(dx, tuple_of(dinitial), found);
+}
+
+Watch Packed::watch_of(const GivenBound& bound, const GivenSaturated& saturated) const {
+  Watch watch{};
+  if (bound) {
+    if (bound->first != "norm" && bound->first != "value")
+      throw py::value_error("bound: expected 'norm' or 'value', got '" + bound->first + "'");
+    watch.bound = bound->first == "norm" ? Bound::norm : Bound::value, watch.most = bound->second;
+  }
+  if (!saturated) return watch;
+  if (saturated->size() != static_cast<std::size_t>(entry().gates))
+    throw py::value_error("saturated: expected two bounds for each of " + std::to_string(entry().gates) + " gates");
+  watch.flow = true;
+  for (std::size_t gate = 0; gate < saturated->size(); ++gate)
+    std::tie(watch.low[gate], watch.high[gate]) = (*saturated)[gate];
+  return watch;
 }
 
 // The wanted gradients of layer-direction i: those given, or zeros.

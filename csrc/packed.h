@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -62,13 +63,18 @@ class Packed : public Network {
 
   // Which weights of each layer-direction, in the order of LayerWeights, are to get a gradient; none: all of them.
   using Wanted = std::optional<std::vector<std::vector<bool>>>;
+  using GivenBound = std::optional<std::pair<std::string, double>>;              // "norm" or "value", and how much
+  using GivenSaturated = std::optional<std::vector<std::pair<double, double>>>;  // of each gate: at most, or above
 
   // Returns the gradients of x (None unless need_x), of the initial state (() unless need_state), and of the wanted
   // weights of each layer-direction, in dicts like those they were packed from. None for dlast, or in place of one, is
   // zeros. Gradients of weights are added to those in `sums`, for each layer-direction a list in the order of
-  // `names()`, of which those not wanted are not looked at; None makes new ones.
+  // `names()`, of which those not wanted are not looked at; None makes new ones. The gradients of the states after each
+  // step are bounded by `bound`, and where `saturated` has two bounds for each gate the arrays (states + gates, T, B)
+  // of `flow`, one for each layer-direction, are filled: see Watch.
   py::tuple backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x, bool need_state,
-                     const Wanted& wanted, const py::object& sums) const;
+                     const Wanted& wanted, const py::object& sums, const GivenBound& bound,
+                     const GivenSaturated& saturated, const py::object& flow) const;
 
   // How a training call of this size is divided, and the bytes that NumPy allocates in it beside states, y and
   // gradients: `kept` for as long as there is what it saves, `scratch` while it runs.
@@ -90,6 +96,7 @@ class Packed : public Network {
 
   void pack_next(std::size_t i, const py::object& weights, void* to);
   std::vector<Shape> weight_shapes(std::size_t i) const;
+  Watch watch_of(const GivenBound& bound, const GivenSaturated& saturated) const;
   Gradients gradients_of(std::size_t i, const Wanted& wanted, const std::vector<py::object>& sums) const;
   py::dict dict_of(const Gradients& gradients) const;
   void check(const Saved& saved) const;

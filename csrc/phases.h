@@ -148,7 +148,8 @@ RNNKERN_INLINE V given_by_part(const V* saved, const V* prev) noexcept {
 template <class Cell>
 constexpr bool check_laws() noexcept {
   using Step = typename Cell::Step;
-  static_assert(Cell::states >= 1 && Cell::states <= kMaxStates && Cell::extras >= 0 && Cell::extras <= kMaxExtras);
+  static_assert(Cell::states >= 1 && Cell::states <= kMaxStates && Cell::extras >= 0 && Cell::extras <= kMaxExtras &&
+                Cell::gates <= kMaxGates);
   static_assert(sizeof Cell::kept == Cell::states * sizeof(int) && Cell::kept[0] == kInOutput, "y is h");
   static_assert(
       [] {

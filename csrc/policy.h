@@ -157,6 +157,11 @@ inline Section divide_linear(double flops, int max_threads) noexcept {
   return divide_section(flops / kFlopsPerNs, 2 * kWakeNs, max_threads);
 }
 
+// Squares and factors take about four elements a nanosecond.
+inline Section divide_rows(double elements, int max_threads) noexcept {
+  return divide_section(elements / 4, 2 * kWakeNs, max_threads);
+}
+
 // Helpers, of which a call asks for some.
 constexpr std::int64_t kIdle = 50'000;          // ns; a helper without work sleeps after this
 constexpr std::int64_t kWorthWaking = 100'000;  // ns; waking a sleeping helper costs the caller up to 10 us

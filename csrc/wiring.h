@@ -35,6 +35,8 @@ struct BackwardCall {
   void* dx;                                    // null: not wanted
   States dinitial;                             // null: not wanted, all or none
   std::vector<LayerWeights<void*>> gradients;  // of each layer-direction; null: not wanted; else zeroed by the caller
+  Watch watch;
+  std::vector<void*> flow;  // of each layer-direction, as watch.flow says
 };
 
 // Hands out the parts of `kept`: what the steps of each layer-direction save, the output of each layer but the last,
@@ -100,10 +102,10 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
   }
 }
 
-// Returns the lowest layer of which a gradient is wanted, below which none takes part; the number of layers where none
-// is.
+// Returns the lowest layer of which a gradient is wanted, or what is measured on its way, below which none takes part;
+// the number of layers where none is.
 inline std::size_t lowest_wanted(const Network& network, const BackwardCall& slopes) {
-  if (slopes.dx || slopes.dinitial[0]) return 0;
+  if (slopes.dx || slopes.dinitial[0] || slopes.watch.flow) return 0;
   const auto found = std::ranges::find_if(slopes.gradients, [](const LayerWeights<void*>& to) {
     return to.w_ih || to.w_hh || to.b_ih || to.b_hh || to.w_hr || std::ranges::any_of(to.extra, std::identity{});
   });
@@ -130,6 +132,7 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
     one.add_to_dx = i % network.directions() > 0;
     if (one.add_to_dx && one.dx && aside) one.dx = aside, one.add_to_dx = false;
     one.gradients = slopes.gradients[i];
+    one.flow = slopes.watch.flow ? slopes.flow[i] : nullptr;
     for (std::size_t s = 0; s < network.state_count(); ++s) {
       one.dlast[s] = network.state_of(slopes.dlast, s, i, call.batch);
       one.dinitial[s] = network.state_of(slopes.dinitial, s, i, call.batch);
@@ -160,6 +163,7 @@ void run(const Network& network, const ForwardCall& call, const BackwardCall* sl
   kernel_call.lengths = call.lengths, kernel_call.resets = call.resets;
   kernel_call.masks = call.masks, kernel_call.masked = masked.data();
   kernel_call.save = call.save;
+  if (backward) kernel_call.watch = slopes->watch;
   const Plan plan = network.complete(kernel_call, layers, backward, lowest);
   const std::int64_t own = network.kernels().scratch_bytes(kernel_call, backward);
   const std::int64_t between_bytes = kept && !backward ? 0 : network.between_bytes(kernel_call);

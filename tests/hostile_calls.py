@@ -562,8 +562,16 @@ class Native:
             "need_state": self.rng.random() < 0.5,
             "wanted": self.rng.choice((None, self.wanted(stack, bias))),
             "sums": self.rng.choice((None, self.sums(stack, bias))),
+            "bound": self.rng.choice((None, ("norm", 1.0), ("value", 0.5))),
+            "saturated": self.rng.choice((None, stack.cell.saturated)),
+            "flow": self.flow(stack),
         }
         return packed.backward, arguments, ("sums",)
+
+    def flow(self, stack: Stack) -> list[Any]:
+        """Arrays for what is measured of each layer-direction in (5, 2, ...)."""
+        shape = (len(stack.cell.states) + len(stack.cell.gates), 5, 2)
+        return [np.zeros(shape, stack.dtype) for _ in stack.layers]
 
     def sums(self, stack: Stack, bias: bool) -> list[list[Any]]:
         """Arrays to add gradients to, of which one may be missing."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from rnnkern.cells import CELLS
+from rnnkern.layers import PARAMETER_NAMES
+from rnnkern.reference import forward_layer
 from rnnkern.testing import Problem, assert_accurate, assert_directional, inputs, layer_of, numerical_gradients, run
 
 SIZES = [
@@ -138,3 +143,79 @@ def test_x_beyond_the_lengths_is_never_read(cell, backend, B, H):
     assert (grads.x[beyond] == 0).all()
     for name, gradient in grads.parameters.items():
         assert np.array_equal(gradient, expected.parameters[name]), name
+
+
+def taken_back_by_hand(problem, bound):
+    """The gradients of a layer with bounds on those of the states, and their norms before, of each row by itself.
+
+    A step is taken back by its Jacobian, from complex steps of the forward of that step alone, which no backward code
+    enters.
+    """
+    drawn, sizes, P = inputs(problem), problem.stack.layers[0], problem.stack.state_size
+    widths, end = [shape[-1] for shape in problem.stack.state_shapes(1)], problem.I
+    (weights,) = drawn.weights
+    shapes = {"x": (end,)} | dict(zip(problem.stack.cell.states, ((width,) for width in widths), strict=True))
+    shapes |= {name: one.shape for name, one in weights.items()}
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+
+    def split(flat):
+        return dict(zip(shapes, np.split(flat, ends[:-1]), strict=True))
+
+    def step(flat):
+        parts = {name: part.reshape(shapes[name]) for name, part in split(flat).items()}
+        y, state = np.empty((1, 1, P), np.clongdouble), [parts.pop(name)[None] for name in problem.stack.cell.states]
+        new, _ = forward_layer(sizes, parts, parts.pop("x")[None, None], state, None, None, y)
+        return np.concatenate([one[0] for one in new])
+
+    found = {"dx": np.zeros_like(drawn.x), **{f"d{name}": 0 for name in weights}}
+    found |= {f"d{name}": one[0].copy() for name, one in zip(problem.stack.cell.states, drawn.dstate, strict=True)}
+    norms = {name: np.zeros((problem.T, problem.B)) for name in problem.stack.cell.states}
+    flat_weights = np.concatenate([one.ravel() for one in weights.values()])
+    for b in range(problem.B):
+        state, steps = (
+            [one[0, b] for one in drawn.state],
+            range(problem.T if drawn.lengths is None else drawn.lengths[b]),
+        )
+        cuts = [drawn.resets is not None and drawn.resets[t, b] for t in steps]
+        jacobians = []
+        for t in steps:
+            before = [0 * one if cuts[t] else one for one in state]
+            flat = np.concatenate([drawn.x[t, b], *before, flat_weights]).astype(np.clongdouble)
+            moved = flat + 1e-30j * np.eye(len(flat))
+            jacobians.append(np.stack([step(one).imag * 1e30 for one in moved], 1))
+            state = np.split(step(flat).real, np.cumsum(widths)[:-1])
+        after = [one[0, b].astype(np.longdouble) for one in drawn.dstate]
+        for t in reversed(steps):
+            after[0] = after[0] + drawn.dy[t, b]
+            for s, name in enumerate(norms):
+                norms[name][t, b] = norm = np.sqrt(sum(one * one for one in after[s]))
+                if bound[0] == "value":
+                    after[s] = np.array([min(max(one, -bound[1]), bound[1]) for one in after[s]])
+                elif norm > bound[1]:
+                    after[s] = after[s] * bound[1] / norm
+            parts = split(np.concatenate(after) @ jacobians[t])
+            found["dx"][t, b] = parts["x"]
+            after = [(0 if cuts[t] else 1) * parts[name] for name in norms]
+            for name, one in weights.items():
+                found[f"d{name}"] = found[f"d{name}"] + parts[name].reshape(one.shape)
+        for name, one in zip(norms, after, strict=True):
+            found[f"d{name}"][b] = one
+    return found, norms
+
+
+def test_bounded_gradients_are_those_of_steps_taken_back_by_hand():
+    """With `clip_state` each row of each gradient of a state is bounded at each step; `flow` saw it before that."""
+    kinds = [(cell, 0) for cell in CELLS] + [(cell, 2) for cell in CELLS if CELLS[cell].projects]
+    bounds = ("norm", 0.5), ("value", 0.2)
+    sizes = {"T": 4, "B": 3, "I": 2, "H": 3, "dtype": "float64", "lengths": True, "resets": True}
+    for number, (cell, projected) in enumerate(kinds * 2):
+        bound = bounds[number < len(kinds)]
+        problem = Problem(cell, proj_size=projected, clip_state=bound, diagnostics=True, **sizes)
+        found, norms = taken_back_by_hand(problem, bound)
+        exact = {f"norm_d{name}_l0": one for name, one in norms.items()} | {"dx": found["dx"]}
+        exact |= {f"d{name}": found[f"d{name}"][None] for name in norms}
+        exact |= {f"d{PARAMETER_NAMES.get(one, one)}_l0": found[f"d{one}"] for one in inputs(problem).weights[0]}
+        for backend in ("native", "reference"):
+            results, free = run(problem, backend), run(replace(problem, clip_state=None), backend)
+            assert not np.allclose(results["dx"], free["dx"])
+            assert_accurate(problem, {name: results[name] for name in exact}, exact)

@@ -162,6 +162,21 @@ def test_the_numbers_are_those_of_plain_derivatives():
         assert found.reach == np.flatnonzero(exact["flow"] > 0.01).max()
 
 
+def test_what_backward_sees_is_what_diagnose_says():
+    """The flow of one row by lag, and how many units of each gate are saturated, of all layers and directions."""
+    for cell in CELLS:
+        problem = Problem(cell, T=9, B=1, H=8, dtype="float64", num_layers=2, bidirectional=True, loss="steps")
+        drawn, layer = inputs(problem), layer_of(problem, "reference")
+        flow = layer.backward(layer.forward(drawn.x)[2], drawn.dy, diagnostics=True).flow
+        for one in rk.diagnose(layer, drawn.x, drawn.dy).layers:
+            order = slice(None, None, 1 if "reverse" in one.name else -1)
+            squares = [np.square(flow.norms[f"{state}_{one.name}"][order, 0]) for state in CELLS[cell].states]
+            np.testing.assert_array_max_ulp(one.flow_of_h, np.sqrt(squares[0]), 2)
+            np.testing.assert_array_max_ulp(one.flow, np.sqrt(sum(squares)), 2)
+            for gate, share in one.saturation.items():
+                assert share == flow.saturation[f"{gate}_{one.name}"].mean()
+
+
 def test_layers_are_diagnosed_as_if_alone():
     """A stack of both directions: each layer as by itself with the gradient that comes from above."""
     stack = rk.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2, batch_first=True, dtype="float64", seed=0)

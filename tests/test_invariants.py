@@ -146,7 +146,7 @@ def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, s
 
 
 def test_every_way_to_save_gives_the_same_bits(cell, native):
-    """Gradients too, of layers in lanes, of shared units, of layers side by side, with dropout, lengths and resets."""
+    """Gradients and what they were on their way, of layers in lanes, shared units and side by side, with all options."""
     both_ways: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "lengths": True, "resets": True}
     one_way: dict[str, Any] = {"num_layers": 3, "dropout": 0.3, "lengths": True, "resets": True}
     for T, B, I, H, stack in (
@@ -156,7 +156,7 @@ def test_every_way_to_save_gives_the_same_bits(cell, native):
         (300, 1, 20, 40, both_ways),
         (50, 5, 5, 20, one_way),
     ):
-        problem = Problem(cell, T=T, B=B, I=I, H=H, **stack)
+        problem = Problem(cell, T=T, B=B, I=I, H=H, clip_state=("norm", 1.0), diagnostics=True, **stack)
         expected = run(problem, native)
         for save in SAVES if "bidirectional" not in stack else SAVES[:2]:
             same(run(problem, native, save=save), expected)

@@ -26,6 +26,7 @@ from rnnkern.cells import CELLS
 from rnnkern.testing import (
     Problem,
     assert_accurate,
+    backward_options,
     infer,
     inputs,
     layer_of,
@@ -178,6 +179,8 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "resets": (False, True),
     "bias": (True, False),
     "loss": ("both", "steps", "final"),
+    "clip_state": (None, ("norm", 0.5), ("value", 0.1)),
+    "diagnostics": (False, True),
 }
 
 
@@ -278,7 +281,8 @@ def passes(problem: Problem, x: Any, dy: Any, rows: slice = slice(None)) -> Resu
     lengths = None if drawn.lengths is None else drawn.lengths[rows]
     resets = None if drawn.resets is None else drawn.resets[:, rows]
     y, state, tape = layer.forward(x[:, rows], chosen(drawn.state), lengths=lengths, resets=resets, seed=0)
-    grads = layer.backward(tape, None if dy is None else dy[:, rows], chosen(drawn.dstate))
+    dy = None if dy is None else dy[:, rows]
+    grads = layer.backward(tape, dy, chosen(drawn.dstate), **backward_options(problem))
     return {"y": y} | named_states(problem, state) | named_gradients(problem, grads)
 
 
@@ -356,7 +360,8 @@ def test_a_sequence_in_pieces_is_the_sequence_at_once(case: Case) -> None:
                 tapes.append(tape)
             dstate, dxs = state_of(drawn.dstate), []
             for piece, tape in zip(reversed(pieces), reversed(tapes), strict=True):
-                grads = layer.backward(tape, None if drawn.dy is None else drawn.dy[piece], dstate)
+                dy = None if drawn.dy is None else drawn.dy[piece]
+                grads = layer.backward(tape, dy, dstate, clip_state=problem.clip_state)
                 dstate = grads.state
                 dxs.insert(0, grads.x)
             gradients = {"dx": np.concatenate(dxs)} | named_states(problem, dstate, "d")

@@ -9,7 +9,7 @@ import pytest
 
 import rnnkern as rk
 from rnnkern.cells import CELLS
-from rnnkern.testing import Problem, assert_accurate, inputs, named_gradients, named_states
+from rnnkern.testing import Problem, assert_accurate, inputs, named_gradients, named_states, run
 
 # What both have: how torch makes the cell, and how we do.
 MODULES = {
@@ -192,3 +192,33 @@ def test_tensors_are_inputs(torch):
     assert np.array_equal(layer(x)[0], layer(x.numpy())[0])
     with pytest.raises(TypeError, match=r"x: expected an array on the CPU, got Tensor of torch.float32: .*gradient"):
         layer(x.requires_grad_())
+
+
+def test_the_norms_of_flow_are_those_that_torch_retains(torch):
+    """Of the states that cells hand on from step to step, each row by itself, in a stack of two layers."""
+    for cell, name in (("rnn_tanh", "RNNCell"), ("lstm", "LSTMCell"), ("gru", "GRUCell")):
+        problem = Problem(cell, T=7, B=4, I=5, H=9, num_layers=2, diagnostics=True)
+        drawn, handed_on, names = inputs(problem), {}, [f"{state}_l{layer}" for layer in (0, 1) for state in "hc"]
+        dy, x = torch.tensor(drawn.dy).double(), torch.tensor(drawn.x).double()
+        for layer, weights in enumerate(drawn.weights):
+            module = getattr(torch.nn, name)(x.shape[-1], problem.H, dtype=torch.float64)
+            with torch.no_grad():
+                for (_, parameter), given in zip(module.named_parameters(), weights.values(), strict=True):
+                    parameter.copy_(torch.tensor(given))
+            state, outputs = [torch.tensor(part[layer]).double() for part in drawn.state], []
+            for x_t in x:
+                new = module(x_t, tuple(state) if cell == "lstm" else state[0])
+                state = [one.clone().requires_grad_() for one in (new if cell == "lstm" else (new,))]
+                for one, kept in zip(names[2 * layer :], state, strict=False):
+                    kept.retain_grad()
+                    handed_on.setdefault(one, []).append(kept)
+                outputs.append(state[0])
+            x = torch.stack(outputs)
+            for part, given in zip(state, drawn.dstate, strict=True):
+                part.backward(torch.tensor(given[layer]).double(), retain_graph=True)
+        x.backward(dy)
+        exact = {
+            f"norm_d{one}": np.array([h.grad.norm(dim=1).numpy() for h in kept]) for one, kept in handed_on.items()
+        }
+        results = run(problem)
+        assert_accurate(problem, {one: results[one] for one in exact}, exact)

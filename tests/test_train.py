@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import rnnkern as rk
+from rnnkern import clipping, reference
 
 LENGTHS = [0, 5, 2, 4]  # of rows of 5 steps
 
@@ -392,6 +393,49 @@ def test_clipping_takes_what_backward_returns() -> None:
     assert rk.clip_grad_norm([grads], math.inf) == pytest.approx(1, abs=1e-6)
     rk.clip_grad_value(grads, 0.1)
     assert np.abs(grads.parameters["weight"]).max() == np.float32(0.1)
+
+
+def test_backward_clips_the_gradients_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bits of clipping them afterwards, on any number of threads; a norm that is known is not measured again."""
+    model = rk.Sequential(rk.LSTM(100, 130, 2, seed=0), rk.Linear(130, 2, seed=1))
+    layer, head = model.pieces
+    x, before = np.random.default_rng(0).standard_normal((5, 2, 130)), rk.num_threads()
+    tapes = [(one, *one.forward(x if one is head else x[..., :100])) for one in (model, layer, head)]
+    for one, y, *_, tape in tapes:
+        plain, found = one.backward(tape, y), []
+        squares = sum(float(np.square(a, dtype=np.float64).sum()) for a in plain.parameters.values())
+        for threads in (1, 3):
+            rk.set_num_threads(threads)
+            found.append(one.backward(tape, y, max_norm=0.5))
+        rk.set_num_threads(before)
+        norm = rk.clip_grad_norm(plain, 0.5)
+        assert norm == pytest.approx(math.sqrt(squares), rel=1e-14)
+        for grads in found:
+            assert grads.norm == norm
+            assert all(np.array_equal(grads.parameters[name], plain.parameters[name]) for name in plain.parameters)
+        by_value = one.backward(tape, y, clip_value=0.01)
+        assert max(np.abs(gradient).max() for gradient in by_value.parameters.values()) == np.float32(0.01)
+    both = [one.backward(tape, y, max_norm=math.inf) for one, y, *_, tape in tapes[1:]]
+    expected = rk.clip_grad_norm([one.backward(tape, y) for one, y, *_, tape in tapes[1:]], 0.1)
+    with monkeypatch.context() as patched:
+        patched.setattr(clipping, "_sum_of_squares", None)
+        assert rk.clip_grad_norm(both, 0.1) == expected
+        assert rk.clip_grad_norm(both, math.inf) == pytest.approx(0.1, rel=1e-4)
+    (one, y, *_, tape), *_ = tapes
+    for options, message in (
+        ({"max_norm": 1.0, "clip_value": 1.0}, "max_norm: expected None with clip_value, got 1.0"),
+        ({"max_norm": 1.0, "into": one.backward(tape, y)}, "max_norm: expected None with into, got 1.0"),
+        ({"max_norm": 0.0}, "max_norm: expected a number > 0"),
+        ({"clip_value": -1}, "clip_value: expected a number > 0"),
+        ({"clip_state": ("norms", 1.0)}, r"clip_state: expected \('norm', bound\) or \('value', bound\), got"),
+        ({"clip_state": ("norm", math.nan)}, r"clip_state\[1\]: expected a finite number > 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            one.backward(tape, y, **options)
+    monkeypatch.delattr(reference, "watches")
+    one = rk.GRU(3, 4, backend="reference")
+    with pytest.raises(ValueError, match=r"clip_state: expected None with the backend 'reference'.*backend='native'"):
+        one.backward(one.forward(np.ones((2, 3)))[2], clip_state=("norm", 1.0))
 
 
 def _read_only() -> np.ndarray:

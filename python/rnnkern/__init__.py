@@ -2,6 +2,7 @@
 
 from . import convert, data, init
 from .backends import BackendUnavailableError, backend_names
+from .clipping import clip_grad_norm, clip_grad_value
 from .config import num_threads, set_num_threads, show_config
 from .fitting import History, fit
 from .functional import Grads, Tape, backward, forward
@@ -13,7 +14,7 @@ from .pieces import Dropout, Embedding, Last, last, last_gradient
 from .planning import Division, Explanation, MemoryPlan, explain, memory_plan
 from .schedules import CosineSchedule, PlateauSchedule, StepSchedule
 from .sequential import FrozenSequential, Sequential, SequentialStream
-from .train import SGD, Adam, AdamW, Linear, clip_grad_norm, clip_grad_value
+from .train import SGD, Adam, AdamW, Linear
 from .truncated import tbptt
 from .weights import load, save
 

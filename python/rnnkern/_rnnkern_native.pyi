@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'activation', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'set_num_threads', 'stream', 'supply', 'use_isa']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'activation', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'scale', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_isa']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -30,7 +30,7 @@ class Packed:
     """
     The weights of a stack, packed for the ISA that was active when it was made.
     """
-    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool, need_state: bool, wanted: collections.abc.Sequence[collections.abc.Sequence[bool]] | None, sums: typing.Any) -> tuple:
+    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool, need_state: bool, wanted: collections.abc.Sequence[collections.abc.Sequence[bool]] | None, sums: typing.Any, bound: tuple[str, typing.SupportsFloat | typing.SupportsIndex] | None, saturated: collections.abc.Sequence[tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex]] | None, flow: typing.Any) -> tuple:
         ...
     def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any) -> tuple:
         ...
@@ -117,10 +117,18 @@ def reserve() -> Reserve:
     ...
 def run(stack: tuple[str, str, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any, reserve: typing.Any) -> tuple:
     ...
+def scale(arrays: list, factor: typing.SupportsFloat | typing.SupportsIndex) -> None:
+    """
+    Multiplies arrays in place.
+    """
 def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def stream(packed: Packed, batch: typing.SupportsInt | typing.SupportsIndex, arguments: typing.Any) -> Steps:
     ...
+def sum_of_squares(arrays: list) -> float:
+    """
+    In float64, the elements of a row first and then the rows; the same on any number of threads.
+    """
 def supply() -> tuple[int, int]:
     """
     The CPUs of this machine, and the threads on it that have one or wait for one now, 0 where that is not known.

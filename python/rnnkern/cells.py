@@ -19,11 +19,16 @@ A cell with two dependent products a step also has `prepare` and `prepare_backwa
 
 from __future__ import annotations
 
+import math as numbers
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 __all__ = ["CELLS", "NONLINEARITIES", "Cell", "CellMath", "Math", "cell_of_nonlinearity", "table"]
+
+
+# Where an activation hardly has a slope: at or below the first of these, and above the second.
+SATURATED = {"sigmoid": (0.1, 0.9), "tanh": (-0.9, 0.9), "relu": (0.0, numbers.inf)}
 
 
 class Math(Protocol):
@@ -73,6 +78,11 @@ class Cell:
     separate_gates: tuple[str, ...] = ()  # use x[g] and r[g] apart and not their sum, so that two biases do not merge
     nonlinearity: str = ""  # what `rnnkern.RNN` calls it, of the cells which that layer chooses from
     source: str = ""  # the paper
+
+    @property
+    def saturated(self) -> list[tuple[float, float]]:
+        """Of each gate: it is saturated at or below the first of these, and above the second."""
+        return [SATURATED[activation] for activation in self.activations]
 
     def __reduce__(self) -> tuple[Callable[[str], Cell], tuple[str]]:
         return _cell, (self.name,)  # by name: functions made in functions cannot be pickled

@@ -65,20 +65,27 @@ def backward(
         dy = None if asked.dy is None else asked.dy[first:last]
         to = None if dx is None else dx[first:last]
         part_asked = asked._replace(dy=dy, dstate=dstate, sums=sums, need_state=True)
-        dstate, sums = _run_segment(backend, stack, packed, part, part_asked, to)
+        dstate, sums = _run_segment(backend, stack, packed, part, part_asked, to, slice(first, last))
         dstate = _cut(stack, call, dstate, last)
     return dx, stack.filled(dstate, call.x.shape[1]), sums
 
 
 def _run_segment(
-    backend: ModuleType, stack: Stack, packed: Any, part: Forward, asked: Backward, dx: Array | None
+    backend: ModuleType, stack: Stack, packed: Any, part: Forward, asked: Backward, dx: Array | None, steps: slice
 ) -> tuple[State, Any]:
-    """The gradients of the state before a segment and of the weights; fills dx. What is kept of the segment goes."""
+    """The gradients of the state before a segment and of the weights; fills dx, and flow of its steps. What is kept of
+    the segment goes.
+    """
     part = part._replace(y=np.empty_like(part.y))  # the tape's is left alone
+    flow = asked.flow
+    if flow is not None:
+        asked = asked._replace(flow=[one[:, steps].copy() for one in flow])
     kept = backend.forward(stack, packed, part)[1]
     dx_part, dstate, sums = backend.backward(stack, packed, kept, part, asked)
     if dx is not None:
         dx[...] = dx_part
+    for whole, of_part in zip(flow or (), asked.flow or (), strict=True):
+        whole[:, steps] = of_part
     return dstate, sums
 
 

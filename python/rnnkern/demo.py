@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from . import reference, testing
 from .cells import CELLS
+from .clipping import clip_grad_norm
 from .layers import Recurrent, parameter_names
 from .losses import cross_entropy
 from .reference import EXACT, Arithmetic
 from .stack import Backward, Forward, Stack, State, backward_by_layer, forward_by_layer
 from .text import Symbols, Text, read_text, witten_bell_bits
-from .train import Adam, Linear, clip_grad_norm
+from .train import Adam, Linear
 from .weights import load, save
 
 __all__ = ["Options", "Session", "Terminal", "new_session", "one_hot", "prepare", "run", "train"]

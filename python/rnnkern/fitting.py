@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import check_names, describe, flag, integer, positive, seed_or_none
+from .clipping import clip_grad_norm
 from .data import Batch
 from .layers import Recurrent
 from .schedules import CosineSchedule, PlateauSchedule, StepSchedule
 from .sequential import Sequential, derived_seed
 from .terminal import Terminal
-from .train import SGD, Adam, clip_grad_norm
+from .train import SGD, Adam
 from .weights import load, save
 
 __all__ = ["History", "fit"]

@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import backends, checkpoints, reference
-from .arguments import Signature, as_array, as_parameter, check_names, check_out, chosen_names, describe, flag
+from .arguments import Signature, as_array, as_parameter, check_names, check_out, chosen_names, describe, flag, positive
 from .cells import CELLS, Cell
 from .checkpoints import Checkpoints, Masks
+from .clipping import clip_grad_value, norm_of, scale_down
 from .copies import shared
 from .stack import Backward, Forward, GivenState, LayerSizes, Stack, State, Weights
 
-__all__ = ["Grads", "Parameters", "Tape", "backward", "forward"]
+__all__ = ["Flow", "Grads", "Parameters", "Tape", "backward", "forward"]
 
 SAVES = ("gates", "outputs", "checkpoint")  # what a tape may keep, the fastest first
 
@@ -118,6 +119,20 @@ class Tape:
         return f"Tape({stack.cell.name}, T={steps}, B={batch}, {stack.dtype}, {self.backend.name})"
 
 
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """What a backward saw of the gradients on their way: for each layer and direction (T, B), unbatched (T,).
+
+    Time comes first whatever `batch_first`; past a row's end there are zeros.
+    """
+
+    # Of dL/dh_t, and of an LSTM dL/dc_t, by `h_l0`, `c_l1_reverse`, ...: the gradients of the state with which later
+    # steps go on, as `grads.state` is that of the initial one; with dy_t added, and before `clip_state` bounds them.
+    norms: Mapping[str, Array]
+    # By `f_l0`, ...: the share of the units where a gate is at most 0.1 or above 0.9, tanh beyond 0.9, relu at 0.
+    saturation: Mapping[str, Array]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Grads:
     """Gradients: of x and of the parameters, as asked for, and of the initial state (structured like it)."""
@@ -125,9 +140,16 @@ class Grads:
     x: Array | None  # None with `need_x=False`
     state: Any  # an array, or a tuple of one for each state of the cell; of a Sequential a tuple of these
     parameters: Mapping[str, Array]
+    norm: float | None = None  # 2-norm of all parameters' gradients, before `max_norm` scaled them; None without it
+    flow: Any = None  # a `Flow` with `diagnostics=True`, else None; of a Sequential a tuple like `state`
+    known_norm: float | None = field(default=None, init=False)  # the norm now, for whoever clips next
+
+    def remember_norm(self, norm: float | None) -> None:
+        """What `known_norm` is from now on; None where it must be measured again."""
+        object.__setattr__(self, "known_norm", norm)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"x": shared(self.x), "state": shared(self.state), "parameters": self.parameters}
+        return self.__dict__ | {"x": shared(self.x), "state": shared(self.state)}
 
     def __copy__(self) -> Grads:
         return copy.deepcopy(self)  # a copy has arrays of its own
@@ -227,6 +249,10 @@ def backward(
     *,
     need_x: bool = True,
     parameters: bool | Iterable[str] = True,
+    max_norm: float | None = None,
+    clip_value: float | None = None,
+    clip_state: tuple[str, float] | None = None,
+    diagnostics: bool = False,
     into: Grads | None = None,
 ) -> Grads:
     """Gradients of one `forward`; Werbos 1990, "Backpropagation through time".
@@ -245,6 +271,8 @@ def backward(
     parameters
         Which weights get a gradient: True for all, False for none, or their names. What is not asked for costs no time
         and changes no bit of the rest.
+    max_norm, clip_value, clip_state, diagnostics
+        As for `backward` of the layers.
     into
         Gradients of an earlier backward of the same shapes; what is asked for is added to them, in place.
 
@@ -252,7 +280,7 @@ def backward(
     -------
     Grads
         `x` (None without `need_x`), `state` (of the initial state) and `parameters`, with the keys and shapes of
-        `weights`, those that are asked for. With `into`, that object.
+        `weights`, those that are asked for; `norm` and `flow`, where they are. With `into`, that object.
 
     Raises
     ------
@@ -260,7 +288,9 @@ def backward(
         An argument is not as above; the message names it.
     """
     check_tape(tape, None)
-    return run_backward(tape, dy, dstate, need_x, parameters, into)
+    return run_backward(
+        tape, dy, dstate, need_x, parameters, Limits(max_norm, clip_value, into), clip_state, diagnostics
+    )
 
 
 def _stack_of(cell: Cell, weights: Mapping[str, Any], reverse: bool) -> Stack:
@@ -478,8 +508,7 @@ def read_gates(tape: Tape) -> Mapping[str, Array]:
     cell, steps = stack.cell, np.arange(len(call.x))
     past_end = None if call.lengths is None else steps[:, None] >= call.lengths
     gates: dict[str, Array] = {}
-    for names, values in zip(tape.names, _saved_values(tape), strict=True):
-        suffix = names["w_ih"].removeprefix("weight_ih").removeprefix("w_ih")
+    for suffix, values in zip(_suffixes(tape.names), _saved_values(tape), strict=True):
         for name, value in zip(cell.saved, values, strict=True):
             if name not in (*cell.gates, *cell.states):  # what only backward needs
                 continue
@@ -513,11 +542,64 @@ def _saved_values(tape: Tape) -> Sequence[Sequence[Array]]:
     return reference.saved_values(exact, saved, call)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What is done with the gradients of a backward in the end."""
+
+    max_norm: float | None
+    clip_value: float | None
+    into: Grads | None
+
+    def __post_init__(self) -> None:
+        for name in ("max_norm", "clip_value"):
+            if getattr(self, name) is not None:
+                positive(name, getattr(self, name), finite=False)
+        other = "clip_value" if self.clip_value is not None else "into" if self.into is not None else None
+        if self.max_norm is not None and other is not None:
+            raise ValueError(
+                f"max_norm: expected None with {other}, got {self.max_norm}; `rk.clip_grad_norm` clips what has come "
+                "together"
+            )
+
+    def finish(self, grads: Grads) -> Grads:
+        """The gradients, clipped, or `into` with them added."""
+        if self.max_norm is not None:
+            arrays = list(grads.parameters.values())
+            norm = norm_of(arrays)
+            object.__setattr__(grads, "norm", norm)
+            grads.remember_norm(norm * scale_down(arrays, norm, self.max_norm))
+        if self.clip_value is not None:
+            clip_grad_value(grads, self.clip_value)
+        return add_into(self.into, grads)
+
+
+def state_bound(clip_state: object) -> tuple[str, float] | None:
+    """What bounds the gradients of states."""
+    if clip_state is None:
+        return None
+    if not isinstance(clip_state, tuple | list) or len(clip_state) != 2 or clip_state[0] not in ("norm", "value"):
+        raise ValueError(f"clip_state: expected ('norm', bound) or ('value', bound), got {clip_state!r}")
+    return clip_state[0], positive("clip_state[1]", clip_state[1])
+
+
 def run_backward(
-    tape: Tape, dy: Any, dstate: Any, need_x: bool, parameters: bool | Iterable[str], into: Grads | None
+    tape: Tape,
+    dy: Any,
+    dstate: Any,
+    need_x: bool,
+    parameters: bool | Iterable[str],
+    limits: Limits,
+    clip_state: object = None,
+    diagnostics: bool = False,
 ) -> Grads:
-    """Gradients of one forward; with `into` added to those."""
+    """Gradients of one forward."""
     need_x = flag("need_x", need_x)
+    bound, watched = state_bound(clip_state), flag("diagnostics", diagnostics)
+    if (bound or watched) and not hasattr(tape.backend, "watches"):
+        raise ValueError(
+            f"{'clip_state' if bound else 'diagnostics'}: expected {None if bound else False} with the backend "
+            f"{tape.backend.name!r}, which does not look at gradients on their way; use backend='native' or 'reference'"
+        )
     signature, call, unbatched = tape.signature, tape.call, tape.unbatched
     steps, batch, _ = call.x.shape
     stack = signature.stack
@@ -526,6 +608,8 @@ def run_backward(
         shape = signature.output_shape(steps, batch, unbatched)
         dy = signature.from_caller(as_parameter("dy", dy, shape, signature.dtype), unbatched)
     dfinal = signature.state("dstate", dstate, batch, unbatched, halves=True)
+    measures = len(stack.cell.states) + len(stack.cell.gates)
+    flow = [np.zeros((measures, steps, batch), stack.dtype) for _ in stack.layers] if watched else None
     if tape.saved is None:
         dx: Array | None = np.zeros((steps, batch, signature.input_size), signature.dtype) if need_x else None
         initial = tuple(one.copy() for one in stack.filled(dfinal, batch))
@@ -535,7 +619,7 @@ def run_backward(
             gradients.append({name: np.zeros(shape, stack.dtype) for name, shape in shapes.items()})
     else:
         wanted = None if parameters is True else chosen
-        asked = Backward(dy, dfinal, need_x, wanted)
+        asked = Backward(dy, dfinal, need_x, wanted, bound=bound, flow=flow)
         at_once = not isinstance(tape.saved, Checkpoints)
         run_back = tape.backend.backward if at_once else partial(checkpoints.backward, tape.backend)
         dx, initial, gradients = run_back(stack, tape.packed, tape.saved, call, asked)
@@ -545,8 +629,25 @@ def run_backward(
         Parameters(
             {name: one[key] for names, one in zip(chosen, gradients, strict=True) for key, name in names.items()}
         ),
+        flow=None if flow is None else _flow_by_name(tape, flow),
     )
-    return add_into(into, grads)
+    return limits.finish(grads)
+
+
+def _flow_by_name(tape: Tape, flow: Sequence[Array]) -> Flow:
+    cell = tape.signature.stack.cell
+    norms: dict[str, Array] = {}
+    saturation: dict[str, Array] = {}
+    for suffix, measured in zip(_suffixes(tape.names), flow, strict=True):
+        rows = iter(measured[..., 0] if tape.unbatched else measured)
+        norms |= {state + suffix: next(rows) for state in cell.states}
+        saturation |= {gate + suffix: next(rows) for gate in cell.gates}
+    return Flow(Parameters(norms), Parameters(saturation))
+
+
+def _suffixes(names: Names) -> list[str]:
+    """Of each layer-direction, what its gates have behind their names: _l0, ..., _l0_reverse; of the pair nothing."""
+    return [one["w_ih"].removeprefix("weight_ih").removeprefix("w_ih") for one in names]
 
 
 def _chosen(names: Names, parameters: bool | Iterable[str]) -> Names:
@@ -572,6 +673,9 @@ def add_into(into: Grads | None, grads: Grads) -> Grads:
             raise ValueError(f"into.{name}: expected a writable array, got a read-only one")
     for name, array in new.items():
         held[name] += array
+    into.remember_norm(None)
+    if grads.flow is not None:
+        object.__setattr__(into, "flow", grads.flow)
     return into
 
 

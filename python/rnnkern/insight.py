@@ -32,11 +32,6 @@ REACHED = 0.01  # of lag 0's gradient: what is below does not count as reached
 SPECTRUM_ROWS = 4  # of the batch, of which the exponents are taken: they differ little between rows
 BLOCK_STEPS = 16  # at most, between two QR decompositions
 BLOCK_GROWTH = math.log(1e4)  # apart from each other that directions may grow in a block, which costs 4 digits of 16
-SATURATED: dict[str, Callable[[Array], Array]] = {
-    "sigmoid": lambda gate: (gate < 0.1) | (gate > 0.9),
-    "tanh": lambda gate: np.abs(gate) > 0.9,
-    "relu": lambda gate: gate <= 0,  # where its slope is zero
-}
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,7 @@ class Steps:
     weights: Weights
     saved: Saved
     rows: dict[str, Array]  # of `reference.backward_rows`, (T, B, .)
+    flow: Array  # of `stack.Backward`, (states + gates, T, B)
     lengths: Array  # int64 (B,)
 
     @property
@@ -280,15 +276,17 @@ def record(
 
     def backward_layer(
         sizes: LayerSizes, weights: Weights, x: Array, saved: Saved, lengths: Array, cut: None, dy: Array | None,
-        dstate: State, _: object, need_x: bool,
+        dstate: State, _: object, need_x: bool, flow: Array,
     ) -> tuple[Array | None, State, dict[str, Array]]:  # fmt: skip
-        rows, initial = reference.backward_rows(sizes, weights, x, saved, lengths, cut, dy, dstate)
-        order.append(Steps(sizes, weights, saved, rows, lengths))
+        rows, initial = reference.backward_rows(sizes, weights, x, saved, lengths, cut, dy, dstate, flow=flow)
+        order.append(Steps(sizes, weights, saved, rows, flow, lengths))
         return rows["dx"] @ weights["w_ih"] if need_x else None, initial, {}
 
     with np.errstate(all="ignore"):
         _, saved = forward_by_layer(reference.forward_layer, exact, in_float64, call)
-        backward_by_layer(backward_layer, exact, in_float64, saved, call, Backward(dy, dstate, False))
+        shape = len(stack.cell.states) + len(stack.cell.gates), *x.shape[:2]
+        asked = Backward(dy, dstate, False, flow=[np.empty(shape) for _ in stack.layers])
+        backward_by_layer(backward_layer, exact, in_float64, saved, call, asked)
     directions = len(stack.directions)
     return [one for at in reversed(range(0, len(order), directions)) for one in order[at : at + directions]]
 
@@ -297,7 +295,7 @@ def _of_steps(name: str, steps: Steps, k: int, generator: np.random.Generator) -
     """The seven numbers."""
     cell = steps.sizes.cell
     with np.errstate(all="ignore"):
-        flow, flow_of_h = flow_of(steps, steps.sizes.cell.states), flow_of(steps, ("h",))
+        flow, flow_of_h = flow_of(steps, len(cell.states)), flow_of(steps, 1)
         grown = growth(steps, k, generator)
         lengths = steps.lengths[steps.lengths > 0][: len(grown)]
         exponents = -np.sort(-(grown / lengths[:, None]).mean(0))
@@ -318,9 +316,9 @@ def _of_steps(name: str, steps: Steps, k: int, generator: np.random.Generator) -
         )
 
 
-def flow_of(steps: Steps, states: tuple[str, ...]) -> Array:
-    """The norm of the gradient of states at each lag (T,), root mean square over the rows that have a step there."""
-    squares = sum((steps.rows[f"d{state}"] ** 2).sum(-1) for state in states)
+def flow_of(steps: Steps, states: int) -> Array:
+    """The norm of the gradient of the first states at each lag (T,), root mean square over the rows so long."""
+    squares = np.square(steps.flow[:states]).sum(0)
     taken, T = steps.taken, len(squares)
     lags = steps.lags[taken]
     counts = np.bincount(lags, minlength=T)
@@ -345,11 +343,10 @@ def reach_of(flow: Array) -> int:
 
 def saturation_of(steps: Steps) -> dict[str, float]:
     """The saturated share of each gate."""
-    cell, taken = steps.sizes.cell, steps.taken
-    return {
-        gate: float(SATURATED[activation](steps.gate(gate)[taken]).mean())
-        for gate, activation in zip(cell.gates, cell.activations, strict=True)
-    }
+    cell = steps.sizes.cell
+    H, shares = steps.sizes.hidden_size, steps.flow[len(cell.states) :, steps.taken]
+    counts = np.rint(H * shares).sum(1)  # whole numbers, so that their sum is exact
+    return dict(zip(cell.gates, (counts / (H * shares.shape[1])).tolist(), strict=True))
 
 
 def kept_share(steps: Steps) -> Array | None:

@@ -28,6 +28,7 @@ from .copies import owned
 from .formats import check_format, copied, rounded
 from .functional import (
     Grads,
+    Limits,
     Parameters,
     Steps,
     Tape,
@@ -359,6 +360,10 @@ class Recurrent(Piece, Generic[StateT]):
         *,
         need_x: bool = True,
         parameters: bool | Iterable[str] = True,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        clip_state: tuple[str, float] | None = None,
+        diagnostics: bool = False,
         into: Grads | None = None,
     ) -> Grads:
         """Gradients of one `forward`; Werbos 1990, "Backpropagation through time".
@@ -378,6 +383,19 @@ class Recurrent(Piece, Generic[StateT]):
         parameters
             Which parameters get a gradient: True for all, False for none, or their names. What is not asked for costs
             no time and changes no bit of the rest.
+        max_norm
+            Positive: the gradients of the parameters are scaled together so that their norm is at most that, as by
+            `clip_grad_norm`; infinity only measures. The norm before that is `grads.norm`. Not with `clip_value` or
+            `into`.
+        clip_value
+            Positive: each element of the gradients of the parameters is clipped to [-clip_value, clip_value].
+        clip_state
+            `("norm", bound)` or `("value", bound)`: on the way back, at each step and after dy_t is added, each row of
+            dL/dh_t, and of an LSTM of dL/dc_t, is scaled down to that norm, or its elements are clipped. A norm that is
+            not finite scales nothing. Backends native and reference.
+        diagnostics
+            Whether the norms of these gradients at each step, and the saturation of each gate, are wanted as
+            `grads.flow`. Backends native and reference.
         into
             Gradients of an earlier backward of the same shapes; what is asked for is added to them, in place.
 
@@ -385,15 +403,25 @@ class Recurrent(Piece, Generic[StateT]):
         -------
         Grads
             `x`, shaped like x, None without `need_x`; `state`, of the initial state; `parameters`, with those keys of
-            `layer.parameters` that are asked for. With `into`, that object.
+            `layer.parameters` that are asked for; `norm` and `flow`, where they are. With `into`, that object.
 
         Raises
         ------
         ValueError, TypeError
             An argument is not as above; the message names it.
+
+        Examples
+        --------
+        >>> import numpy as np, rnnkern as rk
+        >>> layer = rk.RNN(3, 4, seed=0)
+        >>> y, _, tape = layer.forward(np.ones((5, 2, 3)))
+        >>> grads = layer.backward(tape, y, max_norm=0.1, clip_state=("norm", 1.0), diagnostics=True)
+        >>> grads.norm > 0.1, grads.flow.norms["h_l0"].shape
+        (True, (5, 2))
         """
         check_tape(tape, self)
-        return run_backward(tape, dy, dstate, need_x, parameters, into)
+        limits = Limits(max_norm, clip_value, into)
+        return run_backward(tape, dy, dstate, need_x, parameters, limits, clip_state, diagnostics)
 
     def freeze(self, weights: str | None = None) -> Frozen[StateT]:
         """A packed snapshot of the parameters for inference; later changes of the parameters do not reach it.

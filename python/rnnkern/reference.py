@@ -24,6 +24,7 @@ __all__ = [
     "backward_layer",
     "backward_rows",
     "backward_step",
+    "bounded",
     "forward_layer",
     "gradients",
 ]
@@ -160,6 +161,29 @@ def backward_step(
     return dx, dr, dprev, dextra
 
 
+def bounded(gradient: Array, bound: tuple[str, float] | None) -> Array:
+    """Each row of a gradient (B, .) by itself, its norm or its elements brought down to the bound."""
+    if bound is None:
+        return gradient
+    kind, most = bound
+    if kind == "value":
+        return np.clip(gradient, -most, most)
+    norm = _norms(gradient)
+    factor = np.where((norm > most) & np.isfinite(norm), most / norm, 1).astype(gradient.dtype)
+    return np.asarray(gradient * factor[:, None])
+
+
+def _norms(rows: Array) -> Array:
+    return np.asarray(np.sqrt(np.square(rows).sum(-1)))
+
+
+def _measured(cell: Cell, gradients: Sequence[Array], values: Sequence[Array]) -> list[Array]:
+    """The norms of the gradients of the states, and the share of the units where each gate is saturated, (B,) each."""
+    gates = (values[cell.saved.index(gate)] for gate in cell.gates)
+    shares = [((gate <= low) | (gate > high)).mean(-1) for gate, (low, high) in zip(gates, cell.saturated, strict=True)]
+    return [*map(_norms, gradients), *shares]
+
+
 def backward_rows(
     sizes: LayerSizes,
     weights: Weights,
@@ -170,12 +194,14 @@ def backward_rows(
     dy: Array | None,
     dstate: State,
     arithmetic: Arithmetic = EXACT,
+    bound: tuple[str, float] | None = None,
+    flow: Array | None = None,
 ) -> tuple[dict[str, Array], State]:
     """What the sums over steps and rows run over, and the gradient of the initial state.
 
     By name, (T, B, .) and zero where a row is inactive: the gradients `dx` and `dr` of x's and h's share of the gates,
     those of the states after each step, `dh` and `dc`, and of each extra by its name; and the inputs `x`, `h` before
-    each step, `scaled` of the late product and `hidden` of the projection.
+    each step, `scaled` of the late product and `hidden` of the projection. `bound` and `flow`: see `stack.Backward`.
     """
     cell, H = sizes.cell, sizes.hidden_size
     math = cell.math(arithmetic)
@@ -191,6 +217,9 @@ def backward_rows(
         active = np.ones((B, 1), bool) if lengths is None else (t < lengths)[:, None]
         prev = saved.prev[t]
         dnew = [carried[0] if dy is None else carried[0] + np.where(active, dy[t], 0), *carried[1:]]
+        if flow is not None:
+            flow[:, t] = np.where(active[:, 0], _measured(cell, dnew, saved.values[t]), 0)
+        dnew = [bounded(one, bound) for one in dnew]
         dx, dr, dprev, dextra = backward_step(sizes, weights, math, saved.values[t], prev, dnew, arithmetic.product)
         of_step = {"dx": _rows(dx), "dr": _rows(dr), "x": x[t], "h": prev[0]}
         of_step |= dict(zip((*of_states, *cell.extras), (*dnew, *dextra), strict=True))
@@ -218,9 +247,11 @@ def backward_layer(
     wanted: Wanted | None = None,
     need_x: bool = True,
     arithmetic: Arithmetic = EXACT,
+    bound: tuple[str, float] | None = None,
+    flow: Array | None = None,
 ) -> tuple[Array | None, State, dict[str, Array]]:
     """Gradients of one layer-direction: of x (T, B, I), of the initial state, and of the wanted weights (None: all)."""
-    rows, initial = backward_rows(sizes, weights, x, saved, lengths, cut, dy, dstate, arithmetic)
+    rows, initial = backward_rows(sizes, weights, x, saved, lengths, cut, dy, dstate, arithmetic, bound, flow)
     names = weights if wanted is None else wanted
     dx = arithmetic.product(rows["dx"], weights["w_ih"].T) if need_x else None
     return dx, initial, gradients(sizes.cell, names, rows, arithmetic.product)
@@ -257,6 +288,7 @@ def gradients(
 # The backend `reference`: the functions above over a stack, in float64.
 
 name = "reference"
+watches = True
 
 
 def unavailable() -> str | None:

@@ -25,7 +25,7 @@ from .arguments import (
     row_lengths,
     seed_or_none,
 )
-from .functional import Grads, Parameters, add_into, refuse_to_copy
+from .functional import Grads, Limits, Parameters, refuse_to_copy
 from .layers import Recurrent
 from .pieces import Dropout, Embedding, Last, Piece
 from .train import Linear
@@ -284,6 +284,10 @@ class Sequential(Piece):
         *,
         need_x: bool = True,
         parameters: bool | Iterable[str] = True,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        clip_state: tuple[str, float] | None = None,
+        diagnostics: bool = False,
         into: Grads | None = None,
     ) -> Grads:
         """Gradients of one `forward`.
@@ -302,6 +306,10 @@ class Sequential(Piece):
         parameters
             Which parameters get a gradient: True for all, False for none, or their names. What is not asked for costs
             no time.
+        max_norm, clip_value
+            As for a recurrent layer, of the parameters of all pieces together.
+        clip_state, diagnostics
+            As for a recurrent layer, of each one.
         into
             Gradients of an earlier backward of the same shapes; what is asked for is added to them, in place.
 
@@ -309,7 +317,8 @@ class Sequential(Piece):
         -------
         Grads
             `x`, shaped like x, None without `need_x` or of symbols; `state`, of the initial states, one for each
-            recurrent layer; `parameters`, with those keys of `parameters` that are asked for. With `into`, that object.
+            recurrent layer, and so `flow`, where it is asked for; `parameters`, with those keys of `parameters` that
+            are asked for, and their `norm` with `max_norm`. With `into`, that object.
 
         Raises
         ------
@@ -320,6 +329,7 @@ class Sequential(Piece):
             raise TypeError(f"tape: expected the tape that forward returned, got {describe(tape)}")
         if tape.owner is not self:
             raise ValueError(f"tape: expected a tape of {self!r}, got one of another model, {tape.owner!r}")
+        limits = Limits(max_norm, clip_value, into)
         chain, wanted = self._chain, set(chosen_names("parameters", parameters, self._parameters))
         need_x = flag("need_x", need_x) and not chain.symbols
         dstates = list(chain.states("dstate", dstate))
@@ -331,6 +341,7 @@ class Sequential(Piece):
         ]
         needed = [need_x or any(pair) for pair in zip(chain.recurrent, asked, strict=True)]
         states: list[Any] = []
+        flows: list[Any] = []
         gradients: dict[str, Array] = {}
         first = needed.index(True) if any(needed) else len(needed)
         for index in reversed(range(first, len(needed))):
@@ -343,12 +354,17 @@ class Sequential(Piece):
                 dstate=dstates.pop() if recurrent else None,
                 need_x=any(needed[:index]) or need_x,
                 parameters=len(asked[index]) == len(piece.parameters) or asked[index],
+                clip_state=clip_state,
+                diagnostics=diagnostics,
             )
             dx = one.x
             gradients |= {f"{index}.{name}": gradient for name, gradient in one.parameters.items()}
-            states += [one.state] if recurrent else []
+            if recurrent:
+                states.insert(0, one.state)
+                flows.insert(0, one.flow)
         found = Parameters({name: gradients[name] for name in self._parameters if name in wanted})
-        return add_into(into, Grads(dx if need_x else None, tuple(reversed(states)), found))
+        flow = tuple(flows) if diagnostics else None
+        return limits.finish(Grads(dx if need_x else None, tuple(states), found, flow=flow))
 
     def freeze(self, weights: str | None = None) -> FrozenSequential:
         """A snapshot for inference with packed recurrent layers; later changes of the parameters do not reach it.

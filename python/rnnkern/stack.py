@@ -57,10 +57,15 @@ class Backward(NamedTuple):
     wanted: Sequence[Wanted] | None = None  # for each layer-direction the weights that get a gradient; None: all
     sums: Sequence[dict[str, Array]] | None = None  # what an earlier backward returned of the weights: to be added to
     need_state: bool = True  # where not, and not x, layers below the lowest with wanted weights take no part
+    # What bounds each row of the gradients of the states after each step, dy added: its "norm" or each "value".
+    bound: tuple[str, float] | None = None
+    # For each layer-direction (states + gates, T, B), to be filled with the norms of these, before they
+    # are bounded, and with the share of the units where each gate is saturated; zero past a row's end.
+    flow: Sequence[Array] | None = None
 
     def lowest(self, stack: Stack) -> int:
-        """The lowest layer of which a gradient is wanted; L where none is."""
-        if self.need_x or self.need_state or self.wanted is None:
+        """The lowest layer of which a gradient is wanted, or the flow; L where none is."""
+        if self.need_x or self.need_state or self.wanted is None or self.flow is not None:
             return 0
         asked = (index for index, names in enumerate(self.wanted) if names)
         return next(asked, len(stack.layers)) // len(stack.directions)
@@ -235,7 +240,8 @@ def backward_by_layer(
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """Mirror of `forward_by_layer`, with
 
-    `backward_layer(sizes, weights, x, saved, lengths, cut, dy, dstate, wanted, need_x) -> (dx, dstate, gradients)`.
+    `backward_layer(sizes, weights, x, saved, lengths, cut, dy, dstate, wanted, need_x) -> (dx, dstate, gradients)`,
+    which is also given `bound` and its array of `flow` where these are asked for.
 
     Returns dx (T, B, I), None unless asked for, the gradients of the initial state, () unless asked for, and those of
     the wanted weights of each layer-direction.
@@ -253,6 +259,9 @@ def backward_by_layer(
         for direction, reverse in enumerate(stack.directions):
             index = layer * directions + direction
             x, kept = saved[index]
+            watch: dict[str, Any] = {} if asked.bound is None else {"bound": asked.bound}
+            if asked.flow is not None:
+                watch["flow"] = asked.flow[index]
             part, new, gradients[index] = backward_layer(
                 sizes[index],
                 weights[index],
@@ -264,6 +273,7 @@ def backward_by_layer(
                 tuple(s[index] for s in dstate),
                 None if asked.wanted is None else asked.wanted[index],
                 asked.need_x or layer > lowest,
+                **watch,
             )
             dx = part if dx is None or part is None else dx + part
             for all_layers, one in zip(initial, new, strict=True):

@@ -29,6 +29,7 @@ __all__ = [
     "assert_accurate",
     "assert_directional",
     "assert_within_rounding",
+    "backward_options",
     "infer",
     "inputs",
     "layer_of",
@@ -60,6 +61,8 @@ class Problem:
     lengths: bool = False
     resets: bool = False
     loss: str = "both"  # "steps": through y, "final": through the final state, "both"
+    clip_state: tuple[str, float] | None = None
+    diagnostics: bool = False
     scale: float = 1.0  # of the weights, beside uniform in [-1/sqrt(H), 1/sqrt(H)]
     poison: str = ""  # "nan", "inf" or "-inf": one element of x in the middle
     seed: int = 0
@@ -171,8 +174,13 @@ def run(problem: Problem, backend: str = "auto", save: str = "gates") -> Results
     y, state, tape = layer.forward(
         drawn.x, state_of(drawn.state), lengths=drawn.lengths, resets=drawn.resets, save=save, seed=problem.seed
     )
-    grads = layer.backward(tape, drawn.dy, state_of(drawn.dstate))
+    grads = layer.backward(tape, drawn.dy, state_of(drawn.dstate), **backward_options(problem))
     return {"y": y} | named_states(problem, state) | named_gradients(problem, grads)
+
+
+def backward_options(problem: Problem) -> dict[str, Any]:
+    """What `backward` of a layer is asked for beside gradients."""
+    return {"clip_state": problem.clip_state, "diagnostics": problem.diagnostics}
 
 
 def named_states(problem: Problem, state: Any, prefix: str = "") -> Results:
@@ -184,7 +192,10 @@ def named_states(problem: Problem, state: Any, prefix: str = "") -> Results:
 def named_gradients(problem: Problem, grads: Grads) -> Results:
     """Gradients by the names of what they belong to."""
     x = {} if grads.x is None else {"dx": grads.x}
-    return x | named_states(problem, grads.state, "d") | {f"d{name}": one for name, one in grads.parameters.items()}
+    flow = {} if grads.flow is None else {f"norm_d{name}": one for name, one in grads.flow.norms.items()}
+    flow |= {} if grads.flow is None else {f"saturated_{name}": one for name, one in grads.flow.saturation.items()}
+    gradients = {f"d{name}": one for name, one in grads.parameters.items()}
+    return x | named_states(problem, grads.state, "d") | gradients | flow
 
 
 def assert_accurate(problem: Problem, results: Mapping[str, Array], exact: Mapping[str, Array] | None = None) -> float:
@@ -338,12 +349,21 @@ def _evaluate(problem: Problem, dtype: Any, arithmetic: Arithmetic, positive: by
     parameters = {
         f"d{names_of[key]}": one for names_of, ones in zip(names, gradients, strict=True) for key, one in ones.items()
     }
+    names_of_flow = [f"norm_d{state}" for state in stack.cell.states] + [
+        f"saturated_{gate}" for gate in stack.cell.gates
+    ]
+    flow = {
+        f"{name}_l{index // len(stack.directions)}" + "_reverse" * sizes.reverse: one
+        for index, (sizes, measured) in enumerate(zip(stack.layers, asked.flow or (), strict=False))
+        for name, one in zip(names_of_flow, measured, strict=True)
+    }
     return (
         {"y": y}
         | named_states(problem, final)
         | {"dx": dx}
         | named_states(problem, initial, "d")
         | parameters
+        | flow
     )  # fmt: skip
 
 
@@ -356,9 +376,13 @@ def _cast(problem: Problem, drawn: Inputs, dtype: Any) -> tuple[Forward, Backwar
     masks = None if drawn.masks is None else [cast(mask) for mask in drawn.masks]
     y = np.empty((problem.T, problem.B, problem.stack.output_size), dtype)
     dstate = None if drawn.dstate is None else tuple(map(cast, drawn.dstate))
+    cell, flow = problem.stack.cell, None
+    if problem.diagnostics:
+        shape = len(cell.states) + len(cell.gates), problem.T, problem.B
+        flow = [np.empty(shape, dtype) for _ in problem.stack.layers]
     return (
         Forward(cast(drawn.x), tuple(map(cast, drawn.state)), y, "gates", drawn.lengths, drawn.resets, masks),
-        Backward(cast(drawn.dy), dstate),
+        Backward(cast(drawn.dy), dstate, bound=problem.clip_state, flow=flow),
     )
 
 

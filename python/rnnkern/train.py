@@ -1,4 +1,4 @@
-"""The output side of training from NumPy: `Linear`, clipping of gradients, SGD, Adam and AdamW."""
+"""The output side of training from NumPy: `Linear`, SGD, Adam and AdamW."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from .arguments import (
     positive,
     seed_or_none,
 )
+from .clipping import items_of, mappings_of
 from .copies import shared
-from .functional import Grads, Parameters, add_into, refuse_to_copy, uniform
+from .functional import Grads, Limits, Parameters, refuse_to_copy, uniform
 from .pieces import Piece, check_room
 
-__all__ = ["SGD", "Adam", "AdamW", "Linear", "clip_grad_norm", "clip_grad_value"]
+__all__ = ["SGD", "Adam", "AdamW", "Linear"]
 
 Array = NDArray[Any]
 Groups = Mapping[str, Mapping[str, float]]  # of an optimizer: options of the parameters whose names fit a pattern
@@ -152,6 +153,8 @@ class Linear(Piece):
         *,
         need_x: bool = True,
         parameters: bool | Iterable[str] = True,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
         into: Grads | None = None,
     ) -> Grads:
         """Gradients of one `forward`.
@@ -167,6 +170,8 @@ class Linear(Piece):
         parameters
             Which parameters get a gradient: True for all, False for none, or their names. What is not asked for costs
             no time and changes no bit of the rest.
+        max_norm, clip_value
+            As for a recurrent layer.
         into
             What an earlier `backward` of the same shapes returned: what is asked for is added to it.
 
@@ -186,6 +191,7 @@ class Linear(Piece):
         if tape.owner is not self:
             raise ValueError(f"tape: expected a tape of {self!r}, got one of another layer, {tape.owner!r}")
         flag("need_x", need_x)
+        limits = Limits(max_norm, clip_value, into)
         wanted = chosen_names("parameters", parameters, self.parameters)
         dy = as_parameter("dy", dy, (*tape.shape, self.out_features), self.dtype).reshape(-1, self.out_features)
         x_shape = (*tape.shape, self.in_features)
@@ -198,7 +204,7 @@ class Linear(Piece):
             (),
             Parameters({name: {"weight": dweight, "bias": dbias}[name] for name in wanted}),
         )
-        return add_into(into, grads)
+        return limits.finish(grads)
 
     def _rows(self, x: Any) -> tuple[Array, tuple[int, ...]]:
         """x as (rows, in_features), and its leading dimensions."""
@@ -213,72 +219,6 @@ class Linear(Piece):
         if len(rows):
             self._backend.linear_forward(rows, self.parameters["weight"], self.parameters.get("bias"), y)
         return y
-
-
-def clip_grad_norm(grads: Any, max_norm: float) -> float:
-    """Scale all gradients together so that their joint 2-norm is at most `max_norm`, in place.
-
-    The norm is taken over every element of every parameter as one vector. Where it exceeds `max_norm`, everything is
-    multiplied by max_norm / (norm + 1e-6), as in `torch.nn.utils.clip_grad_norm_` (Pascanu et al. 2013).
-
-    Parameters
-    ----------
-    grads
-        What `backward` returns, or a mapping from names to arrays, or a sequence of such.
-    max_norm
-        Positive; infinity only measures.
-
-    Returns
-    -------
-    norm : float
-        The norm before clipping, computed without overflow. Where it is NaN or infinite, nothing was scaled.
-
-    Raises
-    ------
-    TypeError, ValueError
-        grads hold something other than writable real arrays, or max_norm is not positive.
-
-    Examples
-    --------
-    >>> gradients = {"weight": np.array([3.0, 4.0])}
-    >>> clip_grad_norm([gradients], 1.0), gradients["weight"].round(3).tolist()
-    (5.0, [0.6, 0.8])
-    """
-    limit = positive("max_norm", max_norm, finite=False)
-    arrays = list(_writable(grads))
-    norm = _norm(arrays)
-    scale = limit / (norm + 1e-6)
-    if math.isfinite(norm) and scale < 1:
-        for array in arrays:
-            array *= scale
-    return norm
-
-
-def clip_grad_value(grads: Any, value: float) -> None:
-    """Clip every element of every gradient to [-value, value], in place. NaN stays NaN.
-
-    Parameters
-    ----------
-    grads
-        What `backward` returns, or a mapping from names to arrays, or a sequence of such.
-    value
-        Positive.
-
-    Raises
-    ------
-    TypeError, ValueError
-        grads hold something other than writable real arrays, or value is not positive.
-
-    Examples
-    --------
-    >>> gradients = {"weight": np.array([3.0, -0.5])}
-    >>> clip_grad_value([gradients], 1.0)
-    >>> gradients["weight"].tolist()
-    [1.0, -0.5]
-    """
-    limit = positive("value", value, finite=False)
-    for array in list(_writable(grads)):
-        np.clip(array, -limit, limit, out=array)
 
 
 @dataclass(frozen=True)
@@ -304,7 +244,7 @@ class _Optimizer(ABC):
     def __init__(self, parameters: Any, lr: float, groups: Groups | None) -> None:
         self.lr = lr
         self.steps = 0
-        self._parameters = _mappings("parameters", parameters)
+        self._parameters = mappings_of("parameters", parameters)
         self._names = [f"{index}.{name}" for index, one in enumerate(self._parameters) for name in one]
         self._values = self._flat_parameters()
         settings = _settings(groups, self._names, self._group_options)
@@ -315,7 +255,7 @@ class _Optimizer(ABC):
     def _flat_parameters(self) -> list[Array]:
         """Views of the parameters, which `step` writes through."""
         views = []
-        for index, key, array in _items(self._parameters):
+        for index, key, array in items_of(self._parameters):
             name = f"parameters[{index}][{key!r}]"
             if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
                 got = getattr(array, "dtype", type(array).__name__)
@@ -408,7 +348,7 @@ class _Optimizer(ABC):
 
     def _checked(self, grads: Any) -> list[Array]:
         """The gradients, a vector for each group."""
-        given = _mappings("grads", grads)
+        given = mappings_of("grads", grads)
         if len(given) != len(self._parameters):
             raise ValueError(f"grads: expected {len(self._parameters)}, one for each layer, got {len(given)}")
         flat = []
@@ -428,7 +368,7 @@ class _Optimizer(ABC):
         groups = [flat[one] for one in self._groups]
         vectors = [one[0] if len(one) == 1 else np.concatenate(one) for one in groups]
         if not all(map(_all_finite, vectors)):
-            bad = next(at for at, one in zip(_items(self._parameters), flat, strict=True) if not _all_finite(one))
+            bad = next(at for at, one in zip(items_of(self._parameters), flat, strict=True) if not _all_finite(one))
             raise FloatingPointError(
                 f"grads[{bad[0]}][{bad[1]!r}]: expected finite values, got NaN or infinity; nothing has changed"
             )
@@ -448,7 +388,7 @@ class _Optimizer(ABC):
             moment: {
                 name: part.reshape(parameter.shape).copy()
                 for name, part, (_, _, parameter) in zip(
-                    self._names, self._parts(moment), _items(self._parameters), strict=True
+                    self._names, self._parts(moment), items_of(self._parameters), strict=True
                 )
             }
             for moment in self._moments
@@ -477,7 +417,7 @@ class _Optimizer(ABC):
                 got = sorted(given) if isinstance(given, Mapping) else type(given).__name__
                 raise ValueError(f"state[{moment!r}]: expected the names {sorted(self._names)}, got {got}")
             for name, target, (_, _, parameter) in zip(
-                self._names, self._parts(moment), _items(self._parameters), strict=True
+                self._names, self._parts(moment), items_of(self._parameters), strict=True
             ):
                 value = np.asarray(given[name])
                 if value.shape != parameter.shape or value.dtype != parameter.dtype:
@@ -659,24 +599,6 @@ class AdamW(Adam):
         super().__init__(parameters, lr, betas, eps, groups=groups)
 
 
-def _mappings(name: str, values: Any) -> list[Mapping[str, Array]]:
-    """One or several layers' mappings; an object with `.parameters` stands for that."""
-    several = values if isinstance(values, Sequence) else [values]
-    found = []
-    for index, one in enumerate(several):
-        mapping = getattr(one, "parameters", one)
-        if not isinstance(mapping, Mapping):
-            raise TypeError(f"{name}[{index}]: expected a mapping of names to arrays, got {type(one).__name__}")
-        found.append(mapping)
-    return found
-
-
-def _items(mappings: Sequence[Mapping[str, Array]]) -> Iterator[tuple[int, str, Array]]:
-    for index, mapping in enumerate(mappings):
-        for name, array in mapping.items():
-            yield index, name, array
-
-
 def _settings(groups: Groups | None, names: Sequence[str], options: Sequence[str]) -> list[_Settings]:
     """What `groups` says of each parameter."""
     settings = [_Settings()] * len(names)
@@ -717,30 +639,6 @@ def _split(vector: Array, like: Sequence[Array]) -> Iterator[Array]:
     for one in like:
         yield vector[start : start + one.size]
         start += one.size
-
-
-def _writable(grads: Any) -> Iterator[Array]:
-    for index, name, array in _items(_mappings("grads", grads)):
-        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-            got = getattr(array, "dtype", type(array).__name__)
-            raise TypeError(f"grads[{index}][{name!r}]: expected an array of floats, got {got}")
-        if not array.flags.writeable:
-            raise ValueError(f"grads[{index}][{name!r}]: expected a writable array, to be clipped in place")
-        yield array
-
-
-def _norm(arrays: Sequence[Array]) -> float:
-    """2-norm of all elements; exact in range where their squares are not."""
-    with np.errstate(all="ignore"):
-        # einsum squares and adds in float64 through a small buffer, whatever the dtype and layout.
-        flat = [array.ravel(order="K") for array in arrays]
-        total = sum(float(np.einsum("i,i->", a, a, dtype=np.float64)) for a in flat)
-        if math.isnan(total) or 1e-280 < total < math.inf:
-            return math.sqrt(total)
-        largest = max((float(np.abs(a).max()) for a in flat if a.size), default=0.0)
-        if largest == 0 or math.isinf(largest):
-            return largest
-        return largest * math.sqrt(sum(float(np.square(a / largest, dtype=np.float64).sum()) for a in flat))
 
 
 def _all_finite(array: Array) -> bool:

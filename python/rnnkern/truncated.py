@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import describe, integer
-from .functional import Grads, Tape, add_into
+from .functional import Grads, Limits, Tape
 from .layers import Recurrent
 
 __all__ = ["tbptt"]
@@ -59,8 +59,8 @@ def tbptt(
     steps, y, backward
         The slice of the steps, their y as of `layer.forward`, and a function of the gradient of y, which returns
         `Grads`: of x in these steps, of the state before the earliest step reached, and of the parameters. Call it
-        before the next chunk is asked for, as often as wanted. It takes `dstate`, `need_x`, `parameters` and `into` as
-        `layer.backward` does.
+        before the next chunk is asked for, as often as wanted. It takes `dstate`, `need_x`, `parameters`, `max_norm`,
+        `clip_value`, `clip_state` and `into` as `layer.backward` does.
 
     Raises
     ------
@@ -121,14 +121,18 @@ def _backward(
     *,
     need_x: bool = True,
     parameters: Any = True,
+    max_norm: float | None = None,
+    clip_value: float | None = None,
+    clip_state: tuple[str, float] | None = None,
     into: Grads | None = None,
 ) -> Grads:
     """Gradients of the last of these chunks, through those before it."""
+    limits = Limits(max_norm, clip_value, into)
     *earlier, last = tapes
-    grads = layer.backward(last, dy, dstate, need_x=need_x, parameters=parameters)
+    grads = layer.backward(last, dy, dstate, need_x=need_x, parameters=parameters, clip_state=clip_state)
     for tape in reversed(earlier):
-        before = layer.backward(tape, None, grads.state, need_x=False, parameters=parameters)
+        before = layer.backward(tape, None, grads.state, need_x=False, parameters=parameters, clip_state=clip_state)
         for name, gradient in before.parameters.items():
             gradient += grads.parameters[name]
         grads = Grads(grads.x, before.state, before.parameters)
-    return add_into(into, grads)
+    return limits.finish(grads)

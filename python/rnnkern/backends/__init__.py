@@ -32,6 +32,10 @@ A backend that can read what a forward has saved also has:
     saved_values(stack, saved, call) -> for each layer-direction the saved values of the cell, (T, B, H) each
         anything past a row's end
 
+A backend whose backward bounds and measures the gradients of states on its way also has:
+
+    watches               True: it does what `Backward.bound` and `Backward.flow` say
+
 A backend that can say how it runs a training call before it does also has:
 
     plan(stack, weights, steps, batch, save) -> (bytes of the packed weights, forward, backward)

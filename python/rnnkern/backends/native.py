@@ -51,6 +51,7 @@ __all__ = [
 Array = NDArray[Any]
 
 name = "native"
+watches = True
 
 
 def native_module() -> Any:
@@ -121,8 +122,9 @@ def backward(
     """See `backends`; what `call` says is in `saved`."""
     flags = None if asked.wanted is None else [[name in one for name in packed.names] for one in asked.wanted]
     sums = None if asked.sums is None else [[one.get(name) for name in packed.names] for one in asked.sums]
+    saturated = None if asked.flow is None else stack.cell.saturated
     dx, dinitial, gradients = packed.backward(
-        saved, asked.dy, asked.dstate, asked.need_x, asked.need_state, flags, sums
+        saved, asked.dy, asked.dstate, asked.need_x, asked.need_state, flags, sums, asked.bound, saturated, asked.flow
     )
     return dx, dinitial, gradients
 

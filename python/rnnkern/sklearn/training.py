@@ -15,10 +15,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 
 from ..arguments import fraction, integer, number, positive
+from ..clipping import clip_grad_norm
 from ..layers import Recurrent
 from ..pieces import Embedding
 from ..terminal import Terminal
-from ..train import Adam, Linear, clip_grad_norm
+from ..train import Adam, Linear
 from .network import Network
 from .pooling import POOLINGS, Pooling
 from .sequences import Sequences, batches
