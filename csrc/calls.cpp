@@ -8,6 +8,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -146,6 +147,8 @@ class Steps {
     between_.emplace(packed_.between_bytes(call_));
     for (auto& states : states_) states = packed_.new_states(batch);
     std::ranges::for_each(states_[0], fill_with_zeros);
+    last_x_.emplace(times(times(batch, packed_.input_size()), packed_.element_bytes()));
+    x_bytes_ = static_cast<std::size_t>(batch * packed_.input_size() * packed_.element_bytes());
     for (std::size_t i = 0; i < 2; ++i) {
       layers_[i] = packed_.layers();
       ForwardCall call{};
@@ -177,8 +180,11 @@ class Steps {
     layers.front().x = bytes_of(x);
     layers.back().y = bytes_of(y);
     call_.layers = layers.data();
+    stepped_ = false;  // a step that is given up leaves neither the state after it nor that before
     PythonHost::launch(packed_.kernels().forward, call_, plan_);
     now_ = 1 - now_;  // not if the step was given up
+    std::memcpy(last_x_->data, layers.front().x, x_bytes_);
+    stepped_ = true;
     return y.release().ptr();
   }
 
@@ -187,6 +193,19 @@ class Steps {
     {
       const Turn turn(holder_);
       for (std::size_t s = 0; s < copies.size(); ++s) copy(states_[now_][s], copies[s]);
+    }
+    return tuple_of(copies);
+  }
+
+  // The x_t of the last step and the state before it; None before the first step.
+  py::object last() {
+    std::vector<py::array> copies = packed_.new_states(batch_);
+    copies.push_back(new_array(packed_.dtype(), {batch_, packed_.input_size()}));
+    {
+      const Turn turn(holder_);
+      if (!stepped_) return py::none();
+      for (std::size_t s = 0; s + 1 < copies.size(); ++s) copy(states_[1 - now_][s], copies[s]);
+      std::memcpy(bytes_of(copies.back()), last_x_->data, x_bytes_);
     }
     return tuple_of(copies);
   }
@@ -218,6 +237,9 @@ class Steps {
   std::vector<py::array> states_[2];  // a step reads those of now_ and writes the others
   std::vector<Layer> layers_[2];
   std::size_t now_ = 0;
+  std::optional<Buffer> last_x_;  // of the last step
+  std::size_t x_bytes_ = 0;
+  bool stepped_ = false;  // there is one, and the states that are not now_'s are those before it
   std::optional<Buffer> between_, scratch_;
   KernelCall call_{};
   Plan plan_{};
@@ -240,6 +262,9 @@ void add_calls(py::module_& m) {
   steps.def_property(
       "state", [](Steps& self) { return self.state(); },
       [](Steps& self, const py::object& state) { self.set_state(state); }, "Copied both ways.");
+  steps.def_property_readonly(
+      "last", [](Steps& self) { return self.last(); },
+      "The states before the last step and its x_t, copied; None before the first step.");
   seal(steps);
 
   m.def(

@@ -633,14 +633,22 @@ def test_a_frozen_call_gives_the_same_of_exact_arrays_and_of_others(cell, backen
 
 
 def test_a_stream_is_the_sequence_step_by_step(cell, backend, dtype):
-    """`step` carries the state; `state` copies it both ways; `reset` makes it zero."""
+    """`step` carries the state; `state` copies it both ways; `reset` makes it zero; `gates` are those of the last step."""
     layer = rk.Recurrent(cell, 3, 4, 2, dtype=dtype, backend=backend, seed=0)
     x, state = given(layer)
     frozen = layer.freeze()
     stream = frozen.stream(batch=3)
+    with pytest.raises(ValueError, match="gates: expected a step before"):
+        _ = stream.gates
     y, final = frozen(x, state)
     stream.state = state
     agree((np.stack([stream.step(x_t) for x_t in x]), stream.state), (y, final))
+    stream.state = state  # the gates are those of the step, whatever the state is now
+    gates = layer.forward(x, state)[2].gates
+    assert list(stream.gates) == list(gates)
+    for name, gate in stream.gates.items():
+        assert not gate.flags.writeable
+        agree(gate, gates[name][-1])
     for part in parts(stream.state):
         part[...] = np.nan
     stream.state = given_state = copy.deepcopy(state)

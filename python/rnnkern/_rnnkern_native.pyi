@@ -58,6 +58,11 @@ class Steps:
     def step(self, x_t: typing.Any, out: typing.Any) -> numpy.ndarray:
         ...
     @property
+    def last(self) -> typing.Any:
+        """
+        The states before the last step and its x_t, copied; None before the first step.
+        """
+    @property
     def state(self) -> tuple:
         """
         Copied both ways.

@@ -444,12 +444,21 @@ class Steps:
         self._arguments = arguments
         self._lock = threading.Lock()
         self._state: State = stack.filled(None, batch)
+        self._last: tuple[Array, ...] | None = None
+
+    @property
+    def last(self) -> tuple[Array, ...] | None:
+        """The states before the last step and its x_t, copied; None before the first step."""
+        with self._alone():
+            return None if self._last is None else tuple(one.copy() for one in self._last)
 
     def step(self, x_t: Any, out: Any) -> Array:
         """y_t (B, P), which is `out` unless that is None."""
         x, y = self._arguments(x_t, out)
         with self._alone():
-            self._state, _ = self._forward(Forward(x[None], self._state, y[None]))
+            before = self._state
+            self._state, _ = self._forward(Forward(x[None], before, y[None]))
+            self._last = *before, x.copy()
         return y
 
     @property
@@ -505,20 +514,31 @@ def run_forward(
 def read_gates(tape: Tape) -> Mapping[str, Array]:
     """See `Tape.gates`."""
     stack, call = tape.signature.stack, tape.call
-    cell, steps = stack.cell, np.arange(len(call.x))
-    past_end = None if call.lengths is None else steps[:, None] >= call.lengths
-    gates: dict[str, Array] = {}
-    for suffix, values in zip(_suffixes(tape.names), _saved_values(tape), strict=True):
-        for name, value in zip(cell.saved, values, strict=True):
-            if name not in (*cell.gates, *cell.states):  # what only backward needs
-                continue
-            with np.errstate(all="ignore"):
-                copied = value.astype(stack.dtype)
-            if past_end is not None:
-                copied[past_end] = 0
-            copied.setflags(write=False)
-            gates[name + suffix] = copied[:, 0] if tape.unbatched else copied
-    return MappingProxyType(gates)
+    gates = gates_by_name(stack, _suffixes(tape.names), _saved_values(tape))
+    if call.lengths is not None:
+        past_end = np.arange(len(call.x))[:, None] >= call.lengths
+        for gate in gates.values():
+            gate[past_end] = 0
+    return read_only({name: gate[:, 0] if tape.unbatched else gate for name, gate in gates.items()})
+
+
+def gates_by_name(stack: Stack, suffixes: Sequence[str], values: Sequence[Sequence[Array]]) -> dict[str, Array]:
+    """Copies of the gates and states among the saved values of each layer-direction, (T, B, H)."""
+    shown = (*stack.cell.gates, *stack.cell.states)  # others only backward needs
+    with np.errstate(all="ignore"):
+        return {
+            name + suffix: value.astype(stack.dtype)
+            for suffix, of_layer in zip(suffixes, values, strict=True)
+            for name, value in zip(stack.cell.saved, of_layer, strict=True)
+            if name in shown
+        }
+
+
+def read_only(arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+    """The mapping and its arrays, not to be written to."""
+    for array in arrays.values():
+        array.setflags(write=False)
+    return MappingProxyType(arrays)
 
 
 def _saved_values(tape: Tape) -> Sequence[Sequence[Array]]:
@@ -537,8 +557,13 @@ def _saved_values(tape: Tape) -> Sequence[Sequence[Array]]:
             "gates: expected the parameters and x of the forward, since gates are recomputed from them, got others; "
             "read the gates before the optimizer's step"
         )
+    return exact_values(stack, tape.weights, call._replace(y=again.y))
+
+
+def exact_values(stack: Stack, weights: Sequence[Weights], call: Forward) -> Sequence[Sequence[Array]]:
+    """As `_saved_values`, recomputed in float64 and NumPy."""
     exact = replace(stack, dtype=np.dtype(np.float64), stored="")
-    saved = reference.forward(exact, reference.pack(exact, tape.weights, True), call._replace(y=again.y))[1]
+    saved = reference.forward(exact, reference.pack(exact, weights, True), call)[1]
     return reference.saved_values(exact, saved, call)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic
@@ -35,6 +35,9 @@ from .functional import (
     check_save,
     check_tape,
     dropout_masks,
+    exact_values,
+    gates_by_name,
+    read_only,
     run,
     run_backward,
     run_forward,
@@ -734,6 +737,37 @@ class Stream(Generic[StateT]):
             Another thread is using the stream.
         """
         return self._step(x_t, out)
+
+    @property
+    def gates(self) -> Mapping[str, Array]:
+        """What the gates and the states beside h were at the last step: fresh, read-only copies (B, H).
+
+        The keys are those of `tape.gates`, such as `f_l0`. They are recomputed from the x_t of that step, the state before
+        it and the frozen parameters, in float64 and NumPy. A copy of a stream has none before its own first step.
+
+        Raises
+        ------
+        ValueError
+            There was no step yet.
+        RuntimeError
+            Another thread is using the stream.
+
+        Examples
+        --------
+        >>> import numpy as np, rnnkern as rk
+        >>> stream = rk.GRU(3, 4, seed=0).freeze().stream()
+        >>> y_t = stream.step(np.ones((1, 3)))
+        >>> {name: gate.shape for name, gate in stream.gates.items()}
+        {'r_l0': (1, 4), 'z_l0': (1, 4), 'n_l0': (1, 4)}
+        """
+        last, stack = self._steps.last, self._frozen._signature.stack
+        if last is None:
+            raise ValueError("gates: expected a step before, got none")
+        *before, x_t = last
+        y = np.empty((1, self._batch, stack.output_size), stack.dtype)
+        values = exact_values(stack, self._frozen._weights, Forward(x_t[None], tuple(before), y, "gates"))
+        gates = gates_by_name(stack, [f"_l{layer}" for layer in range(stack.num_layers)], values)
+        return read_only({name: gate[0] for name, gate in gates.items()})
 
     @property
     def state(self) -> StateT:
