@@ -102,20 +102,26 @@ void use_packed(Network& network, const rnnkern_memory& packed, bool training) {
 // A forward that has been checked, with the network that it runs on.
 struct Checked {
   Network network;
+  Sequences rows{0, 0};
   ForwardCall call;
+
+  Checked(const Checked&) = delete;
+  Checked& operator=(const Checked&) = delete;
 
   Checked(const rnnkern_stack& stack, const rnnkern_forward& given) : network(network_of(stack)), call{} {
     network.check_size(given.steps, given.batch);
+    const Save save = given.training ? Save::gates : Save::nothing;
+    const std::int64_t together = network.saved_together(given.batch, save);
+    const Sequences whole(given.steps, given.batch, together);
+    rows = given.lengths ? Sequences::padded(given.lengths, given.steps, given.batch, together) : whole;
     use_packed(network, given.packed, given.training);
     if (given.masks && !given.training) throw std::invalid_argument("masks: expected null in inference");
     if (given.training)
-      expect("kept", "bytes", given.kept.bytes,
-             kept_bytes(network, given.steps, given.batch, Save::gates, given.masks != nullptr));
-    call.steps = given.steps, call.batch = given.batch;
-    call.lengths = given.lengths, call.resets = given.resets, call.masks = given.masks;
+      expect("kept", "bytes", given.kept.bytes, kept_bytes(network, whole, Save::gates, given.masks != nullptr));
+    call.rows = &rows, call.resets = given.resets, call.masks = given.masks;
     call.x = given.x, call.y = given.y;
     call.initial = states_of("initial", network, given.initial);
-    call.save = given.training ? Save::gates : Save::nothing, call.kept = given.kept.data;
+    call.save = save, call.kept = given.kept.data;
   }
 };
 
@@ -125,8 +131,10 @@ void find_sizes(const rnnkern_stack& stack, std::int64_t steps, std::int64_t bat
   sizes->weights = weights_of(network, stack);
   sizes->packed_for_inference = network.packed_bytes(false);
   sizes->packed_for_training = network.packed_bytes(true);
-  sizes->kept = kept_bytes(network, steps, batch, Save::gates, false);
-  sizes->kept_with_masks = kept_bytes(network, steps, batch, Save::gates, true);
+  network.check_size(steps, batch);
+  const Sequences rows(steps, batch, network.saved_together(batch, Save::gates));
+  sizes->kept = kept_bytes(network, rows, Save::gates, false);
+  sizes->kept_with_masks = kept_bytes(network, rows, Save::gates, true);
 }
 
 void pack_all(const rnnkern_stack& stack, const rnnkern_pack* call) {
@@ -147,7 +155,7 @@ void pack_all(const rnnkern_stack& stack, const rnnkern_pack* call) {
 void run_forward(const rnnkern_stack& stack, const rnnkern_forward* given) {
   Checked checked(stack, *given);
   checked.call.last = states_of("last", checked.network, given->last);
-  prefer_huge_pages({given->y, checked.network.output_bytes(given->steps, given->batch)});
+  prefer_huge_pages({given->y, checked.network.output_bytes(checked.rows.given_count())});
   if (given->training) prefer_huge_pages(given->kept);
   run<Host>(checked.network, checked.call);
 }

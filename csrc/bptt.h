@@ -88,10 +88,16 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   // Returns the context with the block and the place that were reached.
   const Base& run() noexcept {
     Steps& steps = static_cast<Steps&>(*this);
-    if (this->takes_part()) steps.enter();
-    for (std::int64_t end = call.steps; end > 0; end -= call.block_steps) {
+    this->divide(Steps::grain, 0, call.steps);
+    if (this->takes_part()) {
+      steps.enter();
+      if (layer_.dx && !layer_.add_to_dx)
+        this->clear_past_ends(layer_.dx, layer_.x_rows, layer_.sizes.inputs, layer_.sizes.inputs);
+    }
+    for (std::int64_t end = call.steps; end > 0; end = block_first_) {
       if (!this->begin_block()) break;
-      block_first_ = end > call.block_steps ? end - call.block_steps : 0;
+      begin_rows(end);
+      this->divide(Steps::grain, block_first_, end);
       if (Cell::saved > 0 && call.save == Save::outputs && this->takes_part()) {
         recompute_gates(end);
         this->wait();
@@ -113,7 +119,9 @@ class BackwardLoop : protected LayerContext<Cell, T> {
       if (!this->await_layer(1, call.steps - first)) return false;
       for (std::int64_t i = end - 1; i >= first; --i) {
         this->begin();
-        if (this->takes_part()) steps.step(time(i), i - block_first_);
+        if (!this->takes_part()) continue;
+        this->divide_again(Steps::grain, block_first_, i + 1);
+        steps.step(time(i), i - block_first_);
       }
       if (!this->takes_part()) continue;
       this->wait();
@@ -125,6 +133,16 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   }
 
  protected:
+  // Begins a block: as many steps before `end` as there is room for their rows.
+  void begin_rows(std::int64_t end) noexcept {
+    block_first_ = end - steps_with_room(call, time(end - 1), layer_.reverse ? 1 : -1, end);
+    block_row_ = row_of(call.kept, layer_.reverse ? time(end - 1) : block_first_, 0);
+  }
+  // The number of a row among those of the block at hand.
+  std::int64_t row_in_block(std::int64_t t, std::int64_t b) const noexcept {
+    return row_of(call.kept, t, b) - block_row_;
+  }
+
   // Says whether step t is the first of row b, and which one came before it.
   bool is_first(std::int64_t t, std::int64_t b) const noexcept {
     return layer_.reverse ? t + 1 >= this->length(b) : t == 0;
@@ -133,10 +151,10 @@ class BackwardLoop : protected LayerContext<Cell, T> {
 
   const T* initial(int state, std::int64_t b) const noexcept {
     const T* from = static_cast<const T*>(layer_.initial[state]);
-    return from ? from + b * shape_.units[state] : s_.zeros;
+    return from ? from + this->state_row(b) * shape_.units[state] : s_.zeros;
   }
   const T* output_gradient_row(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.dy) + (t * call.batch + b) * layer_.dy_stride;
+    return static_cast<const T*>(layer_.dy) + row_of(layer_.y_rows, t, b) * layer_.dy_stride;
   }
 
   // Returns a state of row b when it entered step t.
@@ -165,14 +183,15 @@ class BackwardLoop : protected LayerContext<Cell, T> {
 
   // Writes what was measured of some steps, for this worker's part of their rows.
   void report(Range steps) const noexcept {
-    const std::int64_t B = call.batch;
+    const std::int64_t B = call.batch, rows = call.given.padded ? call.given.padded * B : call.rows;
     const Range own = share((steps.end - steps.begin) * B, worker.index, worker.count);
     for (std::int64_t row = own.begin; row < own.end; ++row) {
-      const std::int64_t i = steps.begin + row / B, t = time(i), b = row % B;
-      T* const to = static_cast<T*>(layer_.flow) + t * B + b;
+      const std::int64_t t = time(steps.begin + row / B), b = row % B;
+      if (b >= this->active(t)) continue;
+      T* const to = static_cast<T*>(layer_.flow) + row_of(call.given, t, b);
       for (int m = 0; m < kMeasures<Cell>; ++m) {
-        const double sum = t < this->length(b) ? total((i - block_first_) * B + b, m) : 0;
-        to[m * call.steps * B] = static_cast<T>(m < Cell::states ? __builtin_sqrt(sum) : sum / static_cast<double>(H_));
+        const double sum = total(row_in_block(t, b), m);
+        to[m * rows] = static_cast<T>(m < Cell::states ? __builtin_sqrt(sum) : sum / static_cast<double>(H_));
       }
     }
   }
@@ -180,24 +199,25 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   // What forward has saved of row b in step t of the block at hand.
   const T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
     if (call.save == Save::gates) return Loop::saved_row(t, b);
-    return s_.values + ((time(t) - block_first_) * call.batch + b) * kSlots<Cell> * padded_h_;
+    return s_.values + row_in_block(t, b) * kSlots<Cell> * padded_h_;
   }
 
   // Computes what forward saves for the steps of a block, a product over all their rows for each one of forward's: a
   // state before a step is there already. Workers divide the rows, or the steps where each has all rows.
   void recompute_gates(std::int64_t end) noexcept {
-    const Range own = this->rows(), steps{block_first_, end};
+    const Range steps{block_first_, end};
     const Range part =
         this->by_units() ? share(end - block_first_, worker.index, worker.count) : Range{0, end - block_first_};
     std::int64_t rows = 0;
-    for (std::int64_t i = steps.begin + part.begin; i < steps.begin + part.end; ++i)
+    for (std::int64_t i = steps.begin + part.begin; i < steps.begin + part.end; ++i) {
+      const Range own = this->active_rows(time(i));
       for (std::int64_t b = own.begin; b < own.end; ++b) {
-        if (time(i) >= this->length(b)) continue;
         s_.left[rows] = this->x_row(time(i), b);
         s_.outputs[rows] = const_cast<T*>(saved_row(time(i), b));
         for (int s = 0; s < Cell::states; ++s) s_.before[s][rows] = previous(s, time(i), b);
         ++rows;
       }
+    }
     using Input = PanelShape<Cell::gates>;
     product<AsStates<T>, Input>(rows, s_.left, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
                                 packed_.values(packed_.at.b_ih), H_, Panels{0, Input::template panels<T>(H_)},
@@ -253,14 +273,18 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     }
   }
 
-  // Lists the active rows of some steps of a block in the order of backward, the same for every block size; row(t, b,
-  // index in block).
-  template <class Row>
-  std::int64_t list(Range steps, const T** rows, Row&& row) const noexcept {
+  // Lists the active rows of some steps of a block in the order of backward and of the caller's batch, the same for
+  // every block size; row(t, b, index in block).
+  template <class Pointer, class Row>
+  std::int64_t list(Range steps, Pointer* rows, Row&& row) const noexcept {
     std::int64_t count = 0;
-    for (std::int64_t i = steps.end - 1; i >= steps.begin; --i)
-      for (std::int64_t b = 0; b < call.batch; ++b)
-        if (time(i) < this->length(b)) rows[count++] = row(time(i), b, (i - block_first_) * call.batch + b);
+    for (std::int64_t i = steps.end - 1; i >= steps.begin; --i) {
+      const std::int64_t t = time(i), active = this->active(t), first = row_in_block(t, 0);
+      for (std::int64_t k = 0; k < call.batch; ++k) {
+        const std::int64_t b = call.sorted ? call.sorted[k] : k;
+        if (b < active) rows[count++] = row(t, b, first + b);
+      }
+    }
     return count;
   }
 
@@ -315,19 +339,13 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     add_outer_products(rows, s_.left, s_.right, own.begin, own.end, of.depth, weights, s_.buffer);
   }
 
-  // dx = dx_gates W_ih for this worker's part of the rows of some steps; zero in rows past their end.
+  // dx = dx_gates W_ih for this worker's part of the rows of some steps.
   void add_to_dx(Range steps) noexcept {
     const std::int64_t I = layer_.sizes.inputs;
     const std::int64_t rows = list(steps, s_.left, s_.dx_gates, s_.gate_stride);
-    std::int64_t count = 0;
-    for (std::int64_t i = steps.end - 1; i >= steps.begin; --i)
-      for (std::int64_t b = 0; b < call.batch; ++b) {
-        T* row = static_cast<T*>(layer_.dx) + (time(i) * call.batch + b) * I;
-        if (time(i) < this->length(b))
-          s_.outputs[count++] = row;
-        else if (!layer_.add_to_dx && b % worker.count == worker.index)
-          std::memset(row, 0, static_cast<std::size_t>(I) * sizeof(T));
-      }
+    list(steps, s_.outputs, [&](std::int64_t t, std::int64_t b, std::int64_t) {
+      return static_cast<T*>(layer_.dx) + row_of(layer_.x_rows, t, b) * I;
+    });
     const Range own = share(rows, worker.index, worker.count);
     plain_product<T>(own.end - own.begin, s_.left + own.begin, Cell::gates * H_, packed_.weights(packed_.at.w_ih_t),
                      nullptr, I, s_.outputs + own.begin, layer_.add_to_dx);
@@ -335,6 +353,7 @@ class BackwardLoop : protected LayerContext<Cell, T> {
 
   const BackwardScratch<Cell, T>& s_;
   const PackedWeights<Cell, AsStates<T>> packed_;
+  std::int64_t block_row_ = 0;  // kept rows before those of the block
 };
 
 template <class Cell, class T>
@@ -344,6 +363,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   using Base::call, Base::worker, Base::lanes;
   using Loop::layer_, Loop::s_, Loop::packed_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_;
   friend Loop;
+  static constexpr std::int64_t grain = 1;
   using V = Vec<T>;
 
  public:
@@ -356,11 +376,10 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   // `row0`: number in the block of the step's first row.
   void step(std::int64_t t, std::int64_t step_in_block) noexcept {
     t_ = t;
-    row0_ = step_in_block * call.batch;
-    const Range own = this->rows();
+    row0_ = this->row_in_block(t, 0);
+    const Range own = this->active_rows(t);
     std::int64_t rows = 0;
     for (std::int64_t b = own.begin; b < own.end; ++b) {
-      if (t >= this->length(b)) continue;
       for (int s = Cell::Step::projects; s < Cell::states; ++s) s_.prev[s][rows] = this->previous(s, t, b);
       s_.batch_index[rows++] = b;
     }

@@ -59,17 +59,18 @@ class Turn {
 // Inference with the weights of a frozen layer.
 class FrozenCall {
  public:
-  // friendly(x, state, lengths, resets, out) is the same call, from whatever a caller may pass.
+  // friendly(x, state, lengths, offsets, resets, out) is the same call, from whatever a caller may pass.
   FrozenCall(const Packed& packed, py::object friendly, bool batch_first)
       : owner_(py::cast(packed, py::return_value_policy::reference)),
         packed_(packed),
         friendly_(std::move(friendly)),
         batch_first_(batch_first) {}
 
-  // x, state, lengths, resets, out -> (y, final state)
+  // x, state, lengths, offsets, resets, out -> (y, final state)
   PyObject* run(PyObject* const* arguments, Py_ssize_t count) {
-    if (count == 5 && arguments[2] == Py_None && arguments[3] == Py_None) {
-      py::object results = infer(arguments[0], arguments[1], arguments[4]);
+    const auto none = [&](int i) { return arguments[i] == Py_None; };
+    if (count == 6 && none(2) && none(3) && none(4)) {
+      py::object results = infer(arguments[0], arguments[1], arguments[5]);
       if (results) return results.release().ptr();
     }
     return in_python(PyObject_Vectorcall, friendly_.ptr(), arguments, static_cast<std::size_t>(count), nullptr);
@@ -84,16 +85,16 @@ class FrozenCall {
     const std::int64_t first = fields_of(x).dimensions[0], second = fields_of(x).dimensions[1];
     // Rows of x lie one after the other in time only if one of T and B is 1, or if T comes first.
     if (batched && batch_first_ && first != 1 && second != 1) return {};
+    const Sequences rows(batched && batch_first_ ? second : first, !batched ? 1 : batch_first_ ? first : second);
     ForwardCall call{};
-    call.steps = batched && batch_first_ ? second : first;
-    call.batch = !batched ? 1 : batch_first_ ? first : second;
+    call.rows = &rows;
 
     const py::dtype& dtype = packed_.dtype();
     const auto rows_of = [&](std::int64_t size) { return batched ? Shape{first, second, size} : Shape{first, size}; };
     if (!is_exact(x, dtype, rows_of(packed_.input_size()))) return {};
     const std::size_t states = packed_.state_count();
     const auto state_shape = [&](std::size_t s) {
-      return batched ? packed_.state_shape(s, call.batch)
+      return batched ? packed_.state_shape(s, rows.batch())
                      : Shape{static_cast<std::int64_t>(packed_.layers().size()), packed_.state_size(s)};
     };
     std::array<py::handle, kMaxStates> given{};
@@ -139,11 +140,11 @@ class Steps {
       : owner_(py::cast(packed, py::return_value_policy::reference)),
         packed_(packed),
         batch_(batch),
+        rows_(1, batch),
         arguments_(std::move(arguments)) {
     if (batch < 1) throw py::value_error("batch: expected at least 1, got " + std::to_string(batch));
     if (packed_.directions() != 1) throw py::value_error("packed: expected weights of one direction");
-    call_.steps = 1;
-    call_.batch = batch;
+    rows_.describe(call_);
     between_.emplace(packed_.between_bytes(call_));
     for (auto& states : states_) states = packed_.new_states(batch);
     std::ranges::for_each(states_[0], fill_with_zeros);
@@ -152,7 +153,7 @@ class Steps {
     for (std::size_t i = 0; i < 2; ++i) {
       layers_[i] = packed_.layers();
       ForwardCall call{};
-      call.steps = 1, call.batch = batch;
+      call.rows = &rows_;
       call.initial = bytes_of(states_[i]), call.last = bytes_of(states_[1 - i]);
       connect(packed_, layers_[i], call, nullptr, between_->data);
     }
@@ -233,6 +234,7 @@ class Steps {
   py::object owner_;  // keeps packed_
   const Packed& packed_;
   const std::int64_t batch_;
+  const Sequences rows_;
   py::object arguments_;
   std::vector<py::array> states_[2];  // a step reads those of now_ and writes the others
   std::vector<Layer> layers_[2];
@@ -253,7 +255,7 @@ void add_calls(py::module_& m) {
   py::class_<FrozenCall> frozen_call(m, "FrozenCall", "Inference with the weights of a frozen layer.", py::is_final());
   add_method<FrozenCall, &FrozenCall::run>(frozen_call, "run",
                                            "run(self: rnnkern._rnnkern_native.FrozenCall, x: object, state: object, "
-                                           "lengths: object, resets: object, out: object) -> object");
+                                           "lengths: object, offsets: object, resets: object, out: object) -> object");
   seal(frozen_call);
 
   py::class_<Steps> steps(m, "Steps", "The states of sequences that go on step by step.", py::is_final());

@@ -29,26 +29,35 @@ struct PackCall {
   void* packed;   // packed_bytes() of these sizes, 64-byte aligned
 };
 
-// One layer-direction of a call. A row is one (t, b); rows are in time-major order.
+// Where an array has the row of step t and batch b: at (steps ? steps[t] : t * stride) + (rows ? rows[b] : b).
+struct RowMap {
+  std::int64_t stride;
+  const std::int64_t* steps;
+  const std::int64_t* rows;
+  std::int64_t padded;  // steps that each b has, past its length too, where results are zero; 0: there is no such row
+};
+
+// One layer-direction of a call. A row is one (t, b).
 struct Layer {
   LayerSizes sizes;
   bool reverse;
   const void* packed;  // see pack.h
-  const void* x;       // [T*B] rows of I, x_stride elements apart
-  void* y;             // [T*B] rows of P, y_stride elements apart; forward writes, backward reads
+  const void* x;       // rows of I, x_stride elements apart
+  void* y;             // rows of P, y_stride elements apart; forward writes, backward reads
   std::int64_t x_stride, y_stride;
   const void* initial[kMaxStates];  // h [B, P], others [B, H]
   void* last[kMaxStates];           // the same shapes; forward writes the states after the last step
-  void* saved;                      // [T] times saved_elements() of these sizes; null: keep nothing
+  void* saved;                      // rows of saved_elements() of these sizes; null: keep nothing
   // Backward only.
   const void* dy;  // like y, dy_stride elements apart; null: zeros
   std::int64_t dy_stride;
-  void* dx;                       // [T*B] rows of I, contiguous; null: not wanted
+  void* dx;                       // rows of I, like x, contiguous; null: not wanted
   bool add_to_dx;                 // a second direction adds to what the first has written
   const void* dlast[kMaxStates];  // gradients of `last`
   void* dinitial[kMaxStates];     // null: not wanted
   LayerWeights<void*> gradients;  // null: not wanted; else zeroed by the caller
-  void* flow;                     // [states + gates, T*B], see Watch; null: not wanted
+  void* flow;                     // [states + gates] of the caller's rows, see Watch; null: not wanted
+  RowMap x_rows, y_rows;
 };
 
 // What forward keeps for backward of each step beside y: nothing, what the cell saves of its gates, or only the states
@@ -64,7 +73,7 @@ enum class Bound : int { nothing, norm, value };
 
 // What backward does with these gradients beside going on with them. It bounds them; and where `flow` is wanted it
 // measures, of each row of a step, their norms before they are bounded and, for each gate, the share of the units where
-// it is saturated: at most `low` or above `high`. Past a row's end these are zero.
+// it is saturated: at most `low` or above `high`. What is past a row's end it leaves alone.
 struct Watch {
   Bound bound;
   double most;
@@ -72,15 +81,16 @@ struct Watch {
   double low[kMaxGates], high[kMaxGates];
 };
 
-// A stack of L layers of D directions, one call; layer-direction (l, d) is layers[l * D + d].
+// A stack of L layers of D directions, one call; layer-direction (l, d) is layers[l * D + d]. Sequences of different
+// lengths stand in the order of their lengths, the longest first: those that have a step are the first ones.
 struct KernelCall {
-  std::int64_t steps, batch;
-  const std::int64_t* lengths;  // [B] or null
-  const std::uint8_t* resets;   // [T, B] or null
+  std::int64_t steps, batch;    // steps: of the longest
+  const std::int64_t* lengths;  // [B], falling; null: all steps
+  const std::uint8_t* resets;   // one for each of the caller's rows, or null
   int layer_count, directions;
   const Layer* layers;
-  const void* const* masks;  // [L-1] of [T, B, D*P], dropout scale of each output; null: no dropout
-  void* const* masked;       // [L-1] of [T, B, D*P]: forward writes y * mask here, the input of the next layer
+  const void* const* masks;  // [L-1] of the caller's rows of D*P, dropout scale of each output; null: no dropout
+  void* const* masked;       // [L-1] of kept rows of D*P: forward writes y * mask here, the input of the next layer
   Save save;
   Split split;
   Watch watch;               // of backward
@@ -93,6 +103,11 @@ struct KernelCall {
   std::int64_t* stop;      // 0 on entry; the number of the first block that is not worked on once poll says so
   std::int64_t* progress;  // where layers are divided, zeros on entry: the steps that each layer-direction has done,
                            // and behind them how many were begun; else null
+  std::int64_t rows;       // that sequences have, over all steps
+  const std::int64_t* starts;          // [T + 1] how many of them are before each step; with lengths
+  const std::int64_t *order, *sorted;  // [B] which b is where in states, and the other way; null: in its place. Sums
+                                       // over rows run in the order of the caller's batch
+  RowMap given, kept, saved;           // of the caller's arrays, of those between layers, and of what layers save
 };
 
 // y = x W^T + b and its gradients for `rows` rows. weight [outputs, inputs]
@@ -113,7 +128,7 @@ constexpr int kFormats = 3;
 struct CellKernels {
   std::int64_t (*packed_bytes)(const LayerSizes&, bool training) noexcept;
   Task pack;                                                                             // context: const PackCall*
-  std::int64_t (*saved_elements)(const LayerSizes&, std::int64_t batch, Save) noexcept;  // a step of Layer::saved
+  std::int64_t (*saved_elements)(const LayerSizes&, std::int64_t batch, Save) noexcept;  // of a row of Layer::saved
   std::int64_t (*scratch_bytes)(const KernelCall&, bool backward) noexcept;
   std::int64_t (*row_grain)(const LayerSizes&, std::int64_t batch, Save) noexcept;  // rows a thread works on together
   Task forward;                                                                     // context: const KernelCall*

@@ -6,12 +6,10 @@
 namespace rnnkern {
 namespace {
 
-// to = combine(a, b), elementwise, this worker's part of `count` elements; to may be a.
+// to = combine(a, b), elementwise, some of the elements; to may be a.
 template <class T, class Combine>
-void combine_elements(const Worker& worker, std::int64_t count, const void* a, const void* b, void* to,
-                      Combine&& combine) noexcept {
+void combine_elements(Range own, const void* a, const void* b, void* to, Combine&& combine) noexcept {
   using V = Vec<T>;
-  const Range own = share(count, worker.index, worker.count, kLanes<T>);
   for (std::int64_t i = own.begin; i < own.end; i += kLanes<T>) {
     const int some = static_cast<int>(smaller(own.end - i, kLanes<T>));
     store_some<V>(
@@ -23,6 +21,23 @@ void combine_elements(const Worker& worker, std::int64_t count, const void* a, c
 
 constexpr auto kMultiply = [](auto a, auto b) RNNKERN_INLINE_LAMBDA { return a * b; };
 constexpr auto kAdd = [](auto a, auto b) RNNKERN_INLINE_LAMBDA { return a + b; };
+
+// to = a * mask, this worker's part of the rows; to may be a. a, to: kept rows of `width` elements; mask: given ones
+template <class T>
+void apply_mask(const KernelCall& call, const Worker& worker, std::int64_t width, const void* a, const void* mask,
+                void* to) noexcept {
+  if (!call.lengths) {
+    const Range own = share(call.rows * width, worker.index, worker.count, kLanes<T>);
+    return combine_elements<T>(own, a, mask, to, kMultiply);
+  }
+  const Range steps = share(call.steps, worker.index, worker.count);
+  for (std::int64_t t = steps.begin; t < steps.end; ++t)
+    for (std::int64_t b = 0; b < active_rows_of(call, t); ++b) {
+      const std::int64_t kept = row_of(call.kept, t, b) * width, given = row_of(call.given, t, b) * width;
+      combine_elements<T>({0, width}, static_cast<const T*>(a) + kept, static_cast<const T*>(mask) + given,
+                          static_cast<T*>(to) + kept, kMultiply);
+    }
+}
 
 // Runs all layer-directions of a call, from the first or from the last on.
 template <class Cell, class T, class OneLayer, class Scratch>
@@ -37,11 +52,10 @@ void run_layers(const KernelCall& call, Worker& worker, bool backwards) noexcept
     for (int direction = 0; direction < call.directions; ++direction)
       loop.advance(OneLayer(loop, layer[direction], scratch).run());
     if (!call.masks || i == call.layer_count - 1 || !loop.takes_part()) continue;
-    const std::int64_t rows = call.steps * call.batch;
     if (backwards)
-      combine_elements<T>(worker, rows * layer->sizes.inputs, layer->dx, call.masks[l - 1], layer->dx, kMultiply);
+      apply_mask<T>(call, worker, layer->sizes.inputs, layer->dx, call.masks[l - 1], layer->dx);
     else
-      combine_elements<T>(worker, rows * layer->y_stride, layer->y, call.masks[l], call.masked[l], kMultiply);
+      apply_mask<T>(call, worker, layer->y_stride, layer->y, call.masks[l], call.masked[l]);
     loop.wait();
   }
 }
@@ -89,7 +103,8 @@ void run_side_by_side(const KernelCall& call, Worker& worker, bool backwards) no
     if (backwards && layer.dx && i % D > 0) {
       if (!loop.await(i - 1, call.steps)) break;
       void* const sum = call.layers[i - 1].dx;
-      combine_elements<T>(alone, call.steps * call.batch * layer.sizes.inputs, sum, layer.dx, sum, kAdd);
+      const std::int64_t rows = layer.x_rows.padded ? layer.x_rows.padded * call.batch : call.rows;
+      combine_elements<T>({0, rows * layer.sizes.inputs}, sum, layer.dx, sum, kAdd);
     }
     __atomic_store_n(call.progress + i, call.steps, __ATOMIC_RELEASE);
   }
@@ -139,8 +154,7 @@ std::int64_t row_grain(const LayerSizes& sizes, std::int64_t batch, Save save) n
 template <class Cell, class T>
 std::int64_t saved_elements(const LayerSizes& sizes, std::int64_t batch, Save save) noexcept {
   const std::int64_t values = save == Save::nothing ? 0 : save == Save::gates ? Cell::saved : Cell::states - 1;
-  return values *
-         (is_narrow<Cell, T>(sizes, batch, save) ? padded<T>(batch) * sizes.hidden : batch * padded<T>(sizes.hidden));
+  return values * (is_narrow<Cell, T>(sizes, batch, save) ? sizes.hidden : padded<T>(sizes.hidden));
 }
 
 template <class T>

@@ -69,49 +69,57 @@ class Narrow : public Loop {
 
   using Loop::Loop;
 
-  std::int64_t vector_count() const noexcept { return divide_up(call.batch, lanes); }
-  Range vectors() const noexcept { return share(vector_count(), worker.index, worker.count); }
-  int rows_of(std::int64_t vector) const noexcept {
-    return static_cast<int>(smaller(call.batch - vector * lanes, lanes));
+  static constexpr std::int64_t grain = lanes;
+
+  // This worker's vectors, and those of them with a row that has a step t.
+  Range vectors() const noexcept { return {this->own_.begin / lanes, divide_up(this->own_.end, lanes)}; }
+  Range active_vectors(std::int64_t t) const noexcept {
+    const Range own = this->active_rows(t);
+    return {own.begin / lanes, divide_up(own.end, lanes)};
+  }
+  // The rows of a vector that have a step t: its first lanes.
+  int rows_of(std::int64_t vector, std::int64_t t) const noexcept {
+    return static_cast<int>(smaller(this->active(t) - vector * lanes, lanes));
   }
 
   T* state(T* base, std::int64_t vector) const noexcept { return base + vector * H_ * lanes; }
 
-  // [T, vectors, saved, H, lanes]
+  // [rows / lanes, saved, H, lanes]
   T* saved(std::int64_t t, std::int64_t vector) const noexcept {
-    return static_cast<T*>(layer_.saved) + (t * vector_count() + vector) * Cell::saved * H_ * lanes;
+    return static_cast<T*>(layer_.saved) + row_of(call.saved, t, vector * lanes) * Cell::saved * H_;
   }
 
-  // Lists a pointer for each lane, row(b); lanes past the last row repeat it.
+  // Lists a pointer for each lane, row(b); lanes without a row of step t repeat the last that has one.
   template <class Row>
-  RNNKERN_INLINE void list_rows(std::int64_t vector, const T** rows, Row&& row) const noexcept {
-    for (int l = 0; l < lanes; ++l) rows[l] = row(smaller(vector * lanes + l, call.batch - 1));
+  RNNKERN_INLINE void list_rows(std::int64_t vector, std::int64_t t, const T** rows, Row&& row) const noexcept {
+    const std::int64_t last = this->active(t) - 1;
+    for (int l = 0; l < lanes; ++l) rows[l] = row(smaller(vector * lanes + l, last));
   }
 
   // Move this worker's part of the states from and to rows of H.
   void enter_states(const void* const* given, T* const* states) const noexcept {
     for_elements(states, [&](int s, T& element, std::int64_t b, std::int64_t unit) {
       const T* from = static_cast<const T*>(given[s]);
-      element = from && b < call.batch ? from[b * H_ + unit] : T{0};
+      element = from && b < call.batch ? from[this->state_row(b) * H_ + unit] : T{0};
     });
   }
   void leave_states(T* const* states, void* const* to) const noexcept {
     for_elements(states, [&](int s, T& element, std::int64_t b, std::int64_t unit) {
-      if (to[s] && b < call.batch) static_cast<T*>(to[s])[b * H_ + unit] = element;
+      if (to[s] && b < call.batch) static_cast<T*>(to[s])[this->state_row(b) * H_ + unit] = element;
     });
   }
 
-  // Returns the lanes of the rows for which is_one(b).
+  // Returns the lanes of the rows that have a step t and for which is_one(b).
   template <class IsOne>
-  Mask<V> lanes_where(std::int64_t vector, IsOne&& is_one) const noexcept {
+  Mask<V> lanes_where(std::int64_t vector, std::int64_t t, IsOne&& is_one) const noexcept {
     Mask<V> mask{};
-    for (int l = 0; l < rows_of(vector); ++l) mask[l] = is_one(vector * lanes + l) ? -1 : 0;
+    for (int l = 0; l < rows_of(vector, t); ++l) mask[l] = is_one(vector * lanes + l) ? -1 : 0;
     return mask;
   }
   // Returns the lanes of the rows that have a step t.
-  Mask<V> active(std::int64_t vector, std::int64_t t) const noexcept {
+  Mask<V> active_lanes(std::int64_t vector, std::int64_t t) const noexcept {
     if (!call.lengths) return V{} == V{};
-    return lanes_where(vector, [&](std::int64_t b) { return t < this->length(b); });
+    return lanes_where(vector, t, [](std::int64_t) { return true; });
   }
 
   // sums[r][i] += w[k][r * step] right[k][i], k after k: w packed, its k `stride` elements apart; right
@@ -168,7 +176,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   using Rows = Narrow<Loop, Cell, T>;
   using Base = Context<Cell, T>;
   using Loop::now_, Loop::block_first_, Loop::time, Loop::output, Loop::H_;
-  using Rows::call, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state;
+  using Rows::call, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state, Rows::grain;
   friend Loop;
   using V = Vec<T>;
   static constexpr int gates = Cell::gates;
@@ -179,6 +187,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
 
  private:
   void enter() noexcept {
+    if (call.lengths) this->enter_states(layer_.initial, s_.state[1]);
     this->enter_states(layer_.initial, s_.state[0]);
     this->wait();
   }
@@ -192,17 +201,29 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   // gates = x W_ih^T + b_ih
   void add_input_share(std::int64_t count) noexcept {
     const Range own = vectors();
-    for (std::int64_t vector = own.begin; vector < own.end; ++vector)
-      for_parts(count, kNarrowSteps<Cell>, [&](std::int64_t first, std::int64_t steps) {
+    for (std::int64_t vector = own.begin; vector < own.end; ++vector) {
+      const Range has = steps_of(vector, count);
+      for_parts(has.end - has.begin, kNarrowSteps<Cell>, [&](std::int64_t part, std::int64_t steps) {
+        const std::int64_t first = has.begin + part;
         for (std::int64_t i = 0; i < steps; ++i) {
           const T* rows[lanes];
           const std::int64_t t = time(block_first_ + first + i);
-          this->list_rows(vector, rows, [&](std::int64_t b) { return this->x_row(t, b); });
+          this->list_rows(vector, t, rows, [&](std::int64_t b) { return this->x_row(t, b); });
           rows_to_lanes(rows, layer_.sizes.inputs, s_.x + i * lanes, steps * lanes);
         }
         with_count<kNarrowSteps<Cell>>(
             steps, [&]<int n>() RNNKERN_INLINE_LAMBDA { add_input_share_of<n>(gates_of(vector, first)); });
       });
+    }
+  }
+
+  // Those of `count` steps of the block that a row of the vector has.
+  Range steps_of(std::int64_t vector, std::int64_t count) const noexcept {
+    const auto has = [&](std::int64_t i) { return this->active(time(block_first_ + i)) > vector * lanes; };
+    Range steps{0, count};
+    while (steps.begin < count && !has(steps.begin)) ++steps.begin;
+    while (steps.end > steps.begin && !has(steps.end - 1)) --steps.end;
+    return steps;
   }
 
   template <int n>
@@ -219,27 +240,33 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   }
 
   void step(std::int64_t t) noexcept {
-    const Range own = vectors();
+    const Range own = this->active_vectors(t), ended = this->rows_ended(t);
+    const std::int64_t size = H_ * lanes;
+    for (std::int64_t vector = divide_up(ended.begin, lanes); vector < divide_up(ended.end, lanes); ++vector)
+      std::memcpy(state(s_.state[1 - now_][0], vector), state(s_.state[now_][0], vector),
+                  static_cast<std::size_t>(size) * sizeof(T));
     for (std::int64_t vector = own.begin; vector < own.end; ++vector) {
       if (call.resets) cut_rows(vector, t);
       const T* x = gates_of(vector, time(t) - block_first_);
       T* const saved = layer_.saved && Cell::saved > 0 ? this->saved(t, vector) : nullptr;
-      step_units(x, vector, saved, this->active(vector, t));
-      const int rows = rows_of(vector);
-      T* const y = output(t, vector * lanes);
-      lanes_to_rows(state(s_.state[1 - now_][0], vector), H_, rows, y, layer_.y_stride);
-      if (!call.lengths) continue;
-      for (int l = 0; l < rows; ++l)
-        if (t >= this->length(vector * lanes + l))
-          std::memset(y + l * layer_.y_stride, 0, static_cast<std::size_t>(H_) * sizeof(T));
+      step_units(x, vector, saved, this->active_lanes(vector, t));
+      store_outputs(state(s_.state[1 - now_][0], vector), t, vector);
     }
+  }
+
+  void store_outputs(const T* h, std::int64_t t, std::int64_t vector) const noexcept {
+    const int rows = rows_of(vector, t);
+    if (!layer_.y_rows.rows) return lanes_to_rows(h, H_, rows, output(t, vector * lanes), layer_.y_stride);
+    T some[lanes * lanes];
+    lanes_to_rows(h, H_, rows, some, H_);
+    for (int l = 0; l < rows; ++l)
+      std::memcpy(output(t, vector * lanes + l), some + l * H_, static_cast<std::size_t>(H_) * sizeof(T));
   }
 
   // Returns the lanes of the rows that enter step t from zeros.
   void cut_rows(std::int64_t vector, std::int64_t t) const noexcept {
-    for (int l = 0; l < rows_of(vector); ++l) {
-      const std::int64_t b = vector * lanes + l;
-      if (t >= this->length(b) || !this->cut(layer_.reverse, t, b)) continue;
+    for (int l = 0; l < rows_of(vector, t); ++l) {
+      if (!this->cut(layer_.reverse, t, vector * lanes + l)) continue;
       for (T* const one : s_.state[now_])
         for (std::int64_t unit = 0; unit < H_; ++unit) state(one, vector)[unit * lanes + l] = 0;
     }
@@ -277,7 +304,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
   using Loop = BackwardLoop<NarrowBackward, Cell, T>;
   using Rows = Narrow<Loop, Cell, T>;
   using Loop::s_, Loop::packed_, Loop::H_, Loop::padded_h_;
-  using Rows::call, Rows::worker, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state;
+  using Rows::call, Rows::worker, Rows::lanes, Rows::layer_, Rows::rows_of, Rows::state, Rows::grain;
   friend Loop;
   using V = Vec<T>;
   static constexpr int gates = Cell::gates;
@@ -301,21 +328,21 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
 
   void leave() noexcept { this->leave_states(s_.carry, layer_.dinitial); }
 
-  void step(std::int64_t t, std::int64_t step_in_block) noexcept {
-    const Range own = vectors();
+  void step(std::int64_t t, std::int64_t) noexcept {
+    const Range own = this->active_vectors(t);
     for (std::int64_t vector = own.begin; vector < own.end; ++vector) {
       Step s;
       load_step(s, t, vector);
-      const Mask<V> active = this->active(vector, t);
+      const Mask<V> active = this->active_lanes(vector, t);
       Mask<V> passes = V{} == V{};  // the gradient of the state to the step before
       if (call.resets)
-        passes = this->lanes_where(vector, [&](std::int64_t b) { return !this->cut(layer_.reverse, t, b); });
-      if (watches(call.watch)) watch(s, t, vector, active, step_in_block * call.batch + vector * lanes);
+        passes = this->lanes_where(vector, t, [&](std::int64_t b) { return !this->cut(layer_.reverse, t, b); });
+      if (watches(call.watch)) watch(s, t, vector, active, this->row_in_block(t, vector * lanes));
       add_elementwise(s, t, vector, active, passes);
       add_carry(Cell::separate_recurrent ? s.dr : s.dx, vector, active, passes);
 
-      const std::int64_t row = step_in_block * call.batch + vector * lanes, stride = s_.gate_stride;
-      const int rows = rows_of(vector);
+      const std::int64_t row = this->row_in_block(t, vector * lanes), stride = s_.gate_stride;
+      const int rows = rows_of(vector, t);
       lanes_to_rows(s.dx, gates * H_, rows, s_.dx_gates + row * stride, stride);
       if constexpr (Cell::separate_recurrent) lanes_to_rows(s.dr, gates * H_, rows, s_.dr_gates + row * stride, stride);
       constexpr int extras = Cell::extras;
@@ -326,23 +353,25 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
   void load_step(Step& s, std::int64_t t, std::int64_t vector) const noexcept {
     const auto gather = [&](T* to, auto&& row) {
       const T* rows[lanes];
-      this->list_rows(vector, rows, row);
+      this->list_rows(vector, t, rows, row);
       rows_to_lanes(rows, H_, to, lanes);
     };
     if (layer_.dy) gather(s.dy, [&](std::int64_t b) { return this->output_gradient_row(t, b); });
     if constexpr (Cell::saved == 0) gather(s.h, [&](std::int64_t b) { return this->output(t, b); });
-    const bool alike = !call.lengths && !call.resets;  // all rows come from the same step
+    // All rows come from the same step, unless one begins in reverse where others do not.
+    const bool before_all = !layer_.reverse || t + 1 == call.steps || rows_of(vector, t + 1) == rows_of(vector, t);
+    const bool alike = !call.resets && before_all;
     for (int state = Cell::Step::projects; state < Cell::states; ++state) {
       T* const to = s.prev[state];
-      const bool before = alike && !this->is_first(t, 0);
+      const bool before = alike && !this->is_first(t, vector * lanes);
       if (Cell::kept[state] != kInOutput && before)
         std::memcpy(to, saved_state(state, this->before(t), vector), static_cast<std::size_t>(H_) * lanes * sizeof(T));
       else if (Cell::kept[state] != kInOutput)
         gather_saved(to, state, t, vector);
       else if (before)
         gather(to, [&](std::int64_t b) { return this->output(this->before(t), b); });
-      else  // past the end of a row there need not be a step before
-        gather(to, [&](std::int64_t b) { return t < this->length(b) ? this->previous(state, t, b) : s_.zeros; });
+      else
+        gather(to, [&](std::int64_t b) { return this->previous(state, t, b); });
     }
   }
 
@@ -355,7 +384,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
       const std::int64_t b = vector * lanes + l;
       const T* from = s_.zeros;
       std::int64_t step = 1;
-      if (l < rows_of(vector) && t < this->length(b) && !this->cut(layer_.reverse, t, b)) {
+      if (l < rows_of(vector, t) && !this->cut(layer_.reverse, t, b)) {
         if (this->is_first(t, b))
           from = this->initial(state, b);
         else
@@ -397,7 +426,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
   __attribute__((noinline)) void watch(const Step& s, std::int64_t t, std::int64_t vector, Mask<V> active,
                                        std::int64_t row) const noexcept {
     const Watch& asked = call.watch;
-    const int rows = rows_of(vector);
+    const int rows = rows_of(vector, t);
     for (int one = 0; one < Cell::states; ++one) {
       T* const gradient = state(s_.carry[one], vector);
       double squares[lanes] = {};

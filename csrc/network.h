@@ -15,6 +15,7 @@
 #include "dispatch.h"
 #include "kernel_table.h"
 #include "policy.h"
+#include "sequences.h"
 #include "team.h"
 
 namespace rnnkern {
@@ -125,23 +126,27 @@ class Network {
   }
 
   // Of the output of a layer.
-  std::int64_t output_bytes(std::int64_t T, std::int64_t B) const { return times(times(times(T, B), width_), bytes_); }
+  std::int64_t output_bytes(std::int64_t rows) const { return times(times(rows, width_), bytes_); }
 
   // Arrays between the layers where nothing is kept: two take turns.
   std::size_t between_count() const { return std::min<std::size_t>(layer_count() - 1, 2); }
   std::int64_t between_bytes(const KernelCall& call) const {
-    return times(static_cast<std::int64_t>(between_count()), output_bytes(call.steps, call.batch));
+    return times(static_cast<std::int64_t>(between_count()), output_bytes(call.rows));
   }
   // The second direction's gradient of a layer's input, where the two are worked on side by side in backward.
-  std::int64_t aside_bytes(const KernelCall& call) const {
+  std::int64_t aside_bytes(const KernelCall& call, std::int64_t given_rows) const {
     if (call.split != Split::layers || reverse_.size() == 1) return 0;
     const std::int64_t widest = layer_count() > 1 ? std::max(inputs_, width_) : inputs_;
-    return times(times(times(call.steps, call.batch), widest), bytes_);
+    return times(times(given_rows, widest), bytes_);
   }
 
-  // Of what the steps of layer-direction i save for backward.
-  std::int64_t saved_bytes(std::size_t i, std::int64_t T, std::int64_t B, Save save) const {
-    return times(times(T, kernels_.saved_elements(sizes(i), B, save)), bytes_);
+  // Of what layer-direction i saves for backward.
+  std::int64_t saved_bytes(std::size_t i, const Sequences& rows, Save save) const {
+    return times(times(rows.saved_count(), kernels_.saved_elements(sizes(i), rows.batch(), save)), bytes_);
+  }
+  // The rows of a step that lie together in it.
+  std::int64_t saved_together(std::int64_t batch, Save save) const {
+    return save == Save::nothing ? 1 : kernels_.row_grain(sizes(0), batch, save);
   }
 
   // Throws unless every sum of sizes of a call fits into 64 bits.
@@ -151,19 +156,12 @@ class Network {
                                      input_size() + hidden_ + width_ + std::int64_t{num_threads()}));
   }
 
-  static void check_lengths(const std::int64_t* lengths, std::int64_t T, std::int64_t B) {
-    for (std::int64_t b = 0; b < B; ++b)
-      if (lengths[b] < 0 || lengths[b] > T)
-        throw std::invalid_argument("lengths: expected 0 <= length <= " + std::to_string(T) + ", got " +
-                                    std::to_string(lengths[b]));
-  }
-
   // Adds to a call its layers, from the lowest on that takes part, and how it is divided.
   Plan complete(KernelCall& call, const std::vector<Layer>& layers, bool backward, std::size_t lowest = 0) const {
     const std::size_t first = lowest * directions();
     const auto count = static_cast<std::int64_t>(layer_count() - lowest);
     if (call.masks) call.masks += lowest;
-    const Plan plan = make_plan({call.steps, call.batch, sizes(first).inputs, hidden_, outputs_, count,
+    const Plan plan = make_plan({call.steps, call.batch, call.rows, sizes(first).inputs, hidden_, outputs_, count,
                                  static_cast<std::int64_t>(directions()),
                                  kernels_.row_grain(sizes(0), call.batch, call.save), entry_.gates, entry_.saved,
                                  num_threads(), bytes_, private_cache(), backward, call.masks != nullptr});

@@ -25,6 +25,15 @@ Save save_of(const py::object& name) {
   throw py::value_error("save: expected None, 'gates' or 'outputs'");
 }
 
+// The shape of an array of a call, of its rows with `width` elements each, or 0: of one number; and of several such.
+Shape shape_of(const Saved& saved, std::int64_t width = 0, std::int64_t several = 0) {
+  Shape shape{};
+  if (several > 0) shape.sizes[shape.count++] = several;
+  for (const std::int64_t size : saved.leading) shape.sizes[shape.count++] = size;
+  if (width > 0) shape.sizes[shape.count++] = width;
+  return shape;
+}
+
 }  // namespace
 
 void PythonHost::launch(Task task, KernelCall& call, const Plan& plan) {
@@ -131,22 +140,46 @@ std::vector<py::object> Packed::checked_states(const std::vector<py::object>& gi
   return arrays;
 }
 
+// The rows of a call on x with these sizes but the last, of what is given.
+Sequences Packed::rows_of(const std::vector<std::int64_t>& leading, const py::object& lengths,
+                          const py::object& offsets, const py::object& sizes, Save save) const {
+  const auto integers = [](const py::object& array, const char* name, std::int64_t count) {
+    return static_cast<const std::int64_t*>(bytes_of(checked(array, name, py::dtype::of<std::int64_t>(), {count})));
+  };
+  const auto count_of = [](const py::object& array) -> std::int64_t {
+    return py::isinstance<py::array>(array) && fields_of(array).nd == 1 ? fields_of(array).dimensions[0] : 1;
+  };
+  const std::int64_t first = leading[0];
+  if (leading.size() == 2) {
+    const std::int64_t batch = leading[1], together = saved_together(batch, save);
+    if (!offsets.is_none() || !sizes.is_none()) throw py::value_error("x: expected 2 dimensions with offsets or sizes");
+    if (lengths.is_none()) return {first, batch, together};
+    return Sequences::padded(integers(lengths, "lengths", batch), first, batch, together);
+  }
+  if (!lengths.is_none() || offsets.is_none() == sizes.is_none())
+    throw py::value_error("x: expected 3 dimensions (T, B, I), or 2 with either offsets or sizes");
+  if (offsets.is_none()) {
+    const std::int64_t steps = count_of(sizes);
+    const std::int64_t* const given = integers(sizes, "sizes", steps);
+    return Sequences::sorted(given, steps, first, saved_together(steps ? given[0] : 0, save));
+  }
+  const std::int64_t batch = std::max<std::int64_t>(count_of(offsets) - 1, 0);
+  return Sequences::packed(integers(offsets, "offsets", batch + 1), batch, first, saved_together(batch, save));
+}
+
 // What `saved` refers to and the caller holds too is what the kernels need: its shape may be set at any time.
 void Packed::check(const Saved& saved) const {
-  const std::int64_t T = saved.steps, B = saved.batch;
-  checked(saved.x, "x", dtype_, {T, B, input_size()});
-  checked(saved.y, "y", dtype_, {T, B, output_size()});
-  if (!saved.lengths.is_none()) checked(saved.lengths, "lengths", py::dtype::of<std::int64_t>(), {B});
-  if (!saved.resets.is_none()) checked(saved.resets, "resets", py::dtype::of<bool>(), {T, B});
+  checked(saved.x, "x", dtype_, shape_of(saved, input_size()));
+  checked(saved.y, "y", dtype_, shape_of(saved, output_size()));
+  if (!saved.resets.is_none()) checked(saved.resets, "resets", py::dtype::of<bool>(), shape_of(saved));
   for (std::size_t i = 0; i < saved.masks.size(); ++i)
-    checked(saved.masks[i], {"masks", i}, dtype_, {T, B, output_size()});
+    checked(saved.masks[i], {"masks", i}, dtype_, shape_of(saved, output_size()));
 }
 
 ForwardCall Packed::call_of(const Saved& saved, std::vector<const void*>& masks) const {
   for (const auto& one : saved.masks) masks.push_back(bytes_of(one));
   ForwardCall call{};
-  call.steps = saved.steps, call.batch = saved.batch;
-  if (!saved.lengths.is_none()) call.lengths = static_cast<const std::int64_t*>(bytes_of(saved.lengths));
+  call.rows = &saved.rows;
   if (!saved.resets.is_none()) call.resets = static_cast<const std::uint8_t*>(bytes_of(saved.resets));
   if (!masks.empty()) call.masks = masks.data();
   call.x = bytes_of(saved.x), call.y = bytes_of(saved.y);
@@ -157,8 +190,8 @@ ForwardCall Packed::call_of(const Saved& saved, std::vector<const void*>& masks)
 }
 
 py::tuple Packed::forward(const py::object& x, const py::object& state, const py::object& lengths,
-                          const py::object& resets, const py::object& masks, const py::object& y,
-                          const py::object& save) const {
+                          const py::object& offsets, const py::object& sizes, const py::object& resets,
+                          const py::object& masks, const py::object& y, const py::object& save) const {
   const auto initial = state_elements(state, "state", state_count());
   Saved saved;
   saved.packed_id = id_;
@@ -170,18 +203,21 @@ py::tuple Packed::forward(const py::object& x, const py::object& state, const py
   if (!py::isinstance<py::array>(x))
     throw py::type_error("x: expected an array of shape (T, B, " + std::to_string(input_size()) + ")");
   const auto& given = fields_of(x);
-  if (given.nd != 3) throw py::value_error("x: expected 3 dimensions (T, B, I), got " + std::to_string(given.nd));
-  const std::int64_t T = saved.steps = given.dimensions[0], B = saved.batch = given.dimensions[1];
-  saved.x = x, saved.lengths = lengths, saved.resets = resets, saved.y = y;
+  if (given.nd != 3 && given.nd != 2)
+    throw py::value_error("x: expected 3 dimensions (T, B, I), got " + std::to_string(given.nd));
+  saved.leading.assign(given.dimensions, given.dimensions + given.nd - 1);
+  saved.x = x, saved.resets = resets, saved.y = y;
   check(saved);
-  checked(y, "y", dtype_, {T, B, output_size()}, true);
+  checked(y, "y", dtype_, shape_of(saved, output_size()), true);
+  saved.rows = rows_of(saved.leading, lengths, offsets, sizes, saved.save);
+  const std::int64_t B = saved.rows.batch();
   saved.initial = checked_states(initial, "state", B);
   const std::vector<py::array> last = new_states(B);
   if (keeps) {
     // The tape must not see what the caller does to its state later.
     for (std::size_t s = 0; s < state_count(); ++s)
       if (!saved.initial[s].is_none()) saved.initial[s] = copy_of(saved.initial[s], dtype_, state_shape(s, B));
-    if (const std::int64_t bytes = kept_bytes(*this, T, B, saved.save, !saved.masks.empty()); bytes > 0)
+    if (const std::int64_t bytes = kept_bytes(*this, saved.rows, saved.save, !saved.masks.empty()); bytes > 0)
       saved.kept.emplace(reserve_, Reserve::saved, bytes);
   }
   std::vector<const void*> mask_data;
@@ -204,14 +240,14 @@ py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::o
   slopes.watch = watch_of(bound, saturated);
   const std::vector<py::object> flows =
       slopes.watch.flow ? elements(flow, "flow", layer_directions()) : std::vector<py::object>();
-  const std::int64_t T = saved.steps, B = saved.batch;
+  const std::int64_t B = saved.rows.batch();
   check(saved);
   for (std::size_t i = 0; i < flows.size(); ++i)
     slopes.flow.push_back(
-        bytes_of(checked(flows[i], {"flow", i}, dtype_, {entry().states + entry().gates, T, B}, true)));
+        bytes_of(checked(flows[i], {"flow", i}, dtype_, shape_of(saved, 0, entry().states + entry().gates), true)));
   const auto dfinal = checked_states(dlast_objects, "dlast", B);
-  if (!dy.is_none()) checked(dy, "dy", dtype_, {T, B, output_size()});
-  const py::object dx = need_x ? py::object(new_array(dtype_, {T, B, input_size()})) : py::none();
+  if (!dy.is_none()) checked(dy, "dy", dtype_, shape_of(saved, output_size()));
+  const py::object dx = need_x ? py::object(new_array(dtype_, shape_of(saved, input_size()))) : py::none();
   const std::vector<py::array> dinitial = need_state ? new_states(B) : std::vector<py::array>{};
   if (wanted && wanted->size() != layer_directions())
     throw py::value_error("wanted: expected one for each of " + std::to_string(layer_directions()) +
@@ -274,21 +310,23 @@ py::dict Packed::dict_of(const Gradients& gradients) const {
   return dict;
 }
 
-py::dict Packed::plan(std::int64_t steps, std::int64_t batch, const py::object& save, bool backward) const {
+py::dict Packed::plan(std::int64_t steps, std::int64_t batch, const py::object& save, bool backward,
+                      const py::object& offsets) const {
   if (!training_) throw py::value_error("plan: expected weights that were packed for training");
   KernelCall call{};
   call.save = save_of(save);
-  const std::int64_t kept = kept_bytes(*this, steps, batch, call.save, false);
-  call.steps = steps;
-  call.batch = batch;
+  check_size(steps, batch);
+  const Sequences rows = offsets.is_none() ? Sequences(steps, batch, saved_together(batch, call.save))
+                                           : rows_of({steps}, py::none(), offsets, py::none(), call.save);
+  const std::int64_t kept = kept_bytes(*this, rows, call.save, false);
+  rows.describe(call);
   std::vector<Layer> layers = this->layers();
   for (std::size_t i = 0; i < layers.size(); ++i)
-    if (saved_bytes(i, steps, batch, call.save) > 0)
-      layers[i].saved = &layers[i];  // forward works in it instead of in scratch
+    if (saved_bytes(i, rows, call.save) > 0) layers[i].saved = &layers[i];  // forward works in it instead of in scratch
   const Plan plan = complete(call, layers, backward);
   std::int64_t scratch = kernels().scratch_bytes(call, backward);
   if (backward || call.save == Save::nothing) scratch += between_bytes(call);
-  if (backward) scratch += aside_bytes(call);
+  if (backward) scratch += aside_bytes(call, rows.given_count());
   py::dict described;
   described["threads"] = plan.threads;
   described["split"] = plan.split == Split::rows ? "rows" : plan.split == Split::units ? "units" : "layers";

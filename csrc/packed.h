@@ -15,6 +15,7 @@
 #include "checks.h"
 #include "network.h"
 #include "policy.h"
+#include "sequences.h"
 #include "wiring.h"
 
 namespace rnnkern {
@@ -22,9 +23,10 @@ namespace rnnkern {
 // What a training forward leaves for backward; the arrays stay as they are.
 struct Saved {
   std::uint64_t packed_id = 0;  // of the Packed that made it
-  std::int64_t steps = 0, batch = 0;
+  Sequences rows{0, 0};
+  std::vector<std::int64_t> leading;  // the sizes of x but the last: T, B or the number of rows
   Save save = Save::nothing;
-  py::object x, lengths = py::none(), resets = py::none(), y;
+  py::object x, resets = py::none(), y;
   std::vector<py::object> masks;    // of each layer but the last; none: no dropout
   std::vector<py::object> initial;  // h, c: (L*D, B, ...), or None for zeros
   std::optional<Borrowed> kept;     // absent where that is nothing
@@ -57,9 +59,11 @@ class Packed : public Network {
          const py::object& reserve);
 
   // Fills y. Returns the final state, and what backward needs, None where `save` is. None for the state, or in place of
-  // one, is zeros. Lengths and resets are read again by backward.
-  py::tuple forward(const py::object& x, const py::object& state, const py::object& lengths, const py::object& resets,
-                    const py::object& masks, const py::object& y, const py::object& save) const;
+  // one, is zeros. At most one of lengths (B,), offsets (B + 1,) and sizes (T,) is given; see Sequences. Resets are
+  // read again by backward.
+  py::tuple forward(const py::object& x, const py::object& state, const py::object& lengths, const py::object& offsets,
+                    const py::object& sizes, const py::object& resets, const py::object& masks, const py::object& y,
+                    const py::object& save) const;
 
   // Which weights of each layer-direction, in the order of LayerWeights, are to get a gradient; none: all of them.
   using Wanted = std::optional<std::vector<std::vector<bool>>>;
@@ -78,7 +82,9 @@ class Packed : public Network {
 
   // How a training call of this size is divided, and the bytes that NumPy allocates in it beside states, y and
   // gradients: `kept` for as long as there is what it saves, `scratch` while it runs.
-  py::dict plan(std::int64_t steps, std::int64_t batch, const py::object& save, bool backward) const;
+  // Of sequences without padding where offsets (B + 1,) are given.
+  py::dict plan(std::int64_t steps, std::int64_t batch, const py::object& save, bool backward,
+                const py::object& offsets) const;
 
   const py::dtype& dtype() const { return dtype_; }
   const py::tuple& names() const { return names_; }
@@ -99,6 +105,8 @@ class Packed : public Network {
   Watch watch_of(const GivenBound& bound, const GivenSaturated& saturated) const;
   Gradients gradients_of(std::size_t i, const Wanted& wanted, const std::vector<py::object>& sums) const;
   py::dict dict_of(const Gradients& gradients) const;
+  Sequences rows_of(const std::vector<std::int64_t>& leading, const py::object& lengths, const py::object& offsets,
+                    const py::object& sizes, Save save) const;
   void check(const Saved& saved) const;
   ForwardCall call_of(const Saved& saved, std::vector<const void*>& masks) const;
 

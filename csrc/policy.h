@@ -45,7 +45,8 @@ struct Plan {
 };
 
 struct PlanInput {
-  std::int64_t steps, batch, inputs, hidden, outputs, layer_count, directions;
+  std::int64_t steps, batch, rows;  // rows: of all steps that sequences have
+  std::int64_t inputs, hidden, outputs, layer_count, directions;
   std::int64_t row_grain;  // rows that one thread works on together
   int gates, saved, max_threads;
   std::int64_t element_bytes, private_cache;  // private_cache: bytes, of a core
@@ -76,7 +77,7 @@ inline SideBySide side_by_side(const PlanInput& in) noexcept {
 }
 
 inline Plan make_plan(const PlanInput& in) {
-  const double rows = static_cast<double>(in.steps) * static_cast<double>(in.batch);
+  const auto rows = static_cast<double>(in.rows);
   const double weights = static_cast<double>(in.gates) * static_cast<double>(in.hidden) *
                          static_cast<double>(in.inputs + in.outputs) * static_cast<double>(in.layers());
   const double total_ns =
@@ -89,7 +90,7 @@ inline Plan make_plan(const PlanInput& in) {
     // Backward divides its sums over rows whatever the steps divide.
     if (!in.backward)
       plan.threads = static_cast<int>(std::clamp<std::int64_t>(in.batch / in.row_grain, 1, plan.threads));
-  } else if (in.batch < plan.threads) {
+  } else if (in.rows < in.steps * plan.threads) {
     // Sharing units costs a barrier a step and the other half of h from another core. Measured on two cores of a Zen 4
     // server, B = 1, AVX2 and AVX-512, against one thread, by the step of this estimate: RNN 64 loses a tenth (0.6 us
     // forward, 1.1 backward), GRU 32 a fifth (0.4); GRU 64 gains 1.15x to 1.7x (1.7, 3.3), LSTM 64 1.2x to 1.6x (2.2,

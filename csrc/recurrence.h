@@ -43,6 +43,56 @@ class Arena {
   std::int64_t used_ = 0;
 };
 
+RNNKERN_INLINE std::int64_t row_of(const RowMap& map, std::int64_t t, std::int64_t b) noexcept {
+  return (map.steps ? map.steps[t] : t * map.stride) + (map.rows ? map.rows[b] : b);
+}
+
+// The rows of a call that have a step t: the first ones.
+RNNKERN_INLINE std::int64_t active_rows_of(const KernelCall& call, std::int64_t t) noexcept {
+  return call.lengths ? call.starts[t + 1] - call.starts[t] : call.batch;
+}
+
+// Returns a worker's share of the rows of the batch, so many together: about as many rows of some steps as others get.
+[[gnu::noinline]] Range share_of_rows(const KernelCall& call, const Worker& worker, std::int64_t grain,
+                                      Range steps) noexcept {
+  if (!call.lengths || worker.count == 1) return share(call.batch, worker.index, worker.count, grain);
+  const std::int64_t total = call.starts[steps.end] - call.starts[steps.begin];
+  std::int64_t before = 0;
+  Range own{call.batch, call.batch};
+  for (std::int64_t b = 0; b < call.batch; b += grain) {
+    std::int64_t rows = 0;
+    for (std::int64_t i = b; i < smaller(b + grain, call.batch); ++i) {
+      const std::int64_t end = smaller(call.lengths[i], steps.end);
+      rows += end > steps.begin ? end - steps.begin : 0;
+    }
+    // The one in whose share the middle of these rows lies; the last has those without any step too.
+    const std::int64_t middle = total ? (2 * before + rows) * worker.count / (2 * total) : 0;
+    const std::int64_t owner = smaller(middle, worker.count - 1);
+    if (owner >= worker.index && b < own.begin) own.begin = b;
+    if (owner > worker.index && b < own.end) own.end = b;
+    before += rows;
+  }
+  return own;
+}
+
+// Returns how many steps from t on, or in the other direction, have as many rows as there is room for in a block.
+[[gnu::noinline]] std::int64_t steps_with_room(const KernelCall& call, std::int64_t t, std::int64_t direction,
+                                               std::int64_t most) noexcept {
+  if (!call.lengths) return smaller(call.block_steps, most);
+  std::int64_t count = 0, room = call.block_steps * call.batch;
+  for (; count < most && (room -= active_rows_of(call, t)) >= 0; t += direction) ++count;
+  return count;
+}
+
+// Fills this worker's part of the rows past the ends of the sequences with zeros.
+[[gnu::noinline]] void clear_rows(const KernelCall& call, const Worker& worker, const RowMap& map, void* array,
+                                  std::int64_t stride, std::size_t bytes) noexcept {
+  const Range own = share(map.padded, worker.index, worker.count);
+  for (std::int64_t t = own.begin; t < own.end; ++t)
+    for (std::int64_t b = t < call.steps ? active_rows_of(call, t) : 0; b < call.batch; ++b)
+      std::memset(static_cast<char*>(array) + row_of(map, t, b) * stride, 0, bytes);
+}
+
 // What both directions of time need to know of a call, seen by one worker.
 template <class Cell, class T>
 struct Context {
@@ -72,19 +122,18 @@ struct Context {
   void wait_if_units() const noexcept {
     if (by_units()) worker.wait(worker.team);
   }
-  Range rows() const noexcept { return by_units() ? Range{0, call.batch} : rows_to_own(); }
-  Range rows_to_own() const noexcept { return share(call.batch, worker.index, worker.count); }
   Panels panels(std::int64_t count, bool backwards = false) const noexcept {
     const Range own = by_units() ? share(count, worker.index, worker.count) : Range{0, count};
     return {own.begin, own.end, backwards};
   }
   std::int64_t length(std::int64_t b) const noexcept { return call.lengths ? call.lengths[b] : call.steps; }
+  std::int64_t active(std::int64_t t) const noexcept { return active_rows_of(call, t); }
 
   // Says whether row b enters step t from zeros.
   bool cut(bool reverse, std::int64_t t, std::int64_t b) const noexcept {
     if (!call.resets) return false;
     const std::int64_t link = reverse ? t + 1 : t;
-    return (!reverse || link < length(b)) && call.resets[link * call.batch + b] != 0;
+    return (!reverse || link < length(b)) && call.resets[row_of(call.given, link, b)] != 0;
   }
 
   // Resumes where a layer-direction has ended, once every worker has arrived.
@@ -227,19 +276,53 @@ class LayerContext : protected Context<Cell, T> {
   std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? call.steps - 1 - step : step; }
 
   const T* x_row(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.x) + (t * call.batch + b) * layer_.x_stride;
+    return static_cast<const T*>(layer_.x) + row_of(layer_.x_rows, t, b) * layer_.x_stride;
   }
   T* output(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<T*>(layer_.y) + (t * call.batch + b) * layer_.y_stride;
+    return static_cast<T*>(layer_.y) + row_of(layer_.y_rows, t, b) * layer_.y_stride;
   }
-  // With Save::outputs: [T, B, states - 1, padded H].
+  // With Save::outputs: [rows, states - 1, padded H].
   T* saved_state(int state, std::int64_t t, std::int64_t b) const noexcept {
-    const std::int64_t row = t * call.batch + b;
+    const std::int64_t row = row_of(call.saved, t, b);
     return static_cast<T*>(layer_.saved) + (row * (Cell::states - 1) + state - 1) * padded_h_;
   }
-  // With Save::gates: [T, B, saved, padded H].
+  // With Save::gates: [rows, saved, padded H].
   T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<T*>(layer_.saved) + (t * call.batch + b) * Cell::saved * padded_h_;
+    return static_cast<T*>(layer_.saved) + row_of(call.saved, t, b) * Cell::saved * padded_h_;
+  }
+
+  // Rows of the batch that this worker works on, and those of them that have a step t. A worker that has a part of the
+  // units works on all rows; what is done once for each row is divided all the same.
+  Range rows() const noexcept { return this->by_units() ? Range{0, call.batch} : own_; }
+  Range active_rows(std::int64_t t) const noexcept {
+    const Range own = rows();
+    const std::int64_t end = smaller(own.end, this->active(t));
+    return {own.begin, own.begin < end ? end : own.begin};
+  }
+
+  // This worker's share of the rows whose last step was the one before step t.
+  Range rows_ended(std::int64_t t) const noexcept {
+    if (!call.lengths || layer_.reverse || t == 0) return {0, 0};
+    const std::int64_t begin = this->active(t), end = smaller(own_.end, this->active(t - 1));
+    return {begin < own_.begin ? own_.begin : begin, end};
+  }
+
+  // Divides the rows of the batch, so many together, among the workers, by what they have of the steps [first, last).
+  void divide(std::int64_t grain, std::int64_t first, std::int64_t last) noexcept {
+    divided_among_ = this->worker.count;
+    const std::int64_t begin = layer_.reverse ? call.steps - last : first;
+    own_ = share_of_rows(call, this->worker, grain, {begin, begin + last - first});
+  }
+  // The same where a helper has joined just now.
+  void divide_again(std::int64_t grain, std::int64_t first, std::int64_t last) noexcept {
+    if (divided_among_ != this->worker.count || this->place == this->worker.joins_at + 1) divide(grain, first, last);
+  }
+
+  // Fills an array of the caller's with zeros in the rows past the ends of the sequences.
+  void clear_past_ends(void* array, const RowMap& map, std::int64_t stride, std::int64_t count) const noexcept {
+    if (map.padded)
+      clear_rows(call, this->worker, map, array, stride * std::int64_t{sizeof(T)},
+                 static_cast<std::size_t>(count) * sizeof(T));
   }
 
   // Where layers are worked on side by side: waits until the layer `above` or below (-1), from which this one takes its
@@ -257,30 +340,37 @@ class LayerContext : protected Context<Cell, T> {
   }
   std::int64_t number() const noexcept { return &layer_ - call.layers; }
 
+  // Where states of the user have row b.
+  std::int64_t state_row(std::int64_t b) const noexcept { return call.order ? call.order[b] : b; }
+
   // Move this worker's rows of the states from and to memory of the user, where null stands for zeros; make zeros too.
   void enter_states(const void* const* given, T* const* states, T* zeros) const noexcept {
     if (this->worker.index == 0) copy_row<T>(zeros, nullptr, 0, padded_h_);
+    copy_states(given, states);
+    this->wait();
+  }
+  void copy_states(const void* const* given, T* const* states) const noexcept {
     for_state_rows([&](int s, std::int64_t b, std::int64_t units, std::int64_t stride) {
       const T* from = static_cast<const T*>(given[s]);
-      copy_row(states[s] + b * stride, from ? from + b * units : nullptr, units, stride);
+      copy_row(states[s] + b * stride, from ? from + state_row(b) * units : nullptr, units, stride);
     });
-    this->wait();
   }
   void leave_states(const T* const* states, void* const* to) const noexcept {
     for_state_rows([&](int s, std::int64_t b, std::int64_t units, std::int64_t stride) {
-      if (to[s]) copy_row(static_cast<T*>(to[s]) + b * units, states[s] + b * stride, units, units);
+      if (to[s]) copy_row(static_cast<T*>(to[s]) + state_row(b) * units, states[s] + b * stride, units, units);
     });
   }
   template <class Body>
   RNNKERN_INLINE void for_state_rows(Body&& body) const noexcept {
-    const Range own = this->rows_to_own();
     for (int s = 0; s < Cell::states; ++s)
-      for (std::int64_t b = own.begin; b < own.end; ++b) body(s, b, shape_.units[s], shape_.stride[s]);
+      for (std::int64_t b = own_.begin; b < own_.end; ++b) body(s, b, shape_.units[s], shape_.stride[s]);
   }
 
   const Layer& layer_;
   const std::int64_t H_ = layer_.sizes.hidden, P_ = layer_.sizes.outputs, padded_h_ = padded<T>(H_);
   const StateShape<Cell, T> shape_{layer_.sizes};
+  Range own_{0, 0};               // rows of the batch
+  int divided_among_ = 0;         // workers
   std::int64_t block_first_ = 0;  // steps before the block at hand
 };
 
@@ -290,15 +380,20 @@ class ForwardLoop : protected LayerContext<Cell, T> {
  public:
   using Base = Context<Cell, T>;
   using Loop = LayerContext<Cell, T>;
-  using Loop::call, Loop::block_first_, Loop::Loop;
+  using Loop::call, Loop::layer_, Loop::block_first_, Loop::Loop;
 
   // Returns the context with the block and the place that were reached.
   const Base& run() noexcept {
     Steps& steps = static_cast<Steps&>(*this);
-    if (this->takes_part()) steps.enter();
+    this->divide(Steps::grain, 0, call.steps);
+    if (this->takes_part()) {
+      steps.enter();
+      this->clear_past_ends(layer_.y, layer_.y_rows, layer_.y_stride, layer_.sizes.outputs);
+    }
     for (std::int64_t first = 0; first < call.steps; first += call.block_steps) {
       const std::int64_t count = smaller(call.block_steps, call.steps - first);
       if (!this->begin_block() || !this->await_layer(-1, first + count)) break;
+      this->divide_again(Steps::grain, first, call.steps);
       block_first_ = first;
       if (this->takes_part()) {
         steps.add_input_share(count);
@@ -307,6 +402,7 @@ class ForwardLoop : protected LayerContext<Cell, T> {
       for (std::int64_t i = first; i < first + count; ++i, now_ = 1 - now_) {
         this->begin();
         if (!this->takes_part()) continue;
+        this->divide_again(Steps::grain, i, call.steps);
         steps.step(this->time(i));
         this->wait_if_units();
       }
@@ -329,6 +425,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
   using Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::now_, Loop::block_first_;
   using Loop::time, Loop::output;
   friend Loop;
+  static constexpr std::int64_t grain = 1;
   using V = Vec<T>;
   using Layout = PackedLayout<Cell, Format>;
   static constexpr int slots = kSlots<Cell>;
@@ -341,11 +438,16 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
         keep_(call.save == Save::gates && layer.saved != nullptr && Cell::saved > 0) {}
 
  private:
-  void enter() noexcept { this->enter_states(layer_.initial, s_.state[0], s_.zeros); }
+  // A row may begin later, or have no step at all: h waits in both places.
+  void enter() noexcept {
+    if (call.lengths) this->copy_states(layer_.initial, s_.state[1]);
+    this->enter_states(layer_.initial, s_.state[0], s_.zeros);
+  }
   void leave() noexcept { this->leave_states(s_.state[now_], layer_.last); }
 
   T* gates(std::int64_t t, std::int64_t b) const noexcept {
     if (keep_) return this->saved_row(t, b);
+    // No two rows of the batch take turns in a place: nobody waits before the next block.
     const std::int64_t step = time(t) - block_first_;
     return s_.gates + (step * call.batch + b) * slots * padded_h_;
   }
@@ -353,12 +455,11 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
   // gates = x W_ih^T + b_ih for the active rows of `count` steps, in one product.
   void add_input_share(std::int64_t count) noexcept {
     using Shape = typename Layout::Input;
-    const Range own = this->rows();
     std::int64_t rows = 0;
     for (std::int64_t i = block_first_; i < block_first_ + count; ++i) {
       const std::int64_t t = time(i);
+      const Range own = this->active_rows(t);
       for (std::int64_t b = own.begin; b < own.end; ++b) {
-        if (t >= this->length(b)) continue;
         s_.block_x[rows] = this->x_row(t, b);
         s_.block_gates[rows++] = gates(t, b);
       }
@@ -415,18 +516,16 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
     }
   }
 
-  // Lists the active rows of step t and carries the state of the others over it; their y is zero.
+  // Lists the active rows of step t. Those that have ended before it get their h into both places, where it stays;
+  // their other states stay where they are.
   std::int64_t list_rows(std::int64_t t) noexcept {
-    const Range own = this->rows();
+    const Range own = this->active_rows(t), ended = this->rows_ended(t);
+    for (std::int64_t b = ended.begin; b < ended.end; ++b) {
+      const std::int64_t row = b * shape_.stride[0];
+      std::memcpy(s_.state[1 - now_][0] + row, s_.state[now_][0] + row, static_cast<std::size_t>(P_) * sizeof(T));
+    }
     std::int64_t rows = 0;
     for (std::int64_t b = own.begin; b < own.end; ++b) {
-      if (t >= this->length(b)) {
-        if (this->by_units() && b % worker.count != worker.index) continue;
-        const std::int64_t row = b * shape_.stride[0];  // of h, the others stay where they are
-        std::memcpy(s_.state[1 - now_][0] + row, s_.state[now_][0] + row, static_cast<std::size_t>(P_) * sizeof(T));
-        std::memset(output(t, b), 0, static_cast<std::size_t>(P_) * sizeof(T));
-        continue;
-      }
       const bool cut = this->cut(layer_.reverse, t, b);
       for (int s = 0; s < Cell::states; ++s)
         s_.prev[s][rows] = cut ? s_.zeros : s_.state[now_][s] + b * shape_.stride[s];

@@ -12,15 +12,15 @@
 #include "kernel_table.h"
 #include "network.h"
 #include "policy.h"
+#include "sequences.h"
 
 namespace rnnkern {
 
 // Shapes are those of docs/conventions.md.
 struct ForwardCall {
-  std::int64_t steps, batch;
-  const std::int64_t* lengths;  // [B], null: none
-  const std::uint8_t* resets;   // [T, B], null: none
-  const void* const* masks;     // [L-1] of [T, B, D*P], dropout scale of each output; null: no dropout
+  const Sequences* rows;       // where x, y and their gradients, resets and masks have the rows of the call
+  const std::uint8_t* resets;  // one for each row, null: none
+  const void* const* masks;    // [L-1] of rows of D*P, dropout scale of each output; null: no dropout
   const void* x;
   States initial;  // null in place of one: zeros
   void* y;
@@ -43,11 +43,11 @@ struct BackwardCall {
 // and with dropout that output times its mask.
 class Kept {
  public:
-  Kept(const Network& network, std::int64_t T, std::int64_t B, Save save, bool masked, void* data)
-      : output_bytes_(aligned(network.output_bytes(T, B))), data_(static_cast<char*>(data)) {
+  Kept(const Network& network, const Sequences& rows, Save save, bool masked, void* data)
+      : output_bytes_(aligned(network.output_bytes(rows.count()))), data_(static_cast<char*>(data)) {
     for (std::size_t i = 0; i < network.layer_directions(); ++i) {
       saved_.push_back(bytes_);
-      bytes_ += aligned(network.saved_bytes(i, T, B, save));
+      bytes_ += aligned(network.saved_bytes(i, rows, save));
     }
     saved_.push_back(bytes_);
     outputs_ = bytes_, masked_ = bytes_ + between(network) * output_bytes_;
@@ -72,9 +72,8 @@ class Kept {
 };
 
 // The bytes of what a training forward leaves for its backward.
-inline std::int64_t kept_bytes(const Network& network, std::int64_t T, std::int64_t B, Save save, bool masked) {
-  network.check_size(T, B);
-  return Kept(network, T, B, save, masked, nullptr).bytes();
+inline std::int64_t kept_bytes(const Network& network, const Sequences& rows, Save save, bool masked) {
+  return Kept(network, rows, save, masked, nullptr).bytes();
 }
 
 // Says where each layer-direction of a forward finds its rows and states: y of a layer is x of the one above. Without
@@ -85,19 +84,22 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
   const auto output = [&](std::size_t layer) {
     if (layer + 1 == network.layer_count()) return call.y;
     if (kept) return kept->output(layer);
-    return network.offset(between, layer % 2 ? call.steps * call.batch * width : 0);
+    return network.offset(between, layer % 2 ? call.rows->count() * width : 0);
   };
+  const RowMap given = call.rows->given(), rows = call.rows->kept();
   for (std::size_t i = 0; i < layers.size(); ++i) {
     Layer& one = layers[i];
     const std::size_t layer = i / network.directions();
     one.x = layer == 0 ? call.x : call.masks ? kept->masked(layer - 1) : output(layer - 1);
     one.x_stride = one.sizes.inputs;
+    one.x_rows = layer == 0 ? given : rows;
+    one.y_rows = layer + 1 == network.layer_count() ? given : rows;
     one.y = network.columns(output(layer), i);
     one.y_stride = width;
     one.saved = kept ? kept->saved(i) : nullptr;
     for (std::size_t s = 0; s < network.state_count(); ++s) {
-      one.initial[s] = network.state_of(call.initial, s, i, call.batch);
-      one.last[s] = network.state_of(call.last, s, i, call.batch);
+      one.initial[s] = network.state_of(call.initial, s, i, call.rows->batch());
+      one.last[s] = network.state_of(call.last, s, i, call.rows->batch());
     }
   }
 }
@@ -120,7 +122,7 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
                     const BackwardCall& slopes, std::size_t lowest, void* between, void* aside) {
   const std::int64_t width = network.output_size();
   const auto input_gradient = [&](std::size_t layer) {
-    return layer == lowest ? slopes.dx : network.offset(between, layer % 2 ? 0 : call.steps * call.batch * width);
+    return layer == lowest ? slopes.dx : network.offset(between, layer % 2 ? 0 : call.rows->count() * width);
   };
   for (std::size_t i = lowest * network.directions(); i < layers.size(); ++i) {
     Layer& one = layers[i];
@@ -134,8 +136,8 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
     one.gradients = slopes.gradients[i];
     one.flow = slopes.watch.flow ? slopes.flow[i] : nullptr;
     for (std::size_t s = 0; s < network.state_count(); ++s) {
-      one.dlast[s] = network.state_of(slopes.dlast, s, i, call.batch);
-      one.dinitial[s] = network.state_of(slopes.dinitial, s, i, call.batch);
+      one.dlast[s] = network.state_of(slopes.dlast, s, i, call.rows->batch());
+      one.dinitial[s] = network.state_of(slopes.dinitial, s, i, call.rows->batch());
     }
   }
 }
@@ -144,12 +146,11 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
 // launch(task, stack, plan), which fills in who is asked whether to give up.
 template <class Host>
 void run(const Network& network, const ForwardCall& call, const BackwardCall* slopes = nullptr) {
-  if (call.lengths) Network::check_lengths(call.lengths, call.steps, call.batch);
   std::vector<Layer> layers = network.layers();
   std::optional<Kept> kept;
   std::vector<void*> masked;
   if (call.save != Save::nothing) {
-    kept.emplace(network, call.steps, call.batch, call.save, call.masks != nullptr, call.kept);
+    kept.emplace(network, *call.rows, call.save, call.masks != nullptr, call.kept);
     for (std::size_t i = 0; i < layers.size(); ++i) layers[i].saved = kept->saved(i);
     for (std::size_t layer = 0; call.masks && layer + 1 < network.layer_count(); ++layer)
       masked.push_back(kept->masked(layer));
@@ -158,16 +159,15 @@ void run(const Network& network, const ForwardCall& call, const BackwardCall* sl
   const std::size_t lowest = backward ? lowest_wanted(network, *slopes) : 0;
   if (lowest == network.layer_count()) return;
   KernelCall kernel_call{};
-  // Without rows there may be any number of steps, which would be walked all the same.
-  kernel_call.steps = call.batch > 0 ? call.steps : 0, kernel_call.batch = call.batch;
-  kernel_call.lengths = call.lengths, kernel_call.resets = call.resets;
+  call.rows->describe(kernel_call);
+  kernel_call.resets = call.resets;
   kernel_call.masks = call.masks, kernel_call.masked = masked.data();
   kernel_call.save = call.save;
   if (backward) kernel_call.watch = slopes->watch;
   const Plan plan = network.complete(kernel_call, layers, backward, lowest);
   const std::int64_t own = network.kernels().scratch_bytes(kernel_call, backward);
   const std::int64_t between_bytes = kept && !backward ? 0 : network.between_bytes(kernel_call);
-  const std::int64_t aside_bytes = backward ? network.aside_bytes(kernel_call) : 0;
+  const std::int64_t aside_bytes = backward ? network.aside_bytes(kernel_call, call.rows->given_count()) : 0;
   const typename Host::Scratch scratch(own + between_bytes + aside_bytes);
   char* const between = static_cast<char*>(scratch.data()) + own;
   connect(network, layers, call, kept ? &*kept : nullptr, between);

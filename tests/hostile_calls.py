@@ -512,14 +512,20 @@ class Native:
     def state(self, stack: Stack) -> tuple[Any, ...]:
         return tuple(floats(*shape, dtype=stack.dtype) for shape in stack.state_shapes(2))
 
-    def forward_arguments(self, stack: Stack) -> dict[str, Any]:
-        y = np.zeros((5, 2, stack.output_size), stack.dtype)
-        some = self.rng.random() < 0.5
+    def forward_arguments(self, stack: Stack, packed: bool = True) -> dict[str, Any]:
+        some, rows = (
+            self.rng.random() < 0.5,
+            self.rng.choice(("lengths", "offsets", "sizes") if packed else ("lengths",)),
+        )
+        lead: tuple[int, ...] = (5, 2) if rows == "lengths" else (7,)
+        y = np.zeros((*lead, stack.output_size), stack.dtype)
         return {
-            "x": floats(5, 2, 3, dtype=stack.dtype),
+            "x": floats(*lead, 3, dtype=stack.dtype),
             "state": self.state(stack),
-            "lengths": np.array([5, 2]) if some else None,
-            "resets": np.zeros((5, 2), bool) if some else None,
+            "lengths": np.array([5, 2]) if rows == "lengths" and some else None,
+            "offsets": np.array([0, 5, 7]) if rows == "offsets" else None,
+            "sizes": np.array([2, 2, 1, 1, 1]) if rows == "sizes" else None,
+            "resets": np.zeros(lead, bool) if some else None,
             "masks": [np.ones_like(y) for _ in range(stack.num_layers - 1)] if some else None,
             "y": y,
             "save": self.rng.choice(("gates", "gates", "outputs", None)),
@@ -549,14 +555,14 @@ class Native:
     def backward(self) -> Call:
         stack, bias = self.rng.choice(self.stacks), self.rng.random() < 0.5
         packed, saved, given = self.run(stack, bias)
-        change = self.rng.random()
+        change, lead = self.rng.random(), given["y"].shape[:-1]
         if change < 0.1:
             saved = self.rng.choice(self.saved)
         elif change < 0.2:
             given[self.rng.choice("xy")].resize((1,), refcheck=False)
         arguments = {
             "saved": saved,
-            "dy": np.ones((5, 2, stack.output_size), stack.dtype),
+            "dy": np.ones((*lead, stack.output_size), stack.dtype),
             "dlast": self.state(stack),
             "need_x": True,
             "need_state": self.rng.random() < 0.5,
@@ -564,13 +570,13 @@ class Native:
             "sums": self.rng.choice((None, self.sums(stack, bias))),
             "bound": self.rng.choice((None, ("norm", 1.0), ("value", 0.5))),
             "saturated": self.rng.choice((None, stack.cell.saturated)),
-            "flow": self.flow(stack),
+            "flow": self.flow(stack, lead),
         }
         return packed.backward, arguments, ("sums",)
 
-    def flow(self, stack: Stack) -> list[Any]:
-        """Arrays for what is measured of each layer-direction in (5, 2, ...)."""
-        shape = (len(stack.cell.states) + len(stack.cell.gates), 5, 2)
+    def flow(self, stack: Stack, lead: tuple[int, ...]) -> list[Any]:
+        """Arrays for what is measured of each layer-direction in a call of these rows."""
+        shape = (len(stack.cell.states) + len(stack.cell.gates), *lead)
         return [np.zeros(shape, stack.dtype) for _ in stack.layers]
 
     def sums(self, stack: Stack, bias: bool) -> list[list[Any]]:
@@ -590,11 +596,12 @@ class Native:
         if self.rng.random() < 0.1:
             return native.frozen_call, {"packed": packed, "friendly": _raise, "batch_first": True}, ()
         call = native.frozen_call(packed, self.rng.choice((_raise, None)), self.rng.random() < 0.3)
-        given = self.forward_arguments(stack)
+        given = self.forward_arguments(stack, packed=False)
         arguments: dict[str, Any] = {
             "x": given["x"],
             "state": given["state"] if len(stack.cell.states) > 1 else given["state"][0],
             "lengths": None,
+            "offsets": None,
             "resets": None,
             "out": self.rng.choice((None, given["y"])),
         }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bptt.h"
+#include "sequences.h"
 
 namespace rnnkern {
 namespace {
@@ -123,8 +124,11 @@ extern "C" void run(int cell, const std::int64_t* sizes, double* const* arrays, 
   double* const* in = arrays;
   double* const* out = arrays + 10;
   std::int64_t stop = 0;
-  KernelCall call{T, B, lengths, resets,  1,       1,       nullptr, nullptr, nullptr, Save::gates, Split::units,
-                  2, 2, threads, nullptr, nullptr, nullptr, &stop,   nullptr};
+  KernelCall call{};
+  const Sequences rows = Sequences::padded(lengths, T, B, 1);
+  rows.describe(call);
+  call.resets = resets, call.layer_count = call.directions = 1, call.save = Save::gates, call.split = Split::units;
+  call.block_steps = call.part_steps = 2, call.max_threads = threads, call.stop = &stop;
   Layer layer{{I, H, H, false},
               reverse,
               nullptr,
@@ -141,7 +145,9 @@ extern "C" void run(int cell, const std::int64_t* sizes, double* const* arrays, 
               false,
               {in[9]},
               {out[3]},
-              {out[4], out[5], out[6], out[7], nullptr, {out[8], out[9]}}};
+              {out[4], out[5], out[6], out[7], nullptr, {out[8], out[9]}},
+              rows.given(),
+              rows.given()};
   const LayerWeights<const void*> weights{in[2], in[3], in[4], in[5], nullptr, {in[6], in[7]}};
   (cell == 0 ? run_cell<NormRnn> : run_cell<MinGru>)(call, layer, weights, threads);
 }

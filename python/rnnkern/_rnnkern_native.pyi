@@ -32,9 +32,9 @@ class Packed:
     """
     def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool, need_state: bool, wanted: collections.abc.Sequence[collections.abc.Sequence[bool]] | None, sums: typing.Any, bound: tuple[str, typing.SupportsFloat | typing.SupportsIndex] | None, saturated: collections.abc.Sequence[tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex]] | None, flow: typing.Any) -> tuple:
         ...
-    def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any) -> tuple:
+    def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, sizes: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any) -> tuple:
         ...
-    def plan(self, steps: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex, save: typing.Any, backward: bool) -> dict:
+    def plan(self, steps: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex, save: typing.Any, backward: bool, offsets: typing.Any = None) -> dict:
         ...
     @property
     def isa(self) -> str:
@@ -49,7 +49,7 @@ class FrozenCall:
     """
     Inference with the weights of a frozen layer.
     """
-    def run(self, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, out: typing.Any) -> typing.Any:
+    def run(self, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, resets: typing.Any, out: typing.Any) -> typing.Any:
         ...
 class Steps:
     """
@@ -120,7 +120,7 @@ def pack(stack: tuple[str, str, typing.SupportsInt | typing.SupportsIndex, typin
     ...
 def reserve() -> Reserve:
     ...
-def run(stack: tuple[str, str, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, x: typing.Any, state: typing.Any, lengths: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any, reserve: typing.Any) -> tuple:
+def run(stack: tuple[str, str, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, sizes: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any, reserve: typing.Any) -> tuple:
     ...
 def scale(arrays: list, factor: typing.SupportsFloat | typing.SupportsIndex) -> None:
     """

@@ -7,7 +7,8 @@ import operator
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -15,6 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 from .stack import GivenState, Stack, State
 
 __all__ = [
+    "Form",
     "Signature",
     "as_array",
     "as_floats",
@@ -31,6 +33,7 @@ __all__ = [
     "positive",
     "probability",
     "row_lengths",
+    "row_offsets",
     "seed_or_none",
     "warn_the_caller",
 ]
@@ -195,6 +198,25 @@ def row_lengths(lengths: object, steps: int, batch: int) -> Array:
     return copied
 
 
+def row_offsets(offsets: object, rows: int) -> Array:
+    """Offsets int64 (B + 1,) of sequences that have so many rows in all, a read-only copy."""
+    array = as_array("offsets", offsets)
+    expected = "offsets: expected integers of shape (B + 1,)"
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{expected}, got {describe(array)}")
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"{expected}, got {describe(array)}")
+    copied = array.astype(np.int64)
+    if copied[0] != 0 or copied[-1] != rows:
+        raise ValueError(
+            f"offsets: expected values from 0 to {rows}, the rows of x, got {copied[0]} first and {copied[-1]} last"
+        )
+    if (np.diff(copied) < 0).any():
+        raise ValueError("offsets: expected values that do not fall, got some that do")
+    copied.setflags(write=False)
+    return copied
+
+
 def check_names(argument: str, given: Mapping[str, Any], expected: Iterable[str]) -> None:
     """The keys of a mapping are exactly the expected names."""
     if not isinstance(given, Mapping):
@@ -239,14 +261,63 @@ def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any], inputs:
     return out
 
 
+def _resets_of_shape(resets: object, shape: tuple[int, ...]) -> Array:
+    """Resets of one exact shape."""
+    array = as_array("resets", resets)
+    expected = f"resets: expected bool of shape {shape}"
+    if array.dtype != np.bool_:
+        raise TypeError(f"{expected}, got {describe(array)}")
+    if array.shape != shape:
+        raise ValueError(f"{expected}, got {describe(array)}")
+    return array
+
+
 def _out(shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     return f"out: expected writable, C-contiguous {dtype} of shape {shape}"
+
+
+class Form(NamedTuple):
+    """How a caller has the rows of x, y and their gradients: batched, or in one of these ways."""
+
+    unbatched: bool = False
+    offsets: Array | None = None  # one sequence behind the other
+    listed: bool = False  # in a list, an array each
+
+    def sequences(self, rows: Array) -> list[Array]:
+        """A view of the rows of each sequence."""
+        assert self.offsets is not None
+        return [rows[first:last] for first, last in pairwise(self.offsets.tolist())]
+
+
+BATCHED, UNBATCHED = Form(), Form(unbatched=True)
+
+
+class Arguments(NamedTuple):
+    """What a caller has given, as backends take it."""
+
+    x: Array
+    state: GivenState | None
+    lengths: Array | None
+    resets: Array | None
+    form: Form
+
+
+def _is_list_of_arrays(value: object, dimensions: int) -> bool:
+    """Whether this is a list or tuple of such arrays alone, and of at least one; else it is an array-like."""
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    for one in value:
+        if not isinstance(one, np.ndarray) and not hasattr(one, "__dlpack__"):
+            return False
+        if getattr(one, "ndim", 0) != dimensions:
+            return False
+    return True
 
 
 class Signature:
     """The shapes of a stack's arguments and results, and the way between them and the layout of the backends.
 
-    Backends take x (T, B, I), states (L*D, B, .), lengths int64 (B,) and resets bool (T, B).
+    Backends take x (T, B, I) or without padding (N, I), states (L*D, B, .), lengths int64 (B,), and resets bool like x.
     """
 
     def __init__(self, stack: Stack, batch_first: bool = False) -> None:
@@ -259,27 +330,61 @@ class Signature:
         self.state_count = stack.num_layers * len(stack.directions)
         self.state_sizes = tuple(shape[-1] for shape in stack.state_shapes(1))
 
-    def arguments(
-        self, x: object, state: object, lengths: object, resets: object
-    ) -> tuple[Array, GivenState | None, Array | None, Array | None, bool]:
-        """x, state, lengths and resets as backends take them, and whether x came unbatched."""
+    def arguments(self, x: object, state: object, lengths: object, resets: object, offsets: object = None) -> Arguments:
+        """What the caller has given as backends take it, and how the rows came."""
+        listed = _is_list_of_arrays(x, 2)
+        if listed or offsets is not None:
+            return self._packed(x, state, lengths, resets, offsets, listed)
         x = as_floats("x", x, self.dtype)
         unbatched = x.ndim == 2
+        form = UNBATCHED if unbatched else BATCHED
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
             dimensions = "B, T" if self.batch_first else "T, B"
             raise ValueError(
                 f"x: expected shape ({dimensions}, {self.input_size}) or (T, {self.input_size}), got {x.shape}"
             )
         if unbatched or self.batch_first:
-            x = self.from_caller(x, unbatched)
+            x = self.from_caller(x, form)
         steps, batch, _ = x.shape
-        return (
+        return Arguments(
             x,
             self.state("state", state, batch, unbatched),
             None if lengths is None else self.lengths(lengths, steps, batch, unbatched),
             None if resets is None else self.resets(resets, steps, batch, unbatched),
-            unbatched,
+            form,
         )
+
+    def _packed(self, x: Any, state: object, lengths: object, resets: Any, offsets: object, listed: bool) -> Arguments:
+        """The same of sequences without padding: with offsets, or in a list."""
+        for name, value in (("lengths", lengths), ("offsets", offsets if listed else None)):
+            if value is not None:
+                came = "a list of sequences" if listed else "offsets"
+                raise ValueError(f"{name}: expected None with {came}, got {describe(value)}")
+        if listed:
+            parts = [as_floats(f"x[{i}]", one, self.dtype) for i, one in enumerate(x)]
+            for i, one in enumerate(parts):
+                if one.shape[1] != self.input_size:
+                    raise ValueError(f"x[{i}]: expected shape (T, {self.input_size}), got {one.shape}")
+            x, form = np.concatenate(parts), Form(offsets=np.cumsum([0, *map(len, parts)]), listed=True)
+        else:
+            x = as_floats("x", x, self.dtype)
+            if x.ndim != 2 or x.shape[1] != self.input_size:
+                raise ValueError(f"x: expected shape (rows, {self.input_size}) with offsets, got {x.shape}")
+            form = Form(offsets=row_offsets(offsets, len(x)))
+        assert form.offsets is not None
+        if resets is not None:
+            resets = self._packed_resets(resets, form)
+        return Arguments(x, self.state("state", state, len(form.offsets) - 1), None, resets, form)
+
+    def _packed_resets(self, resets: Any, form: Form) -> Array:
+        """Resets of sequences without padding, a copy."""
+        assert form.offsets is not None
+        if form.listed and _is_list_of_arrays(resets, 1):
+            lengths = np.diff(form.offsets).tolist()
+            if [len(one) for one in resets] != lengths:
+                raise ValueError(f"resets: expected arrays of {lengths} steps, got {[len(one) for one in resets]}")
+            resets = np.concatenate([as_array("resets", one) for one in resets])
+        return _resets_of_shape(resets, (int(form.offsets[-1]),))
 
     def step(self, batch: int, x_t: object, out: object) -> tuple[Array, Array]:
         """x_t (B, I) of a stream as backends take it, and the array for y_t (B, P): `out`, or a new one for None."""
@@ -326,32 +431,46 @@ class Signature:
 
     def resets(self, resets: object, steps: int, batch: int, unbatched: bool) -> Array:
         """Resets as backends take them, a copy."""
-        array = as_array("resets", resets)
         shape = (steps,) if unbatched else (batch, steps) if self.batch_first else (steps, batch)
-        expected = f"resets: expected bool of shape {shape}"
-        if array.dtype != np.bool_:
-            raise TypeError(f"{expected}, got {describe(array)}")
-        if array.shape != shape:
-            raise ValueError(f"{expected}, got {describe(array)}")
+        array = _resets_of_shape(resets, shape)
         return np.array(array[:, None] if unbatched else self.time_major(array), order="C")
 
     def time_major(self, array: Array) -> Array:
         """A batched array of the caller with time first; a view."""
         return array.swapaxes(0, 1) if self.batch_first else array
 
-    def output_shape(self, steps: int, batch: int, unbatched: bool) -> tuple[int, ...]:
-        """Shape of y for the caller."""
-        if unbatched:
+    def output_shape(self, x: Array, form: Form) -> tuple[int, ...]:
+        """Shape of y for the caller, of x as backends take it."""
+        if form.offsets is not None:
+            return (len(x), self.output_size)
+        steps, batch, _ = x.shape
+        if form.unbatched:
             return (steps, self.output_size)
         return (batch, steps, self.output_size) if self.batch_first else (steps, batch, self.output_size)
 
-    def from_caller(self, array: Array, unbatched: bool) -> Array:
-        """x, y or one of their gradients as backends take it: (T, B, .), C-contiguous, copied where it must be."""
-        return array[:, None] if unbatched else np.ascontiguousarray(self.time_major(array))
+    def output_gradient(self, dy: Any, x: Array, form: Form) -> Array:
+        """dy of the caller as backends take it."""
+        if form.listed and isinstance(dy, list | tuple):
+            assert form.offsets is not None
+            count = len(form.offsets) - 1
+            if len(dy) != count:
+                raise ValueError(f"dy: expected {count} arrays, one for each sequence, got {len(dy)}")
+            shapes = [(length, self.output_size) for length in np.diff(form.offsets).tolist()]
+            named = zip((f"dy[{i}]" for i in range(count)), dy, shapes, strict=True)
+            return np.concatenate([as_parameter(*one, self.dtype) for one in named])
+        return self.from_caller(as_parameter("dy", dy, self.output_shape(x, form), self.dtype), form)
 
-    def to_caller(self, array: Array, unbatched: bool) -> Array:
-        """The way back from (T, B, .)."""
-        return array[:, 0] if unbatched else np.ascontiguousarray(self.time_major(array))
+    def from_caller(self, array: Array, form: Form) -> Array:
+        """x, y or one of their gradients as backends take it: C-contiguous, copied where it must be."""
+        if form.offsets is not None:
+            return array
+        return array[:, None] if form.unbatched else np.ascontiguousarray(self.time_major(array))
+
+    def to_caller(self, array: Array, form: Form) -> Any:
+        """The way back."""
+        if form.offsets is not None:
+            return form.sequences(array) if form.listed else array
+        return array[:, 0] if form.unbatched else np.ascontiguousarray(self.time_major(array))
 
     def state_to_caller(self, state: State, unbatched: bool) -> Any:
         """The array of a cell with one state, else the tuple."""

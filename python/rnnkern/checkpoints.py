@@ -20,7 +20,7 @@ from .stack import Backward, Forward, GivenState, Stack, State, Weights
 __all__ = ["Checkpoints", "Masks", "backward", "forward", "segment_steps"]
 
 Array = NDArray[Any]
-Masks = Callable[[int, int], Sequence[Array]]  # of the steps from the first to the last, of each layer but the last
+Masks = Callable[[int, int | None], Sequence[Array]]  # of the steps [first, last), of each layer but the last
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +43,15 @@ def forward(
     packed = backend.pack(stack, weights, True)
     states: list[GivenState | None] = []
     state: GivenState | None = call.state
-    for first, last in _segments(stack, len(call.x)):
+    for first, last in _segments(stack, call.steps):
         state = _cut(stack, call, state, last)
         states.append(state)
         # A backend that applies masks keeps what it has made with them, here until the next segment.
         part = _part(call, first, last, state, masks, None if masks is None else "outputs")
         state = backend.forward(stack, packed, part)[0]
-    return packed, stack.filled(state, call.x.shape[1]), Checkpoints(states, masks)
+        if call.offsets is not None:
+            call.y[_rows(call, first, last)] = part.y
+    return packed, stack.filled(state, call.batch), Checkpoints(states, masks)
 
 
 def backward(
@@ -59,33 +61,33 @@ def backward(
     dx = np.empty_like(call.x) if asked.need_x else None
     dstate = asked.dstate
     sums = None
-    segments = list(_segments(stack, len(call.x)))
+    segments = list(_segments(stack, call.steps))
     for (first, last), state in zip(reversed(segments), reversed(saved.states), strict=True):
         part = _part(call, first, last, state, saved.masks, "gates")
-        dy = None if asked.dy is None else asked.dy[first:last]
-        to = None if dx is None else dx[first:last]
-        part_asked = asked._replace(dy=dy, dstate=dstate, sums=sums, need_state=True)
-        dstate, sums = _run_segment(backend, stack, packed, part, part_asked, to, slice(first, last))
+        rows = _rows(call, first, last)
+        dy = None if asked.dy is None else asked.dy[rows]
+        of_part = asked._replace(dy=dy, dstate=dstate, sums=sums, need_state=True)
+        dstate, sums = _run_segment(backend, stack, packed, part, of_part, dx, rows)
         dstate = _cut(stack, call, dstate, last)
-    return dx, stack.filled(dstate, call.x.shape[1]), sums
+    return dx, stack.filled(dstate, call.batch), sums
 
 
 def _run_segment(
-    backend: ModuleType, stack: Stack, packed: Any, part: Forward, asked: Backward, dx: Array | None, steps: slice
+    backend: ModuleType, stack: Stack, packed: Any, part: Forward, asked: Backward, dx: Array | None, rows: Any
 ) -> tuple[State, Any]:
-    """The gradients of the state before a segment and of the weights; fills dx, and flow of its steps. What is kept of
+    """The gradients of the state before a segment and of the weights; fills its rows of dx and flow. What is kept of
     the segment goes.
     """
     part = part._replace(y=np.empty_like(part.y))  # the tape's is left alone
     flow = asked.flow
     if flow is not None:
-        asked = asked._replace(flow=[one[:, steps].copy() for one in flow])
+        asked = asked._replace(flow=[one[:, rows].copy() for one in flow])
     kept = backend.forward(stack, packed, part)[1]
     dx_part, dstate, sums = backend.backward(stack, packed, kept, part, asked)
     if dx is not None:
-        dx[...] = dx_part
+        dx[rows] = dx_part
     for whole, of_part in zip(flow or (), asked.flow or (), strict=True):
-        whole[:, steps] = of_part
+        whole[:, rows] = of_part
     return dstate, sums
 
 
@@ -101,10 +103,22 @@ def _part(
     call: Forward, first: int, last: int, state: GivenState | None, masks: Masks | None, save: str | None
 ) -> Forward:
     """The part of a forward that has the steps [first, last)."""
-    lengths = None if call.lengths is None else np.clip(call.lengths - first, 0, last - first)
-    resets = None if call.resets is None else call.resets[first:last]
+    rows, lengths, offsets = _rows(call, first, last), None, None
+    if call.lengths is not None:
+        lengths = np.clip(call.lengths - first, 0, last - first)
+    if call.offsets is not None:
+        offsets = np.cumsum([0, *np.clip(np.diff(call.offsets) - first, 0, last - first)])
+    resets = None if call.resets is None else call.resets[rows]
     drawn = None if masks is None else masks(first, last)
-    return Forward(call.x[first:last], state, call.y[first:last], save, lengths, resets, drawn)
+    return Forward(call.x[rows], state, call.y[rows], save, lengths, resets, drawn, offsets=offsets)
+
+
+def _rows(call: Forward, first: int, last: int) -> Any:
+    """Which rows of x and y are those of the steps [first, last): of sequences without padding each by its number."""
+    packing = call.packing
+    if packing is None:
+        return slice(first, last)
+    return np.flatnonzero((packing.of_step >= first) & (packing.of_step < last))
 
 
 def _cut(stack: Stack, call: Forward, state: Any, last: int) -> Any:
@@ -112,7 +126,11 @@ def _cut(stack: Stack, call: Forward, state: Any, last: int) -> Any:
 
     Forward a segment meets that reset itself, at its first step.
     """
-    if not stack.directions[0] or call.resets is None or state is None or last == len(call.x):
+    if not stack.directions[0] or call.resets is None or state is None or last == call.steps:
         return state
-    cut = call.resets[last] if call.lengths is None else call.resets[last] & (last < call.lengths)
+    packing = call.packing
+    if packing is not None:
+        cut = packing.spread(call.resets)[last]
+    else:
+        cut = call.resets[last] if call.lengths is None else call.resets[last] & (last < call.lengths)
     return tuple(None if one is None else np.where(cut[:, None], one.dtype.type(0), one) for one in state)

@@ -15,12 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import backends, checkpoints, reference
-from .arguments import Signature, as_array, as_parameter, check_names, check_out, chosen_names, describe, flag, positive
+from .arguments import (
+    Arguments,
+    Form,
+    Signature,
+    as_array,
+    as_parameter,
+    check_names,
+    check_out,
+    chosen_names,
+    describe,
+    flag,
+    positive,
+)
 from .cells import CELLS, Cell
 from .checkpoints import Checkpoints, Masks
 from .clipping import clip_grad_value, norm_of, scale_down
 from .copies import shared
-from .stack import Backward, Forward, GivenState, LayerSizes, Stack, State, Weights
+from .stack import Backward, Forward, LayerSizes, Stack, State, Weights
 
 __all__ = ["Flow", "Grads", "Parameters", "Tape", "backward", "forward"]
 
@@ -84,13 +96,14 @@ class Tape:
     packed: Any  # None where x has no elements
     saved: Any
     call: Forward
-    unbatched: bool
+    form: Form
     weights: Sequence[Weights]  # those of the layer, not copied
     owner: object = field(default=None)  # the layer, None for the functional pair
 
     @property
     def gates(self) -> Mapping[str, Array]:
-        """What the gates and the states beside h were at every step: fresh, read-only copies (T, B, H).
+        """What the gates and the states beside h were at every step: fresh, read-only copies (T, B, H), or (N, H) of
+        sequences without padding.
 
         The keys are like those of the parameters, such as `f_l0` and `c_l1_reverse`; those of the functional pair are
         `f` and `c`. An RNN has `h_l0`. Time comes first whatever `batch_first`, (T, H) unbatched; past a row's end
@@ -115,13 +128,14 @@ class Tape:
 
     def __repr__(self) -> str:
         stack = self.signature.stack
-        steps, batch, _ = self.call.x.shape
+        steps, batch = self.call.steps, self.call.batch
         return f"Tape({stack.cell.name}, T={steps}, B={batch}, {stack.dtype}, {self.backend.name})"
 
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """What a backward saw of the gradients on their way: for each layer and direction (T, B), unbatched (T,).
+    """What a backward saw of the gradients on their way: for each layer and direction (T, B), unbatched (T,), of
+    sequences without padding (N,).
 
     Time comes first whatever `batch_first`; past a row's end there are zeros.
     """
@@ -137,7 +151,7 @@ class Flow:
 class Grads:
     """Gradients: of x and of the parameters, as asked for, and of the initial state (structured like it)."""
 
-    x: Array | None  # None with `need_x=False`
+    x: Any  # an array, or a list of one for each sequence where x was one; None with `need_x=False`
     state: Any  # an array, or a tuple of one for each state of the cell; of a Sequential a tuple of these
     parameters: Mapping[str, Array]
     norm: float | None = None  # 2-norm of all parameters' gradients, before `max_norm` scaled them; None without it
@@ -155,7 +169,7 @@ class Grads:
         return copy.deepcopy(self)  # a copy has arrays of its own
 
     def __repr__(self) -> str:
-        x = None if self.x is None else self.x.shape
+        x = None if self.x is None else [one.shape for one in self.x] if isinstance(self.x, list) else self.x.shape
         return f"Grads(x: {x}, state: {_shapes(self.state)}, parameters: {', '.join(self.parameters)})"
 
 
@@ -178,10 +192,11 @@ def forward(
     state: Any = None,
     *,
     lengths: Any = None,
+    offsets: Any = None,
     resets: Any = None,
     reverse: bool = False,
     save: str = "gates",
-) -> tuple[Array, Any, Tape]:
+) -> tuple[Any, Any, Tape]:
     """Run one layer in one direction and keep what `backward` needs.
 
     Parameters
@@ -189,15 +204,15 @@ def forward(
     cell
         A name in the registry of cells, such as `"lstm"`.
     x
-        (T, B, I), or (T, I) unbatched.
+        (T, B, I), (T, I) unbatched, with offsets (N, I), or a list of sequences (T_b, I).
     weights
         A mapping with `w_ih` (G*H, I), `w_hh` (G*H, P), and where wanted `b_ih` and `b_hh` (G*H,), the projection
         `w_hr` (P, H), and the extras of the cell (H,). An absent bias is no bias. The dtype of `w_ih`, float32 or
         float64, is that of the computation.
     state
         h (1, B, P), for an LSTM (h, c) with c (1, B, H), unbatched without B; None is zeros.
-    lengths, resets
-        As for the layers: integers (B,) and bool (T, B).
+    lengths, offsets, resets
+        As for the layers: integers (B,), integers (B + 1,), and bool (T, B) or (N,).
     reverse
         Run from the last step to the first.
     save
@@ -238,7 +253,7 @@ def forward(
     if "b_ih" in given or "b_hh" in given:
         given = {name: given[name] if name in given else np.zeros(shape, stack.dtype) for name, shape in shapes.items()}
     signature = Signature(stack)
-    arguments = signature.arguments(x, state, lengths, resets)
+    arguments = signature.arguments(x, state, lengths, resets, offsets)
     return run_forward(signature, backends.pick(), [given], [names], None, arguments, None, save)
 
 
@@ -362,16 +377,34 @@ def dropout_masks(
 
     Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    kept = stack.dtype.type(0 if dropout == 1 else 1 / (1 - dropout))
     last = steps if last is None else last
-    size = batch * stack.output_size
+    drawn = _row_masks(stack, steps * batch, dropout, seed, [(first * batch, last * batch)])
+    return [one.reshape(last - first, batch, stack.output_size) for one in drawn]
+
+
+def packed_masks(
+    stack: Stack, offsets: Array, dropout: float, seed: int, first: int = 0, last: int | None = None
+) -> list[Array]:
+    """The same of sequences one behind the other: (.., D*P) of the steps [first, last) of each."""
+    ends = offsets[1:] if last is None else np.minimum(offsets[:-1] + last, offsets[1:])
+    begins = np.minimum(offsets[:-1] + first, offsets[1:])
+    spans = [(0, int(offsets[-1]))] if first == 0 and last is None else zip(begins.tolist(), ends.tolist(), strict=True)
+    return _row_masks(stack, int(offsets[-1]), dropout, seed, list(spans))
+
+
+def _row_masks(stack: Stack, rows: int, dropout: float, seed: int, spans: Sequence[tuple[int, int]]) -> list[Array]:
+    """Masks of some spans of so many rows, one behind the other, for each layer but the last."""
+    kept, size = stack.dtype.type(0 if dropout == 1 else 1 / (1 - dropout)), stack.output_size
     masks = []
     for layer in range(stack.num_layers - 1):
-        # The generator can go on by whole draws of 8 numbers.
-        draws, skipped = divmod((layer * steps + first) * size, 8)
-        generator = np.random.Generator(np.random.Philox(seed).advance(draws))
-        numbers = generator.random(skipped + (last - first) * size, np.float32)[skipped:]
-        masks.append((numbers.reshape(last - first, batch, stack.output_size) >= dropout) * kept)
+        drawn = []
+        for first, last in spans:
+            # The generator can go on by whole draws of 8 numbers.
+            draws, skipped = divmod((layer * rows + first) * size, 8)
+            generator = np.random.Generator(np.random.Philox(seed).advance(draws))
+            drawn.append(generator.random(skipped + (last - first) * size, np.float32)[skipped:])
+        numbers = drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
+        masks.append((numbers.reshape(-1, size) >= dropout) * kept)
     return masks
 
 
@@ -381,29 +414,31 @@ def run_inference(
     x: Any,
     state: Any,
     lengths: Any,
+    offsets: Any,
     resets: Any,
     out: Any,
     parameters: Sequence[Weights] = (),
     reserve: Any = None,
-) -> tuple[Array, Any]:
+) -> tuple[Any, Any]:
     """y and the final state that `forward` gives. `parameters`: what `out` may not overlap beside the arguments."""
-    inputs, states, lengths_, resets_, unbatched = signature.arguments(x, state, lengths, resets)
-    steps, batch, _ = inputs.shape
+    inputs, states, lengths_, resets_, form = signature.arguments(x, state, lengths, resets, offsets)
     if out is None:
-        y = np.empty((steps, batch, signature.output_size), signature.dtype)
+        y = np.empty((*inputs.shape[:-1], signature.output_size), signature.dtype)
     else:
-        given = (x, inputs, *(state if isinstance(state, tuple | list) else (state,)), *(states or ()), lengths, resets)
+        if form.listed:
+            raise ValueError(f"out: expected None with a list of sequences, got {describe(out)}")
+        of_state = state if isinstance(state, tuple | list) else (state,)
+        given = (x, inputs, *of_state, *(states or ()), lengths, offsets, resets)
         held = (array for weights in parameters for array in weights.values())
-        check_out(out, signature.output_shape(steps, batch, unbatched), signature.dtype, (*given, *held))
-        y = signature.from_caller(out, unbatched)
-    final = forward(Forward(inputs, states, y, None, lengths_, resets_, reserve=reserve))
-    if out is not None:
-        if signature.batch_first and not unbatched and not np.may_share_memory(out, y):
-            signature.time_major(out)[...] = y
-        return out, signature.state_to_caller(final, unbatched)
-    if unbatched or signature.batch_first:
-        y = signature.to_caller(y, unbatched)
-    return y, signature.state_to_caller(final, unbatched)
+        check_out(out, signature.output_shape(inputs, form), signature.dtype, (*given, *held))
+        y = signature.from_caller(out, form)
+    final = forward(Forward(inputs, states, y, None, lengths_, resets_, reserve=reserve, offsets=form.offsets))
+    shown = signature.state_to_caller(final, form.unbatched)
+    if out is None:
+        return signature.to_caller(y, form), shown
+    if not np.may_share_memory(out, y):
+        signature.time_major(out)[...] = y
+    return out, shown
 
 
 def run_packed(backend: ModuleType, stack: Stack, packed: Any, call: Forward) -> State:
@@ -416,7 +451,7 @@ def run_packed(backend: ModuleType, stack: Stack, packed: Any, call: Forward) ->
 
 def no_steps(stack: Stack, call: Forward) -> State:
     """The final state of a call without elements: a copy of that before it."""
-    return tuple(one.copy() for one in stack.filled(call.state, call.x.shape[1]))
+    return tuple(one.copy() for one in stack.filled(call.state, call.batch))
 
 
 def run(backend: ModuleType, stack: Stack, weights: Sequence[Weights], call: Forward) -> tuple[Any, State, Any]:
@@ -488,27 +523,27 @@ def run_forward(
     weights: Sequence[Weights],
     names: Names,
     masks: Masks | None,
-    arguments: tuple[Array, GivenState | None, Array | None, Array | None, bool],
+    arguments: Arguments,
     owner: object,
     save: str,
     reserve: Any = None,
-) -> tuple[Array, Any, Tape]:
-    """y and the final state, read-only, and the tape. `arguments` are those of `Signature.arguments`."""
-    x, state, lengths, resets, unbatched = arguments
-    y = np.empty((*x.shape[:2], signature.output_size), signature.dtype)
-    call = Forward(x, state, y, save, lengths, resets, None, reserve)
+) -> tuple[Any, Any, Tape]:
+    """y and the final state, read-only, and the tape."""
+    x, state, lengths, resets, form = arguments
+    y = np.empty((*x.shape[:-1], signature.output_size), signature.dtype)
+    call = Forward(x, state, y, save, lengths, resets, None, reserve, form.offsets)
     if save == "checkpoint" and x.size:
         packed, final, saved = checkpoints.forward(backend, signature.stack, weights, call, masks)
     else:
-        call = call if masks is None else call._replace(masks=masks(0, len(x)))
+        call = call if masks is None else call._replace(masks=masks(0, None))
         packed, final, saved = run(backend, signature.stack, weights, call)
     for array in (y, *final):
         array.setflags(write=False)
-    tape = Tape(signature, backend, names, packed, saved, call, unbatched, weights, owner)
-    shown = signature.to_caller(y, unbatched)
-    if shown is not y:
+    tape = Tape(signature, backend, names, packed, saved, call, form, weights, owner)
+    shown = signature.to_caller(y, form)
+    if shown is not y and not form.listed:  # the views of a list are read-only, as y is
         shown.setflags(write=False)
-    return shown, signature.state_to_caller(final, unbatched), tape
+    return shown, signature.state_to_caller(final, form.unbatched), tape
 
 
 def read_gates(tape: Tape) -> Mapping[str, Array]:
@@ -516,10 +551,10 @@ def read_gates(tape: Tape) -> Mapping[str, Array]:
     stack, call = tape.signature.stack, tape.call
     gates = gates_by_name(stack, _suffixes(tape.names), _saved_values(tape))
     if call.lengths is not None:
-        past_end = np.arange(len(call.x))[:, None] >= call.lengths
+        past_end = np.arange(call.steps)[:, None] >= call.lengths
         for gate in gates.values():
             gate[past_end] = 0
-    return read_only({name: gate[:, 0] if tape.unbatched else gate for name, gate in gates.items()})
+    return read_only({name: gate[:, 0] if tape.form.unbatched else gate for name, gate in gates.items()})
 
 
 def gates_by_name(stack: Stack, suffixes: Sequence[str], values: Sequence[Sequence[Array]]) -> dict[str, Array]:
@@ -542,11 +577,18 @@ def read_only(arrays: Mapping[str, Array]) -> Mapping[str, Array]:
 
 
 def _saved_values(tape: Tape) -> Sequence[Sequence[Array]]:
-    """Of each layer-direction, the saved values of the cell, (T, B, H) each; anything past a row's end."""
+    """Of each layer-direction, the saved values of the cell, like x (.., H) each; anything past a row's end."""
     stack, call = tape.signature.stack, tape.call
     if tape.saved is None:
-        nothing = np.zeros((*call.x.shape[:2], stack.hidden_size), stack.dtype)
+        nothing = np.zeros((*call.x.shape[:-1], stack.hidden_size), stack.dtype)
         return [[nothing] * len(stack.cell.saved) for _ in stack.layers]
+    values, packing = _padded_values(tape), call.packing
+    return values if packing is None else [[packing.gather(one) for one in of_layer] for of_layer in values]
+
+
+def _padded_values(tape: Tape) -> Sequence[Sequence[Array]]:
+    """The same, (T, B, H) each, with anything past the ends."""
+    stack, call = tape.signature.stack, tape.call
     if hasattr(tape.backend, "saved_values") and not isinstance(tape.saved, Checkpoints):
         values: Sequence[Sequence[Array]] = tape.backend.saved_values(stack, tape.saved, call)
         return values
@@ -625,18 +667,16 @@ def run_backward(
             f"{'clip_state' if bound else 'diagnostics'}: expected {None if bound else False} with the backend "
             f"{tape.backend.name!r}, which does not look at gradients on their way; use backend='native' or 'reference'"
         )
-    signature, call, unbatched = tape.signature, tape.call, tape.unbatched
-    steps, batch, _ = call.x.shape
-    stack = signature.stack
+    signature, call, form = tape.signature, tape.call, tape.form
+    stack, batch = signature.stack, call.batch
     chosen = _chosen(tape.names, parameters)
     if dy is not None:
-        shape = signature.output_shape(steps, batch, unbatched)
-        dy = signature.from_caller(as_parameter("dy", dy, shape, signature.dtype), unbatched)
-    dfinal = signature.state("dstate", dstate, batch, unbatched, halves=True)
+        dy = signature.output_gradient(dy, call.x, form)
+    dfinal = signature.state("dstate", dstate, batch, form.unbatched, halves=True)
     measures = len(stack.cell.states) + len(stack.cell.gates)
-    flow = [np.zeros((measures, steps, batch), stack.dtype) for _ in stack.layers] if watched else None
+    flow = [np.zeros((measures, *call.x.shape[:-1]), stack.dtype) for _ in stack.layers] if watched else None
     if tape.saved is None:
-        dx: Array | None = np.zeros((steps, batch, signature.input_size), signature.dtype) if need_x else None
+        dx: Array | None = np.zeros(call.x.shape, signature.dtype) if need_x else None
         initial = tuple(one.copy() for one in stack.filled(dfinal, batch))
         gradients = []
         for sizes in stack.layers:
@@ -649,8 +689,8 @@ def run_backward(
         run_back = tape.backend.backward if at_once else partial(checkpoints.backward, tape.backend)
         dx, initial, gradients = run_back(stack, tape.packed, tape.saved, call, asked)
     grads = Grads(
-        None if dx is None else signature.to_caller(dx, unbatched),
-        signature.state_to_caller(initial, unbatched),
+        None if dx is None else signature.to_caller(dx, form),
+        signature.state_to_caller(initial, form.unbatched),
         Parameters(
             {name: one[key] for names, one in zip(chosen, gradients, strict=True) for key, name in names.items()}
         ),
@@ -664,7 +704,7 @@ def _flow_by_name(tape: Tape, flow: Sequence[Array]) -> Flow:
     norms: dict[str, Array] = {}
     saturation: dict[str, Array] = {}
     for suffix, measured in zip(_suffixes(tape.names), flow, strict=True):
-        rows = iter(measured[..., 0] if tape.unbatched else measured)
+        rows = iter(measured[..., 0] if tape.form.unbatched else measured)
         norms |= {state + suffix: next(rows) for state in cell.states}
         saturation |= {gate + suffix: next(rows) for gate in cell.gates}
     return Flow(Parameters(norms), Parameters(saturation))
@@ -706,7 +746,8 @@ def add_into(into: Grads | None, grads: Grads) -> Grads:
 
 def _by_name(grads: Grads) -> dict[str, Array]:
     """All arrays of the gradients that are there, by the names error messages use."""
-    arrays = {} if grads.x is None else {"x": grads.x}
+    of_x = grads.x if isinstance(grads.x, list) else [grads.x]
+    arrays = {f"x[{i}]" if len(of_x) > 1 else "x": one for i, one in enumerate(of_x) if one is not None}
     arrays |= {f"state{place}": one for place, one in _leaves(grads.state) if one is not None}
     return arrays | {f"parameters[{name!r}]": one for name, one in grads.parameters.items()}
 

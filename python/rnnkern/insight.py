@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import reference
-from .arguments import as_parameter, describe, integer, seed_or_none
+from .arguments import describe, integer, seed_or_none
 from .cells import CELLS, Cell
 from .layers import Recurrent
 from .reference import EXACT, Saved
@@ -208,14 +208,15 @@ def diagnose(
         raise TypeError(f"layer: expected an RNN, LSTM, GRU or Recurrent, got {describe(layer)}")
     k, generator = integer("exponents", exponents, 1), np.random.default_rng(seed_or_none(seed))
     signature = layer._signature
-    inputs, states, rows, cut, unbatched = signature.arguments(x, state, lengths, resets)
+    inputs, states, rows, cut, form = signature.arguments(x, state, lengths, resets)
+    if form.offsets is not None:
+        raise ValueError("x: expected one array, with lengths for rows that end early, got a list of sequences")
     T, B, _ = inputs.shape
     rows = np.full(B, T) if rows is None else rows
     if not rows.any():
         raise ValueError(f"x: expected at least one row of at least one step, got shape {inputs.shape}")
     if dy is not None:
-        dy = as_parameter("dy", dy, signature.output_shape(T, B, unbatched), signature.dtype)
-        dy = signature.from_caller(dy, unbatched)
+        dy = signature.output_gradient(dy, inputs, form)
     if cut is not None:
         inputs, states, rows, dy = _between_resets(signature.stack, inputs, states, rows, cut, dy)
         B = len(rows)

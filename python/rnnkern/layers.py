@@ -24,6 +24,7 @@ from .arguments import (
     warn_the_caller,
 )
 from .cells import CELLS, cell_of_nonlinearity
+from .checkpoints import Masks
 from .copies import owned
 from .formats import check_format, copied, rounded
 from .functional import (
@@ -37,6 +38,7 @@ from .functional import (
     dropout_masks,
     exact_values,
     gates_by_name,
+    packed_masks,
     read_only,
     run,
     run_backward,
@@ -254,31 +256,42 @@ class Recurrent(Piece, Generic[StateT]):
         return len(self._signature.stack.directions) == 2
 
     def __call__(
-        self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, out: Array | None = None
-    ) -> tuple[Array, StateT]:
+        self,
+        x: Any,
+        state: Any = None,
+        *,
+        lengths: Any = None,
+        offsets: Any = None,
+        resets: Any = None,
+        out: Array | None = None,
+    ) -> tuple[Any, StateT]:
         """Inference: no dropout, and nothing kept for `backward`.
 
         Parameters
         ----------
         x
             (T, B, I), (B, T, I) with `batch_first`, (T, I) unbatched: an array, an array-like or a CPU object with
-            `__dlpack__`. Copied only where it is not a C-contiguous array of the layer's dtype.
+            `__dlpack__`. Copied only where it is not a C-contiguous array of the layer's dtype. With `offsets` (N, I).
+            A list or tuple of arrays (T_b, I), and of nothing else, is one of sequences: y is a list of them too.
         state
             h (L*D, B, P), for an LSTM (h, c) with c (L*D, B, H), whatever `batch_first`; unbatched without B. Index
             l*D + d. None is zeros.
         lengths
             Integers (B,) from 0 to T, in any order: steps of each row; not with unbatched x. x beyond is not read, y
             there is zero; the final state is that of the row's last step, in reverse that of step 0.
+        offsets
+            Integers (B + 1,), from 0 to N without falling: x has no padding, and sequence b is its rows from
+            `offsets[b]` to `offsets[b + 1]`; so have y and resets, whatever `batch_first`. Not with lengths.
         resets
-            Bool (T, B), (B, T) with `batch_first`, (T,) unbatched. True at t cuts the link from t-1 to t in every
-            layer and direction: what follows starts from a zero state.
+            Bool (T, B), (B, T) with `batch_first`, (T,) unbatched, (N,) with `offsets`. True at t cuts
+            the link from t-1 to t in every layer and direction: what follows starts from a zero state.
         out
             Where to write y: of its exact shape and dtype, writable, C-contiguous, apart from every input.
 
         Returns
         -------
         y, state
-            y (T, B, D*P), zeros past a row's end, and the final state, structured like the initial one.
+            y like x, (.., D*P), zeros past a row's end, and the final state, structured like the initial one.
 
         Raises
         ------
@@ -290,7 +303,7 @@ class Recurrent(Piece, Generic[StateT]):
         def forward(call: Forward) -> State:
             return run(backend, stack, weights, call)[1]
 
-        return run_inference(self._signature, forward, x, state, lengths, resets, out, weights, self._reserve)
+        return run_inference(self._signature, forward, x, state, lengths, offsets, resets, out, weights, self._reserve)
 
     def forward(
         self,
@@ -298,17 +311,18 @@ class Recurrent(Piece, Generic[StateT]):
         state: Any = None,
         *,
         lengths: Any = None,
+        offsets: Any = None,
         resets: Any = None,
         save: str | int = "gates",
         seed: int | None = None,
-    ) -> tuple[Array, StateT, Tape]:
+    ) -> tuple[Any, StateT, Tape]:
         """Training: with dropout, and with a tape for `backward`.
 
         Parameters
         ----------
-        x, state, lengths, resets
+        x, state, lengths, offsets, resets
             As for a call. The tape refers to x and the state where they were not copied: leave them as they are until
-            `backward` has run. Lengths and resets are copied.
+            `backward` has run. Lengths, offsets and resets are copied.
         save
             What the tape keeps; the gradients are the same to the last bit on the backend native. `"gates"`: what
             backward needs. `"outputs"`: at most the cell state beside y, and y of inner layers; backward computes the
@@ -339,18 +353,23 @@ class Recurrent(Piece, Generic[StateT]):
         """
         seed = seed_or_none(seed)
         signature, stack = self._signature, self._signature.stack
-        arguments = signature.arguments(x, state, lengths, resets)
-        steps, batch, _ = arguments[0].shape
+        arguments = signature.arguments(x, state, lengths, resets, offsets)
+        form = arguments.form
         if isinstance(save, int):
             from .planning import fitting_save  # which imports this module, and is not asked in most calls
 
-            save = fitting_save(self, steps, batch, not arguments[-1], integer("save", save, 0))
+            call, most = Forward(arguments.x, None, arguments.x, offsets=form.offsets), integer("save", save, 0)
+            save = fitting_save(self, call.steps, call.batch, arguments.x.ndim == 3, most, form.offsets)
         check_save(save, len(stack.directions))
-        masks = None
+        masks: Masks | None = None
         if self._dropout and stack.num_layers > 1:
             if seed is None:
                 seed = int(self._generator.integers(2**63))
-            masks = partial(dropout_masks, stack, steps, batch, self._dropout, seed)
+            if form.offsets is not None:
+                masks = partial(packed_masks, stack, form.offsets, self._dropout, seed)
+            else:
+                steps, batch, _ = arguments.x.shape
+                masks = partial(dropout_masks, stack, steps, batch, self._dropout, seed)
         return run_forward(
             signature, self._backend, self._weights, self._names, masks, arguments, self, save, self._reserve
         )
@@ -670,10 +689,17 @@ class Frozen(Generic[StateT]):
             self._call = self._backend.frozen_call(self._packed, self._call, self._signature.batch_first)
 
     def __call__(
-        self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, out: Array | None = None
-    ) -> tuple[Array, StateT]:
+        self,
+        x: Any,
+        state: Any = None,
+        *,
+        lengths: Any = None,
+        offsets: Any = None,
+        resets: Any = None,
+        out: Array | None = None,
+    ) -> tuple[Any, StateT]:
         """y and the final state; the arguments, results and errors are those of the layer's call."""
-        return self._call(x, state, lengths, resets, out)
+        return self._call(x, state, lengths, offsets, resets, out)
 
     def stream(self, batch: int = 1) -> Stream[StateT]:
         """B sequences fed step by step, from a state of zeros.

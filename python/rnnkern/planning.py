@@ -7,10 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .arguments import describe, integer
+from .arguments import describe, integer, row_offsets
 from .backends.native import native_module
 from .checkpoints import segment_steps
 from .config import num_threads
@@ -20,6 +22,8 @@ from .limits import Limit, Limits, Work, limit, measure
 
 __all__ = ["Division", "Explanation", "MemoryPlan", "explain", "memory_plan"]
 
+Array = NDArray[Any]
+
 BLOCK_REASONS = {
     "cache": "whose gates stay in the private cache",
     "weights": "which pay for reading W_ih, larger than the private cache",
@@ -28,6 +32,7 @@ BLOCK_REASONS = {
     "layers": "after each of which the layer above goes on",
     "call": "all there are",
 }
+
 LARGEST = int(np.iinfo(np.intp).max)  # size of an axis
 
 
@@ -131,7 +136,7 @@ def _sentence(division: Division, flops: int) -> str:
     return f"{threads}; {blocks}; {flops / 1e9:.3g} GFLOP"
 
 
-def memory_plan(layer: Recurrent, shape: Sequence[int], *, save: str = "gates") -> MemoryPlan:
+def memory_plan(layer: Recurrent, shape: Sequence[int], *, save: str = "gates", offsets: object = None) -> MemoryPlan:
     """The memory that `layer.forward(x)` and `layer.backward(tape, dy)` will allocate, for an x of this shape.
 
     It is what `tracemalloc` shows in NumPy's domain, to the byte, where x and dy are C-contiguous arrays of the layer's
@@ -149,9 +154,12 @@ def memory_plan(layer: Recurrent, shape: Sequence[int], *, save: str = "gates") 
     layer
         A layer of a backend on the CPU. Its weights are packed once in order to ask.
     shape
-        Of x as the layer takes it: (T, B, I), (B, T, I) with `batch_first`, (T, I) unbatched; T and B at least 1.
+        Of x as the layer takes it: (T, B, I), (B, T, I) with `batch_first`, (T, I) unbatched, (N, I) with `offsets`;
+        T, B and N at least 1.
     save
         As for `forward`: `"gates"`, `"outputs"` or `"checkpoint"`.
+    offsets
+        As for `forward`; what is kept is that of N rows.
 
     Raises
     ------
@@ -170,10 +178,18 @@ def memory_plan(layer: Recurrent, shape: Sequence[int], *, save: str = "gates") 
     """
     steps, batch = _steps_and_batch(layer, shape)
     check_save(save, len(layer._signature.stack.directions))
-    return _memory(layer, len(shape) == 3, steps, batch, *_plan(layer, steps, batch, save), save)
+    given = None
+    if offsets is not None:
+        if len(shape) != 2:
+            raise ValueError(f"shape: expected (rows, {layer.input_size}) with offsets, got {tuple(shape)}")
+        given = row_offsets(offsets, steps)
+        steps, batch = int(np.diff(given).max(initial=0)), len(given) - 1
+    return _memory(layer, len(shape) == 3, steps, batch, *_plan(layer, steps, batch, save, given), save, given)
 
 
-def fitting_save(layer: Recurrent, steps: int, batch: int, batched: bool, most: int) -> str:
+def fitting_save(
+    layer: Recurrent, steps: int, batch: int, batched: bool, most: int, offsets: Array | None = None
+) -> str:
     """The fastest `save` of which a forward leaves at most so many bytes.
 
     Raises
@@ -184,7 +200,8 @@ def fitting_save(layer: Recurrent, steps: int, batch: int, batched: bool, most: 
     directions = len(layer._signature.stack.directions)
     least = 0
     for save in SAVES if directions == 1 else SAVES[:2]:
-        least = sum(_memory(layer, batched, steps, batch, *_plan(layer, steps, batch, save), save).kept.values())
+        plan = _plan(layer, steps, batch, save, offsets)
+        least = sum(_memory(layer, batched, steps, batch, *plan, save, offsets).kept.values())
         if least <= most:
             return save
     raise ValueError(f"save: expected at least {least} bytes, which {save!r} leaves, got {most}")
@@ -259,7 +276,9 @@ def _steps_and_batch(layer: object, shape: object) -> tuple[int, int]:
     return (second, first) if layer.batch_first else (first, second)
 
 
-def _plan(layer: Recurrent, steps: int, batch: int, save: str = "gates") -> tuple[int, Division, Division]:
+def _plan(
+    layer: Recurrent, steps: int, batch: int, save: str = "gates", offsets: Array | None = None
+) -> tuple[int, Division, Division]:
     """Bytes of the packed weights, and both calls, from the backend that would run them."""
     plan = getattr(layer._backend, "plan", None)
     if plan is None:
@@ -270,14 +289,16 @@ def _plan(layer: Recurrent, steps: int, batch: int, save: str = "gates") -> tupl
     stack = layer._signature.stack
 
     def of(steps: int, save: str | None) -> tuple[int, Division, Division]:
-        packed, forward, backward = plan(stack, layer._weights, steps, batch, save)
+        part = None if offsets is None else np.cumsum([0, *np.minimum(np.diff(offsets), steps)])
+        packed, forward, backward = plan(stack, layer._weights, steps, batch, save, part)
         return packed, Division(**forward), Division(**backward)
 
     if save != "checkpoint":
         return of(steps, save)
     segment = segment_steps(steps)
     state = sum(math.prod(shape) for shape in stack.state_shapes(batch)) * stack.dtype.itemsize
-    x, y = (segment * batch * size * stack.dtype.itemsize for size in (stack.input_size, stack.output_size))
+    rows = segment * batch if offsets is None else int(np.minimum(np.diff(offsets), segment).sum())
+    x, y = (rows * size * stack.dtype.itemsize for size in (stack.input_size, stack.output_size))
     packed, alone, _ = of(segment, None)
     _, forward, backward = of(segment, "gates")
     between = (-(-steps // segment) - 1) * state  # the states before each segment but the first
@@ -297,10 +318,12 @@ def _memory(
     forward: Division,
     backward: Division,
     save: str,
+    offsets: Array | None = None,
 ) -> MemoryPlan:
     """Adds what Python allocates around the calls of the backend; see `functional.run_forward` and `run_backward`."""
     stack = layer._signature.stack
-    x, y = (steps * batch * size * stack.dtype.itemsize for size in (stack.input_size, stack.output_size))
+    rows = steps * batch if offsets is None else int(offsets[-1])
+    x, y = (rows * size * stack.dtype.itemsize for size in (stack.input_size, stack.output_size))
     state = sum(math.prod(shape) for shape in stack.state_shapes(batch)) * stack.dtype.itemsize
     parameters = sum(array.nbytes for array in layer.parameters.values())
     # x, y and their gradients are copied on the way to the backend or back; an axis of one element moves for free.

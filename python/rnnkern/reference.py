@@ -303,7 +303,7 @@ def pack(stack: Stack, weights: Sequence[Weights], training: bool) -> list[dict[
 
 def forward(stack: Stack, packed: Sequence[Weights], call: Forward) -> tuple[State, Any]:
     """See `backends`."""
-    x, state = call.x.astype(np.float64), stack.filled(call.state, call.x.shape[1])
+    x, state = call.x.astype(np.float64), stack.filled(call.state, call.batch)
     exact = call._replace(x=x, state=_to_float64(state), y=np.empty(call.y.shape))
     with np.errstate(all="ignore"):
         final, saved = forward_by_layer(forward_layer, stack, packed, exact)
@@ -321,7 +321,7 @@ def backward(
     stack: Stack, packed: Sequence[Weights], saved: Any, call: Forward, asked: Backward
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`."""
-    dstate = _to_float64(stack.filled(asked.dstate, call.x.shape[1]))
+    dstate = _to_float64(stack.filled(asked.dstate, call.batch))
     exact = asked._replace(dy=None if asked.dy is None else asked.dy.astype(np.float64), dstate=dstate)
     with np.errstate(all="ignore"):
         dx, initial, gradients = backward_by_layer(backward_layer, stack, packed, saved, call, exact)
@@ -333,9 +333,14 @@ def backward(
 
 
 def plan(
-    stack: Stack, weights: Sequence[Weights], steps: int, batch: int, save: str | None
+    stack: Stack,
+    weights: Sequence[Weights],
+    steps: int,
+    batch: int,
+    save: str | None,
+    offsets: Array | None = None,
 ) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
-    """See `backends`. Counts the float64 arrays that grow with the steps."""
+    """See `backends`. Counts the float64 arrays that grow with the steps, which have padding."""
     cell, H, P = stack.cell, stack.hidden_size, stack.state_size
     gates, itemsize = len(cell.gates) * H, np.dtype(np.float64).itemsize
     elements = steps * batch * itemsize  # bytes of one number for each step and row

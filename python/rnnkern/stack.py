@@ -38,20 +38,94 @@ GivenState = tuple[Array | None, ...]  # None in place of one: zeros
 class Forward(NamedTuple):
     """What a forward is asked for. Only y is written to."""
 
-    x: Array  # (T, B, I)
+    x: Array  # (T, B, I), with offsets or sizes (N, I)
     state: GivenState | None  # of `Stack.state_shapes(B)`; None: zeros
-    y: Array  # (T, B, D*P), to be filled
+    y: Array  # like x, (.., D*P), to be filled
     save: str | None = None  # what to keep for backward: "gates" or "outputs"; None: nothing
     lengths: Array | None = None  # int64 (B,)
-    resets: Array | None = None  # bool (T, B)
-    masks: Sequence[Array] | None = None  # one scaled (T, B, D*P) for each layer but the last; only with `save`
+    resets: Array | None = None  # bool, like x without its last dimension
+    masks: Sequence[Array] | None = None  # one scaled array like y for each layer but the last; only with `save`
     reserve: Any = None  # what the backend's `reserve` made: memory that calls leave for those after them
+    offsets: Array | None = None  # int64 (B + 1,): sequence b has the rows offsets[b] to offsets[b + 1] of x
+    sizes: Array | None = None  # int64 (T,): so many sequences, the longest first, have step t; its rows come together
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        if self.offsets is not None:
+            return len(self.offsets) - 1
+        if self.sizes is not None:
+            return int(self.sizes[0]) if len(self.sizes) else 0
+        batch: int = self.x.shape[1]
+        return batch
+
+    @property
+    def packing(self) -> Packing | None:
+        """Where rows stand that have no padding between them; None where x is (T, B, I)."""
+        if self.offsets is not None:
+            return Packing.of_offsets(self.offsets)
+        return None if self.sizes is None else Packing.of_sizes(self.sizes)
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.x) if self.packing is None else self.packing.steps
+
+
+class Packing(NamedTuple):
+    """Rows of sequences of different lengths, without padding, as they stand in arrays of N rows."""
+
+    lengths: Array  # int64 (B,)
+    of_step: Array  # int64 (N,): t of each row
+    of_batch: Array  # int64 (N,): b
+
+    @classmethod
+    def of_offsets(cls, offsets: Array) -> Packing:
+        """Sequence after sequence."""
+        lengths = np.diff(offsets)
+        of_step = np.arange(lengths.sum()) - np.repeat(offsets[:-1], lengths)
+        return cls(lengths, of_step, np.repeat(np.arange(len(lengths)), lengths))
+
+    @classmethod
+    def of_sizes(cls, sizes: Array) -> Packing:
+        """Step after step, the longest sequences first."""
+        of_batch = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        lengths = np.bincount(of_batch, minlength=int(sizes[0]) if len(sizes) else 0)
+        return cls(lengths, np.repeat(np.arange(len(sizes)), sizes), of_batch)
+
+    @property
+    def steps(self) -> int:
+        """T, of the longest."""
+        return int(self.lengths.max(initial=0))
+
+    def spread(self, rows: Array) -> Array:
+        """A copy (T, B, .) with zeros past the ends."""
+        array = np.zeros((self.steps, len(self.lengths), *rows.shape[1:]), rows.dtype)
+        array[self.of_step, self.of_batch] = rows
+        return array
+
+    def gather(self, array: Array) -> Array:
+        """The way back, a copy."""
+        rows: Array = array[self.of_step, self.of_batch]
+        return rows
+
+    def padded(self, call: Forward) -> Forward:
+        """The same request with lengths, for loops that know no other rows; a new y."""
+        return call._replace(
+            x=self.spread(call.x),
+            y=self.spread(call.y),
+            lengths=self.lengths,
+            resets=None if call.resets is None else self.spread(call.resets),
+            masks=None if call.masks is None else [self.spread(one) for one in call.masks],
+            offsets=None,
+            sizes=None,
+        )
 
 
 class Backward(NamedTuple):
     """What a backward is asked for."""
 
-    dy: Array | None  # (T, B, D*P); None: zeros
+    dy: Array | None  # like y; None: zeros
     dstate: GivenState | None  # of the final state; None: zeros
     need_x: bool = True
     wanted: Sequence[Wanted] | None = None  # for each layer-direction the weights that get a gradient; None: all
@@ -202,6 +276,12 @@ def forward_by_layer(
     `forward_layer` writes its direction's columns of its own y (T, B, P), zeros past a row's end. Returns the final
     state and what `backward_by_layer` wants.
     """
+    packing = call.packing
+    if packing is not None:
+        padded = packing.padded(call)
+        found = forward_by_layer(forward_layer, stack, weights, padded)
+        call.y[...] = packing.gather(padded.y)
+        return found
     x = call.x
     state = stack.filled(call.state, x.shape[1], x.dtype)
     final = tuple(np.empty_like(s) for s in state)
@@ -243,16 +323,26 @@ def backward_by_layer(
     `backward_layer(sizes, weights, x, saved, lengths, cut, dy, dstate, wanted, need_x) -> (dx, dstate, gradients)`,
     which is also given `bound` and its array of `flow` where these are asked for.
 
-    Returns dx (T, B, I), None unless asked for, the gradients of the initial state, () unless asked for, and those of
+    Returns dx like x, None unless asked for, the gradients of the initial state, () unless asked for, and those of
     the wanted weights of each layer-direction.
     """
-    dy = asked.dy
+    dy, packing = asked.dy, call.packing
+    if packing is not None:
+        padded, places = packing.padded(call), (slice(None), packing.of_step, packing.of_batch)
+        flow = (
+            None if asked.flow is None else [np.zeros((len(one), *padded.x.shape[:2]), one.dtype) for one in asked.flow]
+        )
+        spread = asked._replace(dy=None if dy is None else packing.spread(dy), flow=flow)
+        dx, initial, gradients = backward_by_layer(backward_layer, stack, weights, saved, padded, spread)
+        for one, of_padded in zip(asked.flow or (), flow or (), strict=True):
+            one[...] = of_padded[places]
+        return None if dx is None else packing.gather(dx), initial, gradients
     dstate = stack.filled(asked.dstate, call.x.shape[1], call.x.dtype)
     initial = tuple(np.empty_like(s) for s in dstate)
     directions = len(stack.directions)
     sizes = stack.layers
-    gradients: list[dict[str, Array]] = [{} for _ in sizes]
-    dx: Array | None = None
+    gradients = [{} for _ in sizes]
+    dx = None
     lowest = asked.lowest(stack)
     for layer in reversed(range(lowest, stack.num_layers)):
         dx = None

@@ -17,7 +17,7 @@ A backend is a module with these names; arrays are time-major, C-contiguous and 
 A backend that runs exact arrays sooner than Python has looked at them also has:
 
     frozen_call(packed, friendly, batch_first) -> call
-        call(x, state, lengths, resets, out) is friendly of the same, which takes whatever a caller may pass
+        call(x, state, lengths, offsets, resets, out) is friendly of the same, which takes whatever a caller may pass
     stream(packed, batch, arguments) -> steps
         with what `functional.Steps` has; arguments(x_t, out) -> (x_t, y) are the friendly checks of a step
 
@@ -38,7 +38,7 @@ A backend whose backward bounds and measures the gradients of states on its way 
 
 A backend that can say how it runs a training call before it does also has:
 
-    plan(stack, weights, steps, batch, save) -> (bytes of the packed weights, forward, backward)
+    plan(stack, weights, steps, batch, save, offsets=None) -> (bytes of the packed weights, forward, backward)
         forward, backward: mappings with the fields of `planning.Division`; what is not exact says that it is estimated
 
 Nothing a caller passes is written to but y, and no result aliases an argument other than y.

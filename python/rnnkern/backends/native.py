@@ -96,10 +96,10 @@ def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -
 
 def run(stack: Stack, weights: Sequence[Mapping[str, Array]], call: Forward) -> tuple[Any, State, Any]:
     """See `backends`."""
-    x, state, y, save, lengths, resets, masks, reserve = call
+    x, state, y, save, lengths, resets, masks, reserve, offsets, sizes = call
     names = stack.weight_names["b_ih" in weights[0]]
     results: tuple[Any, State, Any] = _native.run(
-        stack.description, names, weights, x, state, lengths, resets, masks, y, save, reserve
+        stack.description, names, weights, x, state, lengths, offsets, sizes, resets, masks, y, save, reserve
     )
     return results
 
@@ -111,8 +111,8 @@ def reserve() -> Any:
 
 def forward(stack: Stack, packed: Any, call: Forward) -> tuple[State, Any]:
     """See `backends`."""
-    x, state, y, save, lengths, resets, masks, _ = call
-    final, saved = packed.forward(x, state, lengths, resets, masks, y, save)
+    x, state, y, save, lengths, resets, masks, _, offsets, sizes = call
+    final, saved = packed.forward(x, state, lengths, offsets, sizes, resets, masks, y, save)
     return final, saved
 
 
@@ -130,11 +130,18 @@ def backward(
 
 
 def plan(
-    stack: Stack, weights: Sequence[Mapping[str, Array]], steps: int, batch: int, save: str | None
+    stack: Stack,
+    weights: Sequence[Mapping[str, Array]],
+    steps: int,
+    batch: int,
+    save: str | None,
+    offsets: Array | None = None,
 ) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
     """See `backends`."""
     packed = pack(stack, weights, True)
-    return packed.nbytes, packed.plan(steps, batch, save, False), packed.plan(steps, batch, save, True)
+    count = steps if offsets is None else int(offsets[-1])
+    forward, backward = (packed.plan(count, batch, save, one, offsets) for one in (False, True))
+    return packed.nbytes, forward, backward
 
 
 def frozen_call(packed: Any, friendly: Callable[..., Any], batch_first: bool) -> Callable[..., Any]:

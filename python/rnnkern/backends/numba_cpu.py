@@ -36,9 +36,14 @@ pack, forward, saved_values, backward, linear_forward, linear_backward = functio
 
 
 def plan(
-    stack: Stack, weights: Sequence[Weights], steps: int, batch: int, save: str | None
+    stack: Stack,
+    weights: Sequence[Weights],
+    steps: int,
+    batch: int,
+    save: str | None,
+    offsets: Any = None,
 ) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
-    """See `backends`. Scratch counts the arrays that grow with the steps."""
+    """See `backends`. Scratch counts the arrays that grow with the steps, which have padding."""
     layers = pack(stack, weights, True)
     arrays = [array for one in layers for array in (*one.forward.values(), *one.backward.values(), one.w_ih)]
     packed = sum(array.nbytes for array in {id(array): array for array in arrays}.values())

@@ -134,8 +134,8 @@ def _forward(kernels: Any, stack: Stack, packed: Any, call: Forward) -> tuple[St
 
 
 def _saved_values(kernels: Any, stack: Stack, saved: Any, call: Forward) -> list[Array]:
-    shape = (*call.x.shape[:2], len(stack.cell.saved), stack.hidden_size)
-    return [np.moveaxis(kernels.host(kept["values"]).reshape(shape), 2, 0) for _, kept in saved]
+    shape = (len(stack.cell.saved), stack.hidden_size)
+    return [np.moveaxis(kernels.host(kept["values"]).reshape(*x.shape[:2], *shape), 2, 0) for x, kept in saved]
 
 
 def _backward(

@@ -51,6 +51,7 @@ DASH = "-"
 REQUIRED = ("torch", "jax", "onnxruntime")  # without a time of each, nothing is published
 UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 TITLES = {"training": "Training", "inference": "Inference"}
+AGAINST_WHOLE = "Our time for a step that a row has, over that of whole rows"
 MOST_OF_LIMIT = 1.05  # a larger share says that the limits or the times are wrong
 MOST_NAMED = 8  # of the limits that were not reproduced
 MOST_OTHERS = 0.05  # of the CPUs, for other programs while the times were taken
@@ -301,6 +302,23 @@ def _scaling(results: Results) -> Table:
     return Table(["workload", *heads], lines if heads else [])
 
 
+def _against_whole(results: Results) -> Table:
+    """Of rows that end early and of resets: our time for a step that a row has, over that of whole rows."""
+    times = {
+        _key(one): one["peers"][OURS]["median"] / one["flops"]
+        for one in results["rows"]
+        if "median" in one["peers"].get(OURS, {})
+    }
+    cases = sorted({key[1:] for key in times}, key=lambda case: (-case[1], case[0] != "training"))
+    lines = []
+    for name in dict.fromkeys(one["workload"] for one in results["rows"]):
+        whole = name.removesuffix("-resets").removesuffix("-ragged")
+        pairs = [(times.get((name, *case)), times.get((whole, *case))) for case in cases]
+        if whole != name and any(all(pair) for pair in pairs):
+            lines.append([name, *(_ratio(own / base if own and base else None) for own, base in pairs)])
+    return Table(["workload", *(f"{mode}\n{count} threads" for mode, count in cases)], lines)
+
+
 def compare(old: Results, new: Results) -> str:
     """Two runs in Markdown: how many times as fast the new one is, ours and the peers that both have.
 
@@ -468,6 +486,9 @@ def render_markdown(results: Results, picture: str = "") -> str:
     scaling = _scaling(results)
     if scaling.lines:
         parts += ["## Threads", _markdown(scaling)]
+    against_whole = _against_whole(results)
+    if against_whole.lines:
+        parts += [f"## {AGAINST_WHOLE}", _markdown(against_whole)]
     for title, items in _lists(results):
         parts += [f"## {title}", "\n".join(f"- {item}" for item in items)]
     return "\n\n".join(parts) + "\n"
@@ -493,6 +514,9 @@ def render_html(results: Results) -> str:
     scaling = _scaling(results)
     if scaling.lines:
         parts += [page.heading("Threads"), page.table(scaling)]
+    against_whole = _against_whole(results)
+    if against_whole.lines:
+        parts += [page.heading(AGAINST_WHOLE), page.table(against_whole)]
     for title, items in _lists(results):
         parts += [page.heading(title), page.listing(items)]
         if title.startswith("Limits") and "missing" not in results["limits"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -33,7 +33,7 @@ _NAME = re.compile(
 class Workload:
     """A cell and its sizes: I inputs, H hidden units, B rows, T steps, L layers, D directions; float32.
 
-    Ragged rows have 1 to T steps, with resets the state of a row is zero again before some of its steps.
+    Ragged rows have T / 10 to T steps, with resets the state of a row is zero again before some of its steps.
     """
 
     cell: str
@@ -78,10 +78,10 @@ class Workload:
 
     @property
     def lengths(self) -> Array | None:
-        """Of ragged rows, int64 (B,): one is T long, the first T / 2, the others as even as 1 to T can be."""
+        """Of ragged rows, int64 (B,): one is T long, the first T / 2, the others as even as T / 10 to T can be."""
         if not self.ragged:
             return None
-        spread = np.linspace(self.T, 1, self.B - 1).round().astype(np.int64)
+        spread = np.linspace(self.T, max(self.T / 10, 1), self.B - 1).round().astype(np.int64)
         return np.concatenate([[self.T // 2], np.random.default_rng(2).permutation(spread)])
 
     @property
@@ -251,10 +251,25 @@ _SHIPPED = {
     "tagger": Workload("lstm", 256, 256, 32, 60, directions=2, ragged=True),
 }
 
+# Each with all steps, with rows that end early and with resets: a step that a row has should take as long in all three.
+_WHOLE = (
+    Workload("lstm", 64, 64, 16, 200),
+    Workload("gru", 128, 128, 32, 120),
+    Workload("lstm", 256, 256, 16, 120),
+    Workload("lstm", 256, 256, 64, 60),
+    Workload("rnn_tanh", 256, 256, 32, 120),
+    Workload("lstm", 512, 512, 16, 60),
+    Workload("gru", 512, 512, 64, 60),
+)
+_RAGGED = [one for whole in _WHOLE for one in (whole, replace(whole, ragged=True), replace(whole, resets=True))]
+
 # Of `rnnkern bench --suite`; the first is the default.
 SUITES = {
     "core": Suite("sizes from a vector to the caches' end", {workload.name: workload for workload in _CORE}),
     "shipped": Suite("the recurrent parts of real models", _SHIPPED),
+    "ragged": Suite(
+        "rows that end early, and resets, against whole rows", {workload.name: workload for workload in _RAGGED}
+    ),
 }
 WORKLOADS = {workload.name: workload for suite in SUITES.values() for workload in suite.workloads.values()}
 

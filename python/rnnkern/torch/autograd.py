@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import plain
 from .kernels import Kernels, Rows, kernels_of, tape_of, tensor_of, threads_of_torch
+from .packing import Packing
 from .uncompiled import uncompiled
 
 __all__ = ["apply", "run_plain"]
@@ -30,6 +31,23 @@ def run_plain(
     return plain.forward(kernels.signature.stack, by_layer, x, state, lengths, resets, tensors)
 
 
+def _run_unpadded(
+    kernels: Kernels,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    resets: Tensor | None,
+    masks: Sequence[Any] | None,
+    packing: Packing,
+) -> list[Tensor]:
+    """The same of rows without padding."""
+    places = packing.places()
+    cuts = None if resets is None else packing.spread(resets, places)
+    spread = None if masks is None else [packing.spread(torch.from_numpy(one), places).numpy() for one in masks]
+    y, *final = run_plain(kernels, packing.spread(x, places), state, weights, places[0], cuts, spread)
+    return [packing.gather(y, places), *final]
+
+
 _BATCHES = torch._C._parse_dispatch_key("VmapMode")  # is_grads_batched=True, jacobian(vectorize=True)
 
 
@@ -44,11 +62,11 @@ class Eager(torch.autograd.Function):
         x: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        arrays, state, lengths, resets, seed, dropout = call
-        rows = kernels.rows(x, lengths, resets, seed, dropout)
+        arrays, state, lengths, resets, packing, seed, dropout = call
+        rows = kernels.rows(x, lengths, resets, packing, seed, dropout)
         results, tape = kernels.forward(arrays, x, state, rows)
         # The masks are with the tape, to be dropped with it.
-        ctx.call = kernels, len(state), rows.lengths, rows.resets, seed, dropout
+        ctx.call = kernels, len(state), rows if seed is None else rows._replace(masks=None), seed, dropout
         ctx.set_materialize_grads(False)
         # The tape refers to the memory of x and y; autograd refuses a backward when they, the state or the weights were
         # written to. It is saved as a tensor, so that activation checkpointing drops it with the others.
@@ -59,12 +77,12 @@ class Eager(torch.autograd.Function):
     @uncompiled()
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         tensor, y, x, *tensors = ctx.saved_tensors
-        kernels, states, lengths, resets, seed, dropout = ctx.call
+        kernels, states, rows, seed, dropout = ctx.call
         needs = ctx.needs_input_grad[2:]
         tape = tape_of(tensor, x, y)
         again = torch.is_grad_enabled() or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHES)
         if again or tape is None:
-            rows = Rows(lengths, resets, kernels.masks(x, seed, dropout))
+            rows = rows._replace(masks=kernels.masks(x, seed, dropout))
             if again:
                 return (None, None, *_again(kernels, rows, x, tensors[:states], tensors[states:], gradients, needs))
             # Keep y, in whose memory the tape is.
@@ -87,9 +105,12 @@ def _again(
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated, or are many at once, of the same call in torch's own operations."""
     create_graph, tensors = torch.is_grad_enabled(), (x, *state, *weights)
-    ends, cuts = [None if one is None else torch.tensor(one) for one in rows[:2]]
+    ends, cuts, offsets, sizes = [None if one is None else torch.tensor(one) for one in (*rows[:2], *rows[3:])]
     with torch.enable_grad():
-        results = run_plain(kernels, x, state, weights, ends, cuts, rows.masks)
+        if offsets is None and sizes is None:
+            results = run_plain(kernels, x, state, weights, ends, cuts, rows.masks)
+        else:
+            results = _run_unpadded(kernels, x, state, weights, cuts, rows.masks, Packing(offsets, sizes))
     seen = [(one, d) for one, d in zip(results, gradients, strict=True) if d is not None]
     outputs, directions = zip(*seen, strict=True)
     wanted = [one for one, need in zip(tensors, needs, strict=True) if need]
@@ -128,7 +149,7 @@ def _forward_operator(
 ) -> list[Tensor]:
     """y, the final state and the tape, which is an empty tensor unless training."""
     kernels = kernels_of(*stack, x.dtype)
-    arrays, rows = kernels.arrays(weights), kernels.rows(x, lengths, resets, seed, dropout)
+    arrays, rows = kernels.arrays(weights), kernels.rows(x, lengths, resets, None, seed, dropout)
     with threads_of_torch():
         if not training:
             return [*kernels.infer(arrays, x, state, rows), x.new_empty(0, dtype=torch.uint8)]
@@ -182,7 +203,7 @@ def _backward_operator(
     kernels = kernels_of(*stack, x.dtype)
     known = tape_of(tape, x, y)
     if known is None:
-        (y, *_), known = kernels.again(x, state, weights, kernels.rows(x, lengths, resets, seed, dropout))
+        (y, *_), known = kernels.again(x, state, weights, kernels.rows(x, lengths, resets, None, seed, dropout))
     found = kernels.backward(known, x, (dy, *dfinal), need_x, [need_state] * len(dfinal), need_weights)
     return [x.new_empty(0) if one is None else one for one in found]
 

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import backends
-from ..arguments import Signature
+from ..arguments import Signature, row_offsets
 from ..backends.native import native_module
 from ..cells import CELLS
 from ..config import num_threads
-from ..functional import dropout_masks, run, run_packed
+from ..functional import dropout_masks, packed_masks, run, run_packed
 from ..layers import parameter_names
 from ..stack import Backward, Forward, Stack
+from .packing import Packing
 
 __all__ = [
     "DTYPES",
@@ -62,12 +63,14 @@ _PAUSE_FLOPS = 10**8
 class Rows(NamedTuple):
     """What a call has beside x, state and weights, as backends take it."""
 
-    lengths: Array | None
-    resets: Array | None
-    masks: Sequence[Array] | None
+    lengths: Array | None = None
+    resets: Array | None = None
+    masks: Sequence[Array] | None = None
+    offsets: Array | None = None
+    sizes: Array | None = None
 
 
-_NO_ROWS = Rows(None, None, None)
+_NO_ROWS = Rows()
 
 
 class Tape(NamedTuple):
@@ -170,12 +173,27 @@ class Kernels:
         return [one[key] for one in shapes for key in self.keys]
 
     def rows(
-        self, x: Tensor, lengths: Tensor | None, resets: Tensor | None, seed: Tensor | None, dropout: float
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        packing: Packing | None,
+        seed: Tensor | None,
+        dropout: float,
     ) -> Rows:
-        """Lengths and resets checked and copied, the masks drawn."""
-        if lengths is resets is seed is None:
+        """What says which rows there are checked and copied, the masks drawn."""
+        if lengths is resets is packing is seed is None:
             return _NO_ROWS
         steps, batch = x.shape[:2]
+        if packing is not None:
+            offsets, sizes = packing
+            return Rows(
+                None,
+                None if resets is None else array_of(resets).copy(),
+                self.masks(x, seed, dropout),
+                None if offsets is None else row_offsets(array_of(offsets), steps),
+                None if sizes is None else array_of(sizes).copy(),
+            )
         return Rows(
             None if lengths is None else self.signature.lengths(array_of(lengths), steps, batch, False),
             None if resets is None else self.signature.resets(array_of(resets), steps, batch, False),
@@ -186,6 +204,8 @@ class Kernels:
         """Of dropout between the layers; None, which stands for no dropout, without a seed."""
         if seed is None:
             return None
+        if x.dim() == 2:
+            return packed_masks(self.signature.stack, np.array([0, len(x)]), dropout, int(seed))
         return dropout_masks(self.signature.stack, x.shape[0], x.shape[1], dropout, int(seed))
 
     def infer(self, arrays: Sequence[dict[str, Array]], x: Tensor, state: Sequence[Tensor], rows: Rows) -> list[Tensor]:
@@ -212,12 +232,13 @@ class Kernels:
         return results, Tape(packed, saved, call, (x.data_ptr(), results[0].data_ptr()))
 
     def call(self, x: Tensor, state: Sequence[Tensor], rows: Rows, save: str | None) -> Forward:
-        """The request to the backend; x (T, B, I), no state is zeros."""
+        """The request to the backend; x (T, B, I) or (N, I), no state is zeros."""
         signature, inputs = self.signature, array_of(x)
-        steps, batch, _ = inputs.shape
-        self._make_way(steps * batch)
-        y = np.empty((steps, batch, signature.output_size), signature.dtype)
-        return Forward(inputs, tuple([array_of(one) for one in state]) if state else None, y, save, *rows)
+        self._make_way(inputs)
+        y = np.empty((*inputs.shape[:-1], signature.output_size), signature.dtype)
+        states = tuple([array_of(one) for one in state]) if state else None
+        lengths, resets, masks, offsets, sizes = rows
+        return Forward(inputs, states, y, save, lengths, resets, masks, None, offsets, sizes)
 
     def again(
         self, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], rows: Rows
@@ -242,17 +263,16 @@ class Kernels:
         if too_many_threads():
             with threads_of_torch():
                 return self.backward(tape, x, gradients, need_x, need_state, need_weights)
-        steps, batch, _ = x.shape
         dy, *dfinal = [None if one is None else array_of(one) for one in gradients]
         stack, from_numpy = self.signature.stack, torch.from_numpy
         if tape.saved is None:
-            passed = stack.filled(tuple(dfinal), batch) if any(need_state) else ()
+            passed = stack.filled(tuple(dfinal), tape.call.batch) if any(need_state) else ()
             return [
                 torch.zeros_like(x) if need_x else None,
                 *([from_numpy(one.copy()) for one in passed] or [None] * len(need_state)),
                 *[x.new_zeros(shape) for shape in self.weight_shapes()],
             ]
-        self._make_way(steps * batch)
+        self._make_way(tape.call.x)
         wanted = None if all(need_weights) else self._wanted(need_weights)
         asked = Backward(dy, tuple(dfinal), need_x, wanted, need_state=any(need_state))
         dx, dinitial, slopes = self.backend.backward(stack, tape.packed, tape.saved, tape.call, asked)
@@ -266,9 +286,9 @@ class Kernels:
         """The keys of the weights that need their gradient, of each layer-direction."""
         return [[key for key, needed in one.items() if needed] for one in self.by_layer(need)]
 
-    def _make_way(self, rows: int) -> None:
+    def _make_way(self, x: Array) -> None:
         """End the threads of torch before a long call."""
-        if self.flops * rows > _PAUSE_FLOPS:
+        if self.flops * x.size > _PAUSE_FLOPS * x.shape[-1]:
             _pause(_SOFT)
 
 

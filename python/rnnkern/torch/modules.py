@@ -13,7 +13,7 @@ from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.fx import Proxy
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import backends
@@ -21,6 +21,7 @@ from ..arguments import describe, flag
 from ..cells import CELLS
 from .autograd import apply, run_plain
 from .kernels import DTYPES, Kernels, kernels_of, threads_of_torch, too_many_threads
+from .packing import Packing
 
 __all__ = ["GRU", "LSTM", "OWN", "RNN", "SUPPORTED", "THEIRS", "Layers", "is_supported", "torchs"]
 
@@ -62,13 +63,14 @@ class Layers(torch.nn.RNNBase):
         # Not by keyword alone: the TorchScript exporter to ONNX passes None for each argument, by position.
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | None = None,
+        offsets: Tensor | Sequence[int] | None = None,
     ) -> tuple[Any, Any]:
         """y and the final state.
 
         Parameters
         ----------
         input
-            (T, B, I), (B, T, I) with `batch_first`, (T, I) unbatched, or a PackedSequence.
+            (T, B, I), (B, T, I) with `batch_first`, (T, I) unbatched, (N, I) with `offsets`, or a PackedSequence.
         hx
             h (L*D, B, P), for an LSTM (h, c) with c (L*D, B, H); unbatched without B. None is zeros.
         lengths
@@ -77,12 +79,15 @@ class Layers(torch.nn.RNNBase):
         resets
             Bool, shaped like input without its last dimension. True at t cuts the link from t-1 to t in every layer and
             direction: what follows starts from a zero state.
+        offsets
+            Integers (B + 1,), from 0 to N without falling: input has no padding, and sequence b is its rows from
+            `offsets[b]` to `offsets[b + 1]`; so have y and resets, whatever `batch_first`. Not with lengths.
 
         Returns
         -------
         y, state
-            y (T, B, D*P), (B, T, D*P) with `batch_first`, (T, D*P) unbatched, or a PackedSequence; the final state,
-            structured like the initial one.
+            y (T, B, D*P), (B, T, D*P) with `batch_first`, (T, D*P) unbatched, (N, D*P), or a PackedSequence; the final
+            state, structured like the initial one.
 
         Raises
         ------
@@ -93,18 +98,21 @@ class Layers(torch.nn.RNNBase):
             A device or dtype is not supported, or torch traces a call that torch.nn does not have.
         """
         if isinstance(input, Proxy):  # torch.fx: one node, as of torch's own
-            options = {"lengths": lengths, "resets": resets} if lengths is not None or resets is not None else {}
+            given = {"lengths": lengths, "resets": resets, "offsets": offsets}
+            options = {name: value for name, value in given.items() if value is not None}
             tracer = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), options)
         exports = torch.onnx.is_in_onnx_export() if is_compiling() else torch._C._get_tracing_state() is not None
         if exports:
-            return self._run_torch(input, hx, lengths, resets)
+            return self._run_torch(input, hx, lengths, resets, offsets)
         if torch.is_autocast_enabled("cpu"):
-            return self._run_autocast(input, hx, lengths, resets)
+            return self._run_autocast(input, hx, lengths, resets, offsets)
         weights = self._weights()
         if isinstance(input, PackedSequence):
-            return self._run_packed(weights, input, hx, lengths, resets)
+            return self._run_packed(weights, input, hx, lengths, resets, offsets)
         x = self._checked(input, weights[0])
+        if offsets is not None:
+            return self._run_offsets(weights, x, hx, lengths, resets, torch.as_tensor(offsets))
         shape = x.shape
         if len(shape) not in (2, 3) or shape[-1] != self.input_size:
             leading = "B, T" if self.batch_first else "T, B"
@@ -118,13 +126,13 @@ class Layers(torch.nn.RNNBase):
         if len(shape) == 2:
             if lengths is not None:
                 raise ArgumentError("lengths: expected None with unbatched input")
-            unbatched_state = [one.unsqueeze(1) for one in self._state(hx, x)]
+            unbatched_state = [one.unsqueeze(1) for one in self._state(hx, x, ())]
             cuts = None if resets is None else resets.unsqueeze(1)
             y, *final = self._run(weights, x.unsqueeze(1), unbatched_state, None, cuts)
             return y.squeeze(1), self._as_hx([one.squeeze(1) for one in final])
         if self.batch_first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
-        state = self._state(hx, x)
+        state = self._state(hx, x, x.shape[1:-1])
         y, *final = self._run(weights, x, state, None if lengths is None else torch.as_tensor(lengths), resets)
         return y.transpose(0, 1) if self.batch_first else y, self._as_hx(final)
 
@@ -249,8 +257,8 @@ class Layers(torch.nn.RNNBase):
                 raise NotImplementedError(f"input: expected one on {weight.device}, as the parameters, got {x.device}")
         return x
 
-    def _state(self, hx: Any, x: Tensor) -> Sequence[Tensor]:
-        """The initial state for x, (T, B, I) or (T, I), as a sequence, empty for None."""
+    def _state(self, hx: Any, x: Tensor, batch: tuple[int, ...]) -> Sequence[Tensor]:
+        """The initial state for x, of B sequences or one that is unbatched, as a sequence, empty for None."""
         if hx is None:
             return ()
         names = CELLS[self.cell].states
@@ -259,7 +267,7 @@ class Layers(torch.nn.RNNBase):
         elif not isinstance(hx, tuple | list) or len(hx) != len(names):
             raise TypeError(f"hx: expected a tuple ({', '.join(names)}), got {describe(hx)}")
         dtype = x.dtype
-        for name, one, shape in zip(names, hx, self._state_shapes(x.shape[1:-1]), strict=True):
+        for name, one, shape in zip(names, hx, self._state_shapes(batch), strict=True):
             if not isinstance(one, Tensor):
                 raise TypeError(f"{name}: expected {dtype} of shape {shape}, got {describe(one)}")
             if one.dtype is not dtype or one.shape != shape:
@@ -280,22 +288,44 @@ class Layers(torch.nn.RNNBase):
         """The way back."""
         return final[0] if len(final) == 1 else tuple(final)
 
-    def _run_packed(self, weights: list[Tensor], packed: PackedSequence, hx: Any, lengths: Any, resets: Any) -> Any:
+    def _run_offsets(
+        self, weights: list[Tensor], x: Tensor, hx: Any, lengths: Any, resets: Any, offsets: Tensor
+    ) -> Any:
+        """Sequences one behind the other."""
+        if lengths is not None:
+            raise ArgumentError("lengths: expected None with offsets")
+        if x.dim() != 2 or x.shape[1] != self.input_size:
+            raise ArgumentError(f"input: expected shape (rows, {self.input_size}) with offsets, got {tuple(x.shape)}")
+        if offsets.dim() != 1 or not len(offsets):
+            raise ArgumentError(f"offsets: expected integers of shape (B + 1,), got {tuple(offsets.shape)}")
+        if resets is not None:
+            resets = torch.as_tensor(resets)
+            if resets.shape != x.shape[:1]:
+                raise ArgumentError(f"resets: expected bool of shape {(len(x),)}, got {tuple(resets.shape)}")
+        state = self._state(hx, x, (len(offsets) - 1,))
+        y, *final = self._run(weights, x, state, None, resets, Packing(offsets=offsets))
+        return y, self._as_hx(final)
+
+    def _run_packed(
+        self, weights: list[Tensor], packed: PackedSequence, hx: Any, lengths: Any, resets: Any, offsets: Any
+    ) -> Any:
         """A PackedSequence, whose rows stay in their order, the longest first."""
-        if lengths is not None or resets is not None:
-            raise ArgumentError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
+        if lengths is not None or resets is not None or offsets is not None:
+            raise ArgumentError(
+                "lengths, resets, offsets: expected None with a PackedSequence, which has lengths of its own"
+            )
         data, sizes, order, back = packed
         data = self._checked(data, weights[0])
         if data.shape[-1] != self.input_size:
             raise ArgumentError(f"input: expected data of {self.input_size} columns, got shape {tuple(data.shape)}")
-        x, ends = pad_packed_sequence(PackedSequence(data, sizes))
-        state = self._state(hx, x)
+        packing = Packing(sizes=sizes)
+        state = self._state(hx, data, (packing.batch,))
         if order is not None:
             state = [one.index_select(1, order) for one in state]
-        y, *final = self._run(weights, x, state, ends, None)
+        y, *final = self._run(weights, data, state, None, None, packing)
         if back is not None:
             final = [one.index_select(1, back) for one in final]
-        return PackedSequence(pack_padded_sequence(y, ends).data, sizes, order, back), self._as_hx(final)
+        return PackedSequence(y, sizes, order, back), self._as_hx(final)
 
     def _run(
         self,
@@ -304,24 +334,32 @@ class Layers(torch.nn.RNNBase):
         state: Sequence[Tensor],
         lengths: Tensor | None,
         resets: Tensor | None,
+        packing: Packing | None = None,
     ) -> Sequence[Tensor]:
-        """y (T, B, D*P) and the final state, of x (T, B, I)."""
+        """y (T, B, D*P) and the final state, of x (T, B, I), or (N, .) each."""
         compiling = is_compiling()
         if not compiling:
             x = unwrap_if_dead(x)  # torch.nn takes what a transform of torch.func has left behind
             floats = (x, *state, *weights)
             if has_torch_function(floats):  # a subclass of Tensor, or a mode, which may keep its class
-                found = handle_torch_function(type(self)._run, floats, self, weights, x, state, lengths, resets)
+                given = (self, weights, x, state, lengths, resets, packing)
+                found = handle_torch_function(type(self)._run, floats, *given)
                 return cast("Sequence[Tensor]", found)
             if too_many_threads():
                 with threads_of_torch():
-                    return self._run(weights, x, state, lengths, resets)
+                    return self._run(weights, x, state, lengths, resets, packing)
         frozen, grad = self._frozen, torch.is_grad_enabled()
         dropout = self.dropout if self.training and frozen is None and self.num_layers > 1 else 0.0
         seed = torch.randint(2**63 - 1, ()) if dropout else None
         # vmap, grad and the others of torch.func; forward mode.
         transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if not transformed and (compiling or _is_dispatched(x, weights[0])):
+        dispatched = not transformed and (compiling or _is_dispatched(x, weights[0]))
+        if packing is not None and (transformed or dispatched):
+            places = packing.places()
+            cuts = None if resets is None else packing.spread(resets, places)
+            y, *final = self._run(weights, packing.spread(x, places), state, places[0], cuts)
+            return [packing.gather(y, places), *final]
+        if dispatched:
             # AOTInductor knows no empty list.
             state = state or [x.new_zeros(shape) for shape in self._state_shapes((x.shape[1],))]
             call = (x, state, weights, lengths, resets, seed, dropout, grad)
@@ -333,22 +371,24 @@ class Layers(torch.nn.RNNBase):
             if grad and any(map(_requires_grad, (x, *state))):
                 raise RuntimeError("input, hx: expected none that requires its gradient, for the module is frozen")
             kernels, packed = frozen
-            return kernels.run(packed, x, state, kernels.rows(x, lengths, resets, None, 0.0))
+            return kernels.run(packed, x, state, kernels.rows(x, lengths, resets, packing, None, 0.0))
         kernels, arrays = self._prepared(weights)
         if grad and any(map(_requires_grad, floats)):
-            return apply(kernels, (arrays, state, lengths, resets, seed, dropout), x, *state, *weights)
-        return kernels.infer(arrays, x, state, kernels.rows(x, lengths, resets, seed, dropout))
+            return apply(kernels, (arrays, state, lengths, resets, packing, seed, dropout), x, *state, *weights)
+        return kernels.infer(arrays, x, state, kernels.rows(x, lengths, resets, packing, seed, dropout))
 
-    def _run_torch(self, input: Any, hx: Any, lengths: Any, resets: Any) -> Any:
+    def _run_torch(self, input: Any, hx: Any, lengths: Any, resets: Any, offsets: Any) -> Any:
         """The call in torch.nn's own forward, for whoever writes down torch's operations: a trace, an exporter to ONNX.
 
         Else the trace would hold what came out, as constants.
         """
-        if lengths is not None or resets is not None:
-            raise NotImplementedError("lengths, resets: expected None while torch traces, for torch.nn has neither")
+        if lengths is not None or resets is not None or offsets is not None:
+            raise NotImplementedError(
+                "lengths, resets, offsets: expected None while torch traces, for torch.nn has none of them"
+            )
         return torchs(self).forward(input, hx)
 
-    def _run_autocast(self, input: Any, hx: Any, lengths: Any, resets: Any) -> Any:
+    def _run_autocast(self, input: Any, hx: Any, lengths: Any, resets: Any, offsets: Any) -> Any:
         """The call in the dtype of the weights, and its results in the one that torch.nn's have under autocast."""
         packed, dtype = isinstance(input, PackedSequence), self._weights()[0].dtype
 
@@ -360,7 +400,7 @@ class Layers(torch.nn.RNNBase):
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         with torch.autocast("cpu", enabled=False):
-            y, state = Layers.forward(self, to(input, dtype), to(hx, dtype), lengths=lengths, resets=resets)
+            y, state = Layers.forward(self, to(input, dtype), to(hx, dtype), lengths, resets, offsets)
         if dtype is torch.float32:  # others autocast leaves alone
             dtype = torch.get_autocast_dtype("cpu")
             low = self.mode.startswith("RNN") or (self.mode == "LSTM" and not packed and not self.proj_size)
