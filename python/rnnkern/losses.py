@@ -112,17 +112,25 @@ def cross_entropy(
     flag("need_gradient", need_gradient)
 
     rows, chosen = _counting(z, counts), _counting(chosen[..., None], counts)[:, 0]
-    share = np.ones(len(rows)) if share is None else share
     if chosen.size and (chosen.min() < 0 or chosen.max() >= classes):
         worst = chosen.min() if chosen.min() < 0 else chosen.max()
         raise ValueError(f"targets: expected values in [0, {classes}), got {worst}")
+    share = np.ones(len(rows)) if share is None else share
+    loss, gradient = _softmax_loss(rows, chosen, share, of_class, smoothing, need_gradient)
+    return loss, None if gradient is None else _spread(gradient, counts, z)
+
+
+def _softmax_loss(
+    rows: Array, chosen: Array, share: Array, of_class: Array, smoothing: float, need_gradient: bool
+) -> tuple[float, Array | None]:
+    """The loss of rows (N, C) with targets (N,), weights of the rows (N,) and of the classes (C,), and its gradient."""
     own = share * of_class[chosen]
     total = own.sum()
     if total == 0:
-        return 0.0, np.zeros_like(z, order="C") if need_gradient else None
+        return 0.0, np.zeros_like(rows, order="C") if need_gradient else None
     # Divide what a row counts: between its target, and every class times the weight of that.
     own *= (1 - smoothing) / total
-    every = share * (smoothing / classes / total)
+    every = share * (smoothing / len(of_class) / total)
 
     at_target = (np.arange(len(rows)), chosen)
     with np.errstate(all="ignore"):  # Inf and NaN go through
@@ -137,11 +145,11 @@ def cross_entropy(
             loss += np.sum(every * (log_sums * of_class.sum() - logits_sum))
         if not need_gradient:
             return float(loss), None
-        gradient *= ((own + every * of_class.sum()) / sums).astype(z.dtype)[:, None]
+        gradient *= ((own + every * of_class.sum()) / sums).astype(rows.dtype)[:, None]
         if smoothing:
-            gradient -= np.multiply.outer(every, of_class).astype(z.dtype, copy=False)
+            gradient -= np.multiply.outer(every, of_class).astype(rows.dtype, copy=False)
         gradient[at_target] -= own
-    return float(loss), _spread(gradient, counts, z)
+    return float(loss), gradient
 
 
 def binary_cross_entropy(

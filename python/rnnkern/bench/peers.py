@@ -208,17 +208,62 @@ def jax_scan(workload: Workload, threads: int) -> Prepared:
     jax = _import("jax")
     jax.config.update("jax_platforms", "cpu")
     jnp = importlib.import_module("jax.numpy")
-    cell, stack = CELLS[workload.cell], workload.checked.stack
-    if cell.late_gates:
+    if CELLS[workload.cell].late_gates:
         raise Missing(f"no scan was written for {workload.cell}, which has two products a step")
+    given, stack = numbers(workload), workload.checked.stack
+    if given.resets is not None and stack.directions != (False,):
+        raise Missing("no scan was written for resets in reverse")
+    forward = _jax_forward(jax, jnp, workload, given)
+
+    def train(parameters: Any, x: Any, state: Any, dy: Any) -> Any:
+        y, pull, final = jax.vjp(forward, parameters, x, state, has_aux=True)
+        return y, final, pull(dy)
+
+    names, weights = parameter_names(stack, True), layer(workload).state_dict()
+    # Matrices are kept transposed, as the products take them.
+    parameters = [{key: jnp.asarray(weights[name].T.copy()) for key, name in one.items()} for one in names]
+    x, initial = jnp.asarray(given.x), tuple(jnp.asarray(one) for one in given.state)
+    infer, train = jax.jit(forward), jax.jit(train)
+
+    def run(dy: Any) -> Any:
+        returned = infer(parameters, x, initial) if dy is None else train(parameters, x, initial, dy)
+        return jax.block_until_ready(returned)
+
+    return Prepared(
+        run,
+        partial(_jax_results, workload, names),
+        f"jit, lax.scan, input product before the scan, {cores} cores",
+        jnp.asarray,
+    )
+
+
+def _jax_forward(jax: Any, jnp: Any, workload: Workload, given: Any) -> Callable[..., Any]:
+    """A function of parameters, x and state: y and the final state, layer by layer, each direction a scan."""
+    stack = workload.checked.stack
+    layer_direction = _jax_direction(jax, jnp, workload, given)
+
+    def forward(parameters: Any, x: Any, state: Any) -> Any:
+        finals, directions = [], len(stack.directions)
+        for first in range(0, len(stack.layers), directions):
+            outputs = []
+            for i in range(first, first + directions):
+                own = tuple(one[i] for one in state)
+                final, y = layer_direction(parameters[i], stack.layers[i].reverse, x, own)
+                finals.append(final)
+                outputs.append(y)
+            x = outputs[0] if directions == 1 else jnp.concatenate(outputs, -1)
+        return x, tuple(jnp.stack(parts) for parts in zip(*finals, strict=True))
+
+    return forward
+
+
+def _jax_direction(jax: Any, jnp: Any, workload: Workload, given: Any) -> Callable[..., Any]:
+    """A function of the weights of a layer-direction, whether it is the reverse one, x and state: its scan."""
+    cell = CELLS[workload.cell]
+    gates = len(cell.gates)
     forward_cell = cell.math(
         _JaxMath(jax.nn.sigmoid, jnp.tanh, lambda a: jnp.maximum(a, 0), lambda h: (h > 0).astype(h.dtype))
     ).forward
-    names, gates = parameter_names(stack, True), len(cell.gates)
-
-    given = numbers(workload)
-    if given.resets is not None and stack.directions != (False,):
-        raise Missing("no scan was written for resets in reverse")
     # Masks of the steps, (T, B, 1): those that a row has, and those before which it keeps its state.
     has = None if given.lengths is None else jnp.asarray(np.arange(workload.T)[:, None] < given.lengths)[..., None]
     keeps = None if given.resets is None else jnp.asarray(~given.resets)[..., None]
@@ -240,38 +285,7 @@ def jax_scan(workload: Workload, threads: int) -> Prepared:
 
         return jax.lax.scan(step, state, (inputs, has, keeps), reverse=reverse)
 
-    def forward(parameters: Any, x: Any, state: Any) -> Any:
-        finals, directions = [], len(stack.directions)
-        for first in range(0, len(stack.layers), directions):
-            outputs = []
-            for i in range(first, first + directions):
-                own = tuple(one[i] for one in state)
-                final, y = layer_direction(parameters[i], stack.layers[i].reverse, x, own)
-                finals.append(final)
-                outputs.append(y)
-            x = outputs[0] if directions == 1 else jnp.concatenate(outputs, -1)
-        return x, tuple(jnp.stack(parts) for parts in zip(*finals, strict=True))
-
-    def train(parameters: Any, x: Any, state: Any, dy: Any) -> Any:
-        y, pull, final = jax.vjp(forward, parameters, x, state, has_aux=True)
-        return y, final, pull(dy)
-
-    weights = layer(workload).state_dict()
-    # Matrices are kept transposed, as the products take them.
-    parameters = [{key: jnp.asarray(weights[name].T.copy()) for key, name in one.items()} for one in names]
-    x, initial = jnp.asarray(given.x), tuple(jnp.asarray(one) for one in given.state)
-    infer, train = jax.jit(forward), jax.jit(train)
-
-    def run(dy: Any) -> Any:
-        returned = infer(parameters, x, initial) if dy is None else train(parameters, x, initial, dy)
-        return jax.block_until_ready(returned)
-
-    return Prepared(
-        run,
-        partial(_jax_results, workload, names),
-        f"jit, lax.scan, input product before the scan, {cores} cores",
-        jnp.asarray,
-    )
+    return layer_direction
 
 
 @dataclass(frozen=True)
