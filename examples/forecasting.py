@@ -67,7 +67,8 @@ def flat(x: Array) -> Array:
     return np.column_stack([x.swapaxes(0, 1).reshape(x.shape[1], -1), np.ones(x.shape[1])]).astype(float)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """Those of the command line; season and horizon are numbers from here on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FILE", help="a CSV file with names in its first line")
     parser.add_argument("--column", metavar="NAME", help="of the file")
@@ -80,11 +81,48 @@ def main() -> None:
     options = parser.parse_args()
     if options.data and not (options.column and options.season):
         parser.error("--data: expected --column NAME and --season N too")
-    season = options.season or WEEK
-    horizon = options.horizon or min(DAY, season)
-    if not 0 < horizon <= season:
-        parser.error(f"--horizon: expected 1 to {season}, a season, got {horizon}")
+    options.season = options.season or WEEK
+    options.horizon = options.horizon or min(DAY, options.season)
+    if not 0 < options.horizon <= options.season:
+        parser.error(f"--horizon: expected 1 to {options.season}, a season, got {options.horizon}")
+    return options
 
+
+def fitted(
+    x: Array, y: Array, validation: tuple[Array, Array], horizon: int, options: argparse.Namespace
+) -> rk.Sequential:
+    """A network trained on windows x (T, N, 2) and what follows each of their steps, y (T, N, K)."""
+
+    def batches(epoch: int) -> Any:
+        """All windows in another order."""
+        order = np.random.default_rng([options.seed, epoch]).permutation(x.shape[1])
+        for some in np.array_split(order, -(-len(order) // 16)):
+            yield x[:, some], y[:, some]
+
+    model = rk.Sequential(
+        rk.GRU(2, 64, seed=options.seed), rk.Dropout(0.1), rk.Linear(64, horizon, seed=options.seed + 1)
+    )
+    print(model.summary())
+    epochs = 3 if options.quick else options.epochs
+    optimizer = rk.AdamW(model, lr=3e-3)
+    history = rk.fit(
+        model,
+        batches,
+        loss=rk.mae,
+        epochs=epochs,
+        optimizer=optimizer,
+        schedule=rk.CosineSchedule(optimizer, total_steps=epochs * -(-x.shape[1] // 16)),
+        max_norm=1.0,
+        validation=[validation],
+        seed=options.seed,
+    )
+    print(history)
+    return model
+
+
+def main() -> None:
+    options = arguments()
+    season, horizon = options.season, options.horizon
     # What the network reads at each step: the value, and how it differs from that of a season ago.
     series = read_column(options.data, options.column) if options.data else read_demand()
     read = np.column_stack([series[season:], series[season:] - series[:-season]])
@@ -106,31 +144,8 @@ def main() -> None:
 
     stride = max(1, horizon // 8)
     x, y = windows(train, stride)
-
-    def batches(epoch: int) -> Any:
-        """All windows in another order."""
-        order = np.random.default_rng([options.seed, epoch]).permutation(x.shape[1])
-        for some in np.array_split(order, -(-len(order) // 16)):
-            yield x[:, some], y[:, some]
-
-    model = rk.Sequential(
-        rk.GRU(2, 64, seed=options.seed), rk.Dropout(0.1), rk.Linear(64, horizon, seed=options.seed + 1)
-    )
-    print(f"{len(series)} steps, {x.shape[1]} windows of {length} to train on\n{model.summary()}")
-    epochs = 3 if options.quick else options.epochs
-    optimizer = rk.AdamW(model, lr=3e-3)
-    history = rk.fit(
-        model,
-        batches,
-        loss=rk.mae,
-        epochs=epochs,
-        optimizer=optimizer,
-        schedule=rk.CosineSchedule(optimizer, total_steps=epochs * -(-x.shape[1] // 16)),
-        max_norm=1.0,
-        validation=[windows(validation, stride)],
-        seed=options.seed,
-    )
-    print(history)
+    print(f"{len(series)} steps, {x.shape[1]} windows of {length} to train on")
+    model = fitted(x, y, windows(validation, stride), horizon, options)
 
     # Compare on the test part: how wrong is a forecast of the next K steps, in the units of the series?
     x_test, y_test = windows(test)

@@ -73,7 +73,8 @@ def sample(model: Any, vocabulary: rk.data.Vocabulary, count: int, seed: int) ->
     return re.sub(r"\s*\n\s*", "\n  ", " ".join(map(str, words)))
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """Those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, metavar="PATH", help="a text file in UTF-8, or a folder of them")
     parser.add_argument("--epochs", type=int, default=8)
@@ -81,7 +82,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a quarter of the text, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("language_model"), help="folder for the model and the picture")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     words = read_words(options.text)
     words = words[: len(words) // 4] if options.quick else words
     if len(words) < 5000:

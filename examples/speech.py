@@ -59,14 +59,29 @@ def linear(x: Array, labels: Array) -> Any:
     return model
 
 
-def main() -> None:
+def baselines(training: list[Array], labels: Array, tested: list[Array]) -> dict[str, Array]:
+    """The speakers that they name; they see the mean of each utterance over its frames."""
+    means, means_tested = (np.array([one.mean(0) for one in some]) for some in (training, tested))
+    centres = np.array([means[labels == one].mean(0) for one in range(SPEAKERS)])
+    return {
+        "nearest mean": ((means_tested[:, None] - centres) ** 2).sum(-1).argmin(1),
+        "logistic regression": linear(means, labels)(means_tested).argmax(1),
+    }
+
+
+def arguments() -> argparse.Namespace:
+    """Those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with JapaneseVowels_TRAIN.ts and _TEST.ts")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="few epochs, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("speech"), help="folder for the model and the picture")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     folder = options.data or data_folder()
     (utterances, speakers), (tested, truth) = read_part(folder, "TRAIN"), read_part(folder, "TEST")
 
@@ -107,16 +122,8 @@ def main() -> None:
     )
     print(history)
 
-    # Baselines see the mean of each utterance over its frames.
-    means, means_tested = (np.array([one.mean(0) for one in some]) for some in (training, tested))
-    centres = np.array([means[labels == one].mean(0) for one in range(SPEAKERS)])
-    nearest = ((means_tested[:, None] - centres) ** 2).sum(-1).argmin(1)
     x, lengths = rk.data.pad(tested)
-    named = {
-        "nearest mean": nearest,
-        "logistic regression": linear(means, labels)(means_tested).argmax(1),
-        "network": model(x, lengths=lengths)[0].argmax(1),
-    }
+    named = baselines(training, labels, tested) | {"network": model(x, lengths=lengths)[0].argmax(1)}
     print(f"\naccuracy on {len(tested)} utterances of the test part")
     for name, found in named.items():
         print(f"  {name:<20} {(found == truth).mean():.4f}")
