@@ -146,7 +146,7 @@ def test_any_number_of_threads_gives_the_same_bits(cell, native, dtype, stack, s
 
 
 def test_every_way_to_save_gives_the_same_bits(cell, native):
-    """Gradients and their flow, of layers in lanes, of shared units, of layers side by side, with dropout and all else."""
+    """Gradients and their flow, of layers in lanes, shared units and layers side by side, with dropout and all else."""
     both_ways: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "lengths": True, "resets": True}
     one_way: dict[str, Any] = {"num_layers": 3, "dropout": 0.3, "lengths": True, "resets": True}
     for T, B, I, H, stack in (

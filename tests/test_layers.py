@@ -633,7 +633,7 @@ def test_a_frozen_call_gives_the_same_of_exact_arrays_and_of_others(cell, backen
 
 
 def test_a_stream_is_the_sequence_step_by_step(cell, backend, dtype):
-    """`step` carries the state; `state` copies it both ways; `reset` makes it zero; `gates` are those of the last step."""
+    """`step` carries the state; `state` copies it both ways; `reset` makes it zero; `gates` are of the last step."""
     layer = rk.Recurrent(cell, 3, 4, 2, dtype=dtype, backend=backend, seed=0)
     x, state = given(layer)
     frozen = layer.freeze()

@@ -768,8 +768,9 @@ class Stream(Generic[StateT]):
     def gates(self) -> Mapping[str, Array]:
         """What the gates and the states beside h were at the last step: fresh, read-only copies (B, H).
 
-        The keys are those of `tape.gates`, such as `f_l0`. They are recomputed from the x_t of that step, the state before
-        it and the frozen parameters, in float64 and NumPy. A copy of a stream has none before its own first step.
+        The keys are those of `tape.gates`, such as `f_l0`. They are recomputed from the x_t of that step, the state
+        before it and the frozen parameters, in float64 and NumPy. A copy of a stream has none before its own first
+        step.
 
         Raises
         ------
