@@ -146,6 +146,7 @@ extern "C" void run(int cell, const std::int64_t* sizes, double* const* arrays, 
               {in[9]},
               {out[3]},
               {out[4], out[5], out[6], out[7], nullptr, {out[8], out[9]}},
+              nullptr,
               rows.given(),
               rows.given()};
   const LayerWeights<const void*> weights{in[2], in[3], in[4], in[5], nullptr, {in[6], in[7]}};

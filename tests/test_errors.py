@@ -305,8 +305,10 @@ def test_gradients_that_cannot_be_added_to(backend):
 def test_the_result_of_a_layer_is_no_array():
     """`head(layer(x))` says that a layer returns y and its state, whatever takes an array."""
     layer, head, x = rk.GRU(3, 3), rk.Linear(3, 3), np.zeros((1, 1, 3), np.float32)
-    for result in (layer(x), layer.forward(x), rk.LSTM(3, 3)(x), layer.freeze()(x), layer(np.zeros((5, 3)))):
-        for call in (layer, layer.freeze(), layer.forward, head, head.forward, lambda y: rk.mse(y, x)):
+    # Of an unbatched layer it is a tuple of matrices, which a layer takes for two sequences.
+    unbatched, takers = layer(np.zeros((5, 3))), (head, head.forward, lambda y: rk.mse(y, x))
+    for result in (layer(x), layer.forward(x), rk.LSTM(3, 3)(x), layer.freeze()(x), unbatched):
+        for call in takers if result is unbatched else (*takers, layer, layer.freeze(), layer.forward):
             check(TypeError, r"expected an array, got a tuple.*\(y, state\); pass y", call, result)
     check(TypeError, r"state: expected one array, h, got a tuple of 2", layer, x, (x, x))
     pair = np.zeros((2, 3)), np.ones((2, 3))
