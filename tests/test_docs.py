@@ -90,3 +90,10 @@ def test_the_files_that_the_pages_name_are_there():
         linked = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
         for path in [*(ROOT / name for name in named), *(page.parent / name for name in linked)]:
             assert path.exists(), f"{page.name}: {path}"
+
+
+def test_the_reference_has_every_public_name():
+    """A new name has to be put where its readers look for it; modules like `rnnkern.data` are there as a whole."""
+    text = "".join(page.read_text("utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    entries = set(re.findall(r"\.\. auto(?:class|function|exception|module):: (?:rnnkern\.)?(\w+)", text))
+    assert set(rnnkern.__all__) <= entries
