@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-MOST = 64  # objects that are kept, about 8 to a build
+MOST = 64  # objects that are kept, about 12 to a build
 PLACES = {"-c", "-o", "-isystem", "-MF", "-MT"}  # options whose value, the next argument, is a path
 
 

@@ -1,6 +1,8 @@
 // The calls of rnnkern_abi.h. Sizes are checked; what the pointers point to is the caller's promise.
 #include <rnnkern_abi.h>
+#if __has_include(<sys/mman.h>)
 #include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>

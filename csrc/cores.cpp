@@ -1,4 +1,5 @@
-// Reads the CPU topology, the scheduling affinity and the cgroup quota of this process, as Linux shows them.
+// Reads the CPU topology, the scheduling affinity and the cgroup quota of this process, as Linux shows them; of macOS
+// the cores.
 #include "cores.h"
 
 #include <algorithm>
@@ -6,6 +7,7 @@
 #include <cstddef>
 #include <cstdio>
 #include <fstream>
+#include <initializer_list>
 #include <string>
 #include <thread>
 #include <vector>
@@ -16,6 +18,8 @@
 #include <fcntl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace rnnkern {
@@ -69,6 +73,21 @@ double cgroup_quota() {
   }
   return tightest;
 }
+
+#elif defined(__APPLE__)
+
+// As many CPUs as there are cores, on Apple's own processors of the fast kind alone: a call is divided evenly.
+std::vector<std::string> siblings_of_cpus() {
+  int cores = 0;
+  for (const char* name : {"hw.perflevel0.physicalcpu", "hw.physicalcpu"}) {
+    std::size_t size = sizeof cores;
+    if (sysctlbyname(name, &cores, &size, nullptr, 0) == 0 && cores > 0) break;
+  }
+  std::vector<std::string> siblings;
+  for (int core = 0; core < cores; ++core) siblings.push_back(std::to_string(core));
+  return siblings;
+}
+double cgroup_quota() { return INFINITY; }
 
 #else
 

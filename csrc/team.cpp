@@ -1,10 +1,6 @@
 // The team: helpers that spin briefly between calls and then sleep, and the barrier of those that take part in a call.
 #include "team.h"
 
-#include <pthread.h>
-#include <signal.h>
-#include <time.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -21,6 +17,7 @@
 #include "cores.h"
 #include "patience.h"
 #include "policy.h"
+#include "system.h"
 
 namespace rnnkern {
 namespace {
@@ -37,12 +34,6 @@ constexpr nanoseconds kLongestCheckIn{2'000'000};  // a woken one takes 10 to 50
 constexpr std::size_t kCacheLine = 64;
 
 void yield() noexcept { std::this_thread::yield(); }
-
-nanoseconds cpu_time() noexcept {
-  timespec now{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-  return std::chrono::seconds(now.tv_sec) + nanoseconds(now.tv_nsec);
-}
 
 // The seats of a call: how many helpers it still wants in all, and how many have checked in. Equal means closed. A
 // helper that finds them closed touches nothing of the call.
@@ -137,10 +128,7 @@ class Team {
   // Starts threads until there are as many; where the system refuses, the team stays smaller.
   void hire(int helpers) noexcept {
     if (hired_ >= helpers) return;
-    sigset_t blocked, before;  // signals are for the threads of the interpreter, except those a fault sends to itself
-    sigfillset(&blocked);
-    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&blocked, fault);
-    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    const NoSignals quiet;
     try {
       for (; hired_ < helpers; ++hired_) {
         Helper& helper = helpers_.emplace_front();
@@ -148,7 +136,6 @@ class Team {
       }
     } catch (...) {
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
   Seats seats() const noexcept { return {seats_.load(std::memory_order_acquire)}; }
@@ -297,7 +284,7 @@ thread_local Team* working = nullptr;  // on a call of this thread
 thread_local bool lost = false;
 
 // A forked child has none of the parent's helpers: it leaves the parent's team as it is and makes its own.
-[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+[[maybe_unused]] const bool at_fork = call_in_children([] {
   the_team.store(nullptr);
   fork_count.fetch_add(1);
   if (working != nullptr) lost = working->abandon();

@@ -119,9 +119,9 @@ def test_use_isa_ends_with_the_isa_before() -> None:
     assert native.isa() == before
 
 
-def test_isas_end_with_the_baseline() -> None:
+def test_isas_end_with_one_for_all() -> None:
     """The last ISA is the one that every machine runs which can load the module."""
-    assert native.isas()[-1] == ("baseline", True)
+    assert native.isas()[-1][1]
     assert native.isa() in dict(native.isas())
 
 
@@ -236,6 +236,6 @@ def test_two_builds_of_one_tree_at_the_same_time_have_kernels(tmp_path: Path) ->
     both = [start(name) for name in ("one", "two")]
     assert [process.wait() for process in both] == [0, 0]
     objects = {path: path.stat().st_ino for path in tree.glob("build/objects/*.o")}
-    assert len(objects) == 6
+    assert len(objects) == 10
     assert start("three").wait() == 0
     assert {path: path.stat().st_ino for path in tree.glob("build/objects/*.o")} == objects
