@@ -69,6 +69,17 @@ std::vector<py::object> elements(const py::object& object, const Name& name, std
   return all;
 }
 
+py::object value_of(const py::dict& dict, py::handle key) {
+  PyObject* value = nullptr;
+#if PY_VERSION_HEX >= 0x030d0000  // where another thread, without a GIL, may take it out of the dict at any time
+  in_python(PyDict_GetItemRef, dict.ptr(), key.ptr(), &value);
+#else
+  value = Py_XNewRef(in_python(PyDict_GetItemWithError, dict.ptr(), key.ptr()));
+#endif
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
 py::dtype float_dtype(const py::object& object) {
   const py::dtype dtype = py::dtype::from_args(object);
   if (!dtype.equal(py::dtype::of<float>()) && !dtype.equal(py::dtype::of<double>()))

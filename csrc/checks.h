@@ -47,6 +47,9 @@ py::array checked(py::handle object, const Name& name, const py::dtype& dtype, c
 // change arrays with it: so whoever takes elements takes all of them before the first array is checked.
 std::vector<py::object> elements(const py::object& object, const Name& name, std::size_t count);
 
+// Returns the value of a key, null where there is none.
+py::object value_of(const py::dict& dict, py::handle key);
+
 py::dtype float_dtype(const py::object& object);
 
 // Copies between arrays of one dtype and shape, which may be the same.

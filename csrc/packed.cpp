@@ -92,11 +92,9 @@ void Packed::pack_next(std::size_t i, const py::object& weights, void* to) {
     throw py::value_error(name.text() + ": expected " + std::to_string(names_.size()) + " arrays");
   std::vector<py::object> given;
   for (const py::handle key : names_) {
-    PyObject* object = in_python(PyDict_GetItemWithError, dict.ptr(), key.ptr());
-    if (object == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    if (object == nullptr)
+    given.push_back(value_of(dict, key));
+    if (!given.back())
       throw py::value_error(name.text() + ": expected an array named '" + key.cast<std::string>() + "', got none");
-    given.push_back(py::reinterpret_borrow<py::object>(object));
   }
   const std::vector<Shape> shapes = weight_shapes(i);
   std::vector<const void*> data;
