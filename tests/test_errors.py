@@ -242,8 +242,6 @@ def test_wrong_options_of_a_run(backend):
     check(ValueError, f"{expected} NoneType", layer.forward, FLOATS["x"], save=None)
     check(TypeError, "save: expected an integer >= 0, got bool True", layer.forward, FLOATS["x"], save=True)
     check(ValueError, "save: expected at least", layer.forward, FLOATS["x"], save=1)
-    both = rk.GRU(3, 4, bidirectional=True)
-    check(ValueError, "for a bidirectional layer", both.forward, FLOATS["x"], save="checkpoint")
     check(TypeError, "seed: expected an integer >= 0, got float 0.5", layer.forward, FLOATS["x"], seed=0.5)
     check(ValueError, "seed: expected an integer >= 0, got -1", layer.forward, FLOATS["x"], seed=-1)
     check(ValueError, "weights: expected None .*, got str 'float16'", layer.freeze, "float16")

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .stack import Backward, Forward, GivenState, Stack, State, Weights
 
-__all__ = ["Checkpoints", "Masks", "backward", "forward", "segment_steps"]
+__all__ = ["Chain", "Checkpoints", "Masks", "backward", "chains_of", "forward", "segment_steps"]
 
 Array = NDArray[Any]
 Masks = Callable[[int, int | None], Sequence[Array]]  # of the steps [first, last), of each layer but the last
@@ -25,10 +25,32 @@ Masks = Callable[[int, int | None], Sequence[Array]]  # of the steps [first, las
 
 @dataclass(frozen=True, eq=False)
 class Checkpoints:
-    """What `forward` leaves for `backward`: the states before each segment, in the order in which they run."""
+    """What `forward` leaves for `backward`."""
 
-    states: Sequence[GivenState | None]
+    states: Sequence[Sequence[GivenState | None]]  # of each chain before each segment, in the order in which they run
+    inputs: Sequence[Array]  # x of each layer of chains but the first
     masks: Masks | None  # draws those of dropout again
+
+
+class Chain(NamedTuple):
+    """What goes through the steps together, in one order."""
+
+    stack: Stack
+    own: slice  # its layer-directions among those of the whole stack
+    columns: slice  # of y
+
+
+def chains_of(stack: Stack) -> list[list[Chain]]:
+    """The whole stack; of two directions, which meet the steps in opposite orders, each layer-direction, by layer."""
+    if len(stack.directions) == 1:
+        return [[Chain(stack, slice(None), slice(None))]]
+    width, of_layers = stack.state_size, len(stack.directions)
+    alone = [replace(stack, input_size=one.input_size, num_layers=1, directions=(one.reverse,)) for one in stack.layers]
+    chains = [
+        Chain(one, slice(i, i + 1), slice(i % of_layers * width, (i % of_layers + 1) * width))
+        for i, one in enumerate(alone)
+    ]
+    return [chains[i : i + of_layers] for i in range(0, len(chains), of_layers)]
 
 
 def segment_steps(steps: int) -> int:
@@ -39,56 +61,146 @@ def segment_steps(steps: int) -> int:
 def forward(
     backend: ModuleType, stack: Stack, weights: Sequence[Weights], call: Forward, masks: Masks | None
 ) -> tuple[Any, State, Checkpoints]:
-    """The packed weights, the final state, and what `backward` needs."""
-    packed = backend.pack(stack, weights, True)
+    """The packed weights of each chain, the final state, and what `backward` needs."""
+    layers = chains_of(stack)
+    masks_of_chain, between = (masks, None) if len(layers) == 1 else (None, masks)
+    packed: list[Any] = []
+    final: list[State] = []
+    states: list[Sequence[GivenState | None]] = []
+    inputs: list[Array] = []
+    for number, chains in enumerate(layers):
+        y = call.y if number == len(layers) - 1 else np.empty_like(call.y)
+        for chain in chains:
+            packed.append(backend.pack(chain.stack, weights[chain.own], True))
+            of_chain = call._replace(state=_of(call.state, chain.own), y=y[..., chain.columns])
+            last, kept = _forward(backend, chain, packed[-1], of_chain, masks_of_chain)
+            final.append(last)
+            states.append(kept)
+        if y is not call.y:
+            _drop_out(call, y, between, number)
+            inputs.append(y)
+            call = call._replace(x=y)
+    return packed, _whole(final), Checkpoints(states, inputs, masks)
+
+
+def _forward(
+    backend: ModuleType, chain: Chain, packed: Any, call: Forward, masks: Masks | None
+) -> tuple[State, list[GivenState | None]]:
+    """The final state of a chain, and those before its segments; fills y."""
     states: list[GivenState | None] = []
     state: GivenState | None = call.state
-    for first, last in _segments(stack, call.steps):
-        state = _cut(stack, call, state, last)
+    for first, last in _segments(chain.stack, call.steps):
+        state = _cut(chain.stack, call, state, last)
         states.append(state)
         # A backend that applies masks keeps what it has made with them, here until the next segment.
         part = _part(call, first, last, state, masks, None if masks is None else "outputs")
-        state = backend.forward(stack, packed, part)[0]
-        if call.offsets is not None:
+        if not part.y.flags.c_contiguous:
+            part = part._replace(y=np.empty(part.y.shape, part.y.dtype))
+        state = backend.forward(chain.stack, packed, part)[0]
+        if not np.may_share_memory(part.y, call.y):
             call.y[_rows(call, first, last)] = part.y
-    return packed, stack.filled(state, call.batch), Checkpoints(states, masks)
+    return chain.stack.filled(state, call.batch), states
 
 
 def backward(
     backend: ModuleType, stack: Stack, packed: Any, saved: Checkpoints, call: Forward, asked: Backward
 ) -> tuple[Array | None, State, Any]:
     """As of a backend: gradients of x, of the initial state and of the wanted weights of each layer-direction."""
-    dx = np.empty_like(call.x) if asked.need_x else None
-    dstate = asked.dstate
-    sums = None
+    layers = chains_of(stack)
+    masks, between = (saved.masks, None) if len(layers) == 1 else (None, saved.masks)
+    initial: list[State] = [()] * len(packed)
+    gradients: list[dict[str, Array]] = [{} for _ in stack.layers]
+    dy, dx = asked.dy, None
+    for number, chains in reversed(list(enumerate(layers))):
+        x = saved.inputs[number - 1] if number else call.x
+        dx = np.empty_like(x) if number or asked.need_x else None
+        for i, chain in enumerate(chains):
+            at = number * len(chains) + i
+            of_chain = call._replace(x=x, y=call.y[..., chain.columns])
+            asked_of_chain = asked._replace(
+                dy=None if dy is None else dy[..., chain.columns],
+                dstate=_of(asked.dstate, chain.own),
+                wanted=None if asked.wanted is None else asked.wanted[chain.own],
+                flow=None if asked.flow is None else asked.flow[chain.own],
+            )
+            initial[at], gradients[chain.own] = _backward(
+                backend, chain, packed[at], saved.states[at], masks, of_chain, asked_of_chain, dx, i > 0
+            )
+        if number and dx is not None:
+            _drop_out(call, dx, between, number - 1)
+        dy = dx
+    return dx, _whole(initial), gradients
+
+
+def _backward(
+    backend: ModuleType,
+    chain: Chain,
+    packed: Any,
+    states: Sequence[GivenState | None],
+    masks: Masks | None,
+    call: Forward,
+    asked: Backward,
+    dx: Array | None,
+    add: bool,
+) -> tuple[State, Any]:
+    """The gradients of the initial state and of the weights of a chain; fills dx, or adds to it."""
+    stack, dstate, sums = chain.stack, asked.dstate, None
     segments = list(_segments(stack, call.steps))
-    for (first, last), state in zip(reversed(segments), reversed(saved.states), strict=True):
-        part = _part(call, first, last, state, saved.masks, "gates")
+    for (first, last), state in zip(reversed(segments), reversed(states), strict=True):
+        part = _part(call, first, last, state, masks, "gates")
         rows = _rows(call, first, last)
-        dy = None if asked.dy is None else asked.dy[rows]
-        of_part = asked._replace(dy=dy, dstate=dstate, sums=sums, need_state=True)
-        dstate, sums = _run_segment(backend, stack, packed, part, of_part, dx, rows)
+        dy = None if asked.dy is None else np.ascontiguousarray(asked.dy[rows])
+        of_segment = asked._replace(dy=dy, dstate=dstate, need_x=dx is not None, need_state=True, sums=sums)
+        dstate, sums = _run_segment(backend, stack, packed, part, of_segment, dx, rows, add)
         dstate = _cut(stack, call, dstate, last)
-    return dx, stack.filled(dstate, call.batch), sums
+    return stack.filled(dstate, call.batch), sums
 
 
 def _run_segment(
-    backend: ModuleType, stack: Stack, packed: Any, part: Forward, asked: Backward, dx: Array | None, rows: Any
+    backend: ModuleType,
+    stack: Stack,
+    packed: Any,
+    part: Forward,
+    asked: Backward,
+    dx: Array | None,
+    rows: Any,
+    add: bool,
 ) -> tuple[State, Any]:
-    """The gradients of the state before a segment and of the weights; fills its rows of dx and flow. What is kept of
-    the segment goes.
+    """The gradients of the state before a segment and of the weights; fills its rows of dx, or adds to them, and of
+    flow. What is kept of the segment goes.
     """
-    part = part._replace(y=np.empty_like(part.y))  # the tape's is left alone
-    flow = asked.flow
-    if flow is not None:
-        asked = asked._replace(flow=[one[:, rows].copy() for one in flow])
+    part = part._replace(y=np.empty(part.y.shape, part.y.dtype))  # the tape's is left alone
     kept = backend.forward(stack, packed, part)[1]
-    dx_part, dstate, sums = backend.backward(stack, packed, kept, part, asked)
+    flow = None if asked.flow is None else [one[:, rows].copy() for one in asked.flow]
+    dx_part, dstate, sums = backend.backward(stack, packed, kept, part, asked._replace(flow=flow))
     if dx is not None:
-        dx[rows] = dx_part
-    for whole, of_part in zip(flow or (), asked.flow or (), strict=True):
+        if add:
+            dx[rows] += dx_part
+        else:
+            dx[rows] = dx_part
+    for whole, of_part in zip(asked.flow or (), flow or (), strict=True):
         whole[:, rows] = of_part
     return dstate, sums
+
+
+def _of(state: GivenState | None, own: slice) -> GivenState | None:
+    """That of some layer-directions."""
+    return None if state is None else tuple([None if one is None else one[own] for one in state])
+
+
+def _whole(states: Sequence[State]) -> State:
+    """One state from those of all chains."""
+    return states[0] if len(states) == 1 else tuple(map(np.concatenate, zip(*states, strict=True)))
+
+
+def _drop_out(call: Forward, y: Array, masks: Masks | None, layer: int) -> None:
+    """Multiply, in place, what is between two layers, or its gradient, with its mask, which is never there at once."""
+    if masks is None:
+        return
+    size = segment_steps(call.steps)
+    for first in range(0, call.steps, size):
+        last = min(first + size, call.steps)
+        y[_rows(call, first, last)] *= masks(first, last)[layer]
 
 
 def _segments(stack: Stack, steps: int) -> Iterator[tuple[int, int]]:

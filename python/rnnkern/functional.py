@@ -240,7 +240,7 @@ def forward(
     >>> rk.backward(tape, np.ones_like(y)).parameters["w_ih"].shape
     (4, 3)
     """
-    check_save(save, 1)
+    check_save(save)
     entry = CELLS[cell]
     stack = _stack_of(entry, weights, flag("reverse", reverse))
     shapes = stack.layers[0].weight_shapes(True, stack.proj_size > 0)
@@ -340,15 +340,10 @@ def _stack_of(cell: Cell, weights: Mapping[str, Any], reverse: bool) -> Stack:
     return Stack(cell, input_size, hidden_size, proj_size, 1, (reverse,), dtype)
 
 
-def check_save(save: object, directions: int) -> None:
-    """`save` is one of what there is, for a layer of so many directions."""
+def check_save(save: object) -> None:
+    """`save` is one of what there is."""
     if not isinstance(save, str) or save not in SAVES:
         raise ValueError(f"save: expected {', '.join(map(repr, SAVES))}, got {describe(save)}")
-    if save == "checkpoint" and directions > 1:
-        raise ValueError(
-            "save: expected 'gates' or 'outputs' for a bidirectional layer, since its directions meet the steps in "
-            "opposite orders, got 'checkpoint'"
-        )
 
 
 def check_tape(tape: object, owner: object) -> None:

@@ -326,9 +326,9 @@ class Recurrent(Piece, Generic[StateT]):
         save
             What the tape keeps; the gradients are the same to the last bit on the backend native. `"gates"`: what
             backward needs. `"outputs"`: at most the cell state beside y, and y of inner layers; backward computes the
-            gates of a block of steps again. `"checkpoint"`, for layers of one direction: states every sqrt(T) steps;
-            backward runs the steps between them again. An int: the fastest of these whose `memory_plan(...).kept` has
-            at most so many bytes.
+            gates of a block of steps again. `"checkpoint"`: states every sqrt(T) steps, and where the layer is
+            bidirectional y of inner layers; backward runs the steps between them again. An int: the fastest of these
+            whose `memory_plan(...).kept` has at most so many bytes.
         seed
             Of the dropout masks (Philox); None draws one from the layer's own generator.
 
@@ -360,7 +360,7 @@ class Recurrent(Piece, Generic[StateT]):
 
             call, most = Forward(arguments.x, None, arguments.x, offsets=form.offsets), integer("save", save, 0)
             save = fitting_save(self, call.steps, call.batch, arguments.x.ndim == 3, most, form.offsets)
-        check_save(save, len(stack.directions))
+        check_save(save)
         masks: Masks | None = None
         if self._dropout and stack.num_layers > 1:
             if seed is None:

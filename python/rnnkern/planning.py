@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from .arguments import describe, integer, row_offsets
 from .backends.native import native_module
-from .checkpoints import segment_steps
+from .checkpoints import Chain, chains_of, segment_steps
 from .config import num_threads
 from .functional import SAVES, check_save
 from .layers import Recurrent
 from .limits import Limit, Limits, Work, limit, measure
+from .stack import Stack, Weights
 
 __all__ = ["Division", "Explanation", "MemoryPlan", "explain", "memory_plan"]
 
@@ -177,7 +178,7 @@ def memory_plan(layer: Recurrent, shape: Sequence[int], *, save: str = "gates", 
     packed weights           ...
     """
     steps, batch = _steps_and_batch(layer, shape)
-    check_save(save, len(layer._signature.stack.directions))
+    check_save(save)
     given = None
     if offsets is not None:
         if len(shape) != 2:
@@ -197,14 +198,14 @@ def fitting_save(
     ValueError
         There is none; the message says how much the least takes.
     """
-    directions = len(layer._signature.stack.directions)
-    least = 0
-    for save in SAVES if directions == 1 else SAVES[:2]:
+    kept: dict[str, int] = {}
+    for save in SAVES:
         plan = _plan(layer, steps, batch, save, offsets)
-        least = sum(_memory(layer, batched, steps, batch, *plan, save, offsets).kept.values())
-        if least <= most:
+        kept[save] = sum(_memory(layer, batched, steps, batch, *plan, save, offsets).kept.values())
+        if kept[save] <= most:
             return save
-    raise ValueError(f"save: expected at least {least} bytes, which {save!r} leaves, got {most}")
+    least = min(kept, key=lambda save: kept[save])  # of two directions outputs may leave less than checkpoints
+    raise ValueError(f"save: expected at least {kept[least]} bytes, which {least!r} leaves, got {most}")
 
 
 def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = None) -> Explanation:
@@ -286,27 +287,91 @@ def _plan(
             f"layer: expected a backend on the CPU, got {layer.backend!r}, whose memory is the device's; "
             "ask with the same layer and backend='auto'"
         )
-    stack = layer._signature.stack
+    if save == "checkpoint":
+        return _plan_of_segments(layer, steps, batch, offsets)
+    return _asked(layer, layer._signature.stack, layer._weights, steps, batch, save, offsets)
 
-    def of(steps: int, save: str | None) -> tuple[int, Division, Division]:
-        part = None if offsets is None else np.cumsum([0, *np.minimum(np.diff(offsets), steps)])
-        packed, forward, backward = plan(stack, layer._weights, steps, batch, save, part)
-        return packed, Division(**forward), Division(**backward)
 
-    if save != "checkpoint":
-        return of(steps, save)
-    segment = segment_steps(steps)
-    state = sum(math.prod(shape) for shape in stack.state_shapes(batch)) * stack.dtype.itemsize
-    rows = segment * batch if offsets is None else int(np.minimum(np.diff(offsets), segment).sum())
-    x, y = (rows * size * stack.dtype.itemsize for size in (stack.input_size, stack.output_size))
-    packed, alone, _ = of(segment, None)
-    _, forward, backward = of(segment, "gates")
-    between = (-(-steps // segment) - 1) * state  # the states before each segment but the first
+def _asked(
+    layer: Recurrent,
+    stack: Stack,
+    weights: Sequence[Weights],
+    steps: int,
+    batch: int,
+    save: str | None,
+    offsets: Array | None,
+) -> tuple[int, Division, Division]:
+    """Of the first steps of the sequences, where there are offsets."""
+    part = None if offsets is None else np.cumsum([0, *np.minimum(np.diff(offsets), steps)])
+    packed, forward, backward = layer._backend.plan(stack, weights, steps, batch, save, part)
+    return packed, Division(**forward), Division(**backward)
+
+
+def _plan_of_segments(
+    layer: Recurrent, steps: int, batch: int, offsets: Array | None
+) -> tuple[int, Division, Division]:
+    """With checkpoints: the most that `checkpoints.forward` and `backward` hold, which run a chain after the other."""
+    stack, segment = layer._signature.stack, segment_steps(steps)
+    layers, element = chains_of(stack), _rows(steps, batch, offsets) * layer.dtype.itemsize
+    alone, between = len(layers[0]) == 1, element * stack.output_size  # one chain; y between two layers
+    inputs = [element * of_layer[0].stack.input_size for of_layer in layers]  # x of each layer
+    before = -(-steps // segment) - 1  # segments but the first: the states that are kept of a chain
+    of_chain = partial(_plan_of_chain, layer, segment=segment, batch=batch, several=before > 0, offsets=offsets)
+    chains = [of_chain(chain) for of_layer in layers for chain in of_layer]
+    packed, state, weights = (sum(getattr(one, name) for one in chains) for name in ("packed", "state", "weights"))
+    kept = before * state + between * (len(layers) - 1)
+    in_forward, in_backward = [], []
+    for number, _ in enumerate(layers):
+        outputs, first = between * min(number + 1, len(layers) - 1), number * len(layers[0])
+        for i in range(first, first + len(layers[0])):
+            done, later = chains[: i + 1], chains[first : i + 1] + chains[first + len(layers[0]) :]
+            held = sum(one.packed + (before + 1) * one.state for one in done)
+            in_forward.append(held + outputs + chains[i].forward)
+            held = sum(one.state + one.weights for one in later) + inputs[number]
+            in_backward.append(held + (between if number + 1 < len(layers) else 0) + chains[i].backward)
+    if not alone:  # the states of all chains are brought together
+        in_forward.append(packed + kept + 2 * state)
+        in_backward.append(2 * state + weights + inputs[0])
+    return (
+        packed,
+        replace(chains[0].division[0], kept=kept, scratch=max(in_forward) - packed - kept - state),
+        replace(chains[0].division[1], scratch=max(in_backward) - state - weights - inputs[0]),
+    )
+
+
+def _rows(steps: int, batch: int, offsets: Array | None) -> int:
+    """Of x in the first steps."""
+    return steps * batch if offsets is None else int(np.minimum(np.diff(offsets), steps).sum())
+
+
+@dataclass(frozen=True)
+class _ChainPlan:
+    """Bytes of a chain of `checkpoints`."""
+
+    packed: int
+    state: int
+    weights: int
+    forward: int  # while a segment runs
+    backward: int
+    division: tuple[Division, Division]
+
+
+def _plan_of_chain(
+    layer: Recurrent, chain: Chain, segment: int, batch: int, several: bool, offsets: Array | None
+) -> _ChainPlan:
+    """`several`: segments."""
+    weights, element = layer._weights[chain.own], _rows(segment, batch, offsets) * layer.dtype.itemsize
+    x, y = (element * size for size in (chain.stack.input_size, chain.stack.output_size))
+    packed, alone, _ = _asked(layer, chain.stack, weights, segment, batch, None, offsets)
+    _, forward, backward = _asked(layer, chain.stack, weights, segment, batch, "gates", offsets)
+    state = sum(math.prod(shape) for shape in chain.stack.state_shapes(batch)) * layer.dtype.itemsize
+    copied = y if chain.columns != slice(None) else 0  # its columns of y, or of the gradient of y
     # Backward holds the most while a segment runs forward again, or while it runs back, with its part of dx. What is
     # kept of a segment has the state before it, and so has the gradient that was carried to it, but for the first one.
-    carried = state if between else 0
-    scratch = y + forward.kept + carried + max(state + forward.scratch, carried + x + backward.scratch)
-    return packed, replace(alone, kept=between), replace(backward, scratch=scratch)
+    carried = state if several else 0
+    in_backward = copied + y + forward.kept + carried + max(state + forward.scratch, carried + x + backward.scratch)
+    of_weights = sum(array.nbytes for one in weights for array in one.values())
+    return _ChainPlan(packed, state, of_weights, copied + alone.scratch, in_backward, (alone, backward))
 
 
 def _memory(
