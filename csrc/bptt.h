@@ -35,8 +35,9 @@ struct BackwardScratch {
   const T** before[Cell::states];          // [block rows]: states before each step; with Save::outputs
   const T **prev[Cell::states], **inputs;  // [B], of a step
   std::int64_t* batch_index;
+  Operands<T> operands;
 
-  BackwardScratch(Arena& arena, const KernelCall& call, int worker_index) noexcept {
+  BackwardScratch(Arena& arena, const KernelCall& call, const Arithmetic<T>& how, int worker_index) noexcept {
     const LayerSizes& sizes = call.layers[0].sizes;  // inputs apart those of all
     const StateShape<Cell, T> shape(sizes);
     const std::int64_t H = sizes.hidden, padded_h = padded<T>(H);
@@ -55,6 +56,9 @@ struct BackwardScratch {
     });
     terms = arena.take<T>(B * most_means * padded_h);
     zeros = arena.take<T>(padded_h);
+    std::int64_t widest = Cell::gates * H;
+    for (int i = 0; i < call.layer_count * call.directions; ++i)
+      if (call.layers[i].sizes.inputs > widest) widest = call.layers[i].sizes.inputs;
     const std::int64_t again = call.save == Save::outputs && Cell::saved > 0 ? rows : 0;
     values = arena.take<T>(again * kSlots<Cell> * padded_h);
     for_each_phase<Cell>([&]<int p>() {
@@ -67,6 +71,7 @@ struct BackwardScratch {
       buffer = arena.take<T>(kOuterBuffer<T>);
       for (const T**& one : prev) one = arena.take<const T*>(B);
       inputs = arena.take<const T*>(B), batch_index = arena.take<std::int64_t>(B);
+      operands.take(arena, how, rows, widest);
     });
   }
 };
@@ -78,12 +83,12 @@ class BackwardLoop : protected LayerContext<Cell, T> {
  public:
   using Base = Context<Cell, T>;
   using Loop = LayerContext<Cell, T>;
+  using Base::how, Loop::time, Loop::output;
   using Loop::call, Loop::worker, Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::block_first_;
-  using Loop::time, Loop::output;
   using V = Vec<T>;
 
   BackwardLoop(const Base& context, const Layer& layer, const BackwardScratch<Cell, T>& scratch) noexcept
-      : Loop(context, layer), s_(scratch), packed_(layer, true) {}
+      : Loop(context, layer), s_(scratch), packed_(layer, true, how.stored) {}
 
   // Returns the context with the block and the place that were reached.
   const Base& run() noexcept {
@@ -219,14 +224,14 @@ class BackwardLoop : protected LayerContext<Cell, T> {
       }
     }
     using Input = PanelShape<Cell::gates>;
-    product<AsStates<T>, Input>(rows, s_.left, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
-                                packed_.values(packed_.at.b_ih), H_, Panels{0, Input::template panels<T>(H_)},
-                                [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                  for_units<T, Input>(panel, H_, [&](int sub, std::int64_t unit, int) {
-                                    for (int gate = 0; gate < Cell::gates; ++gate)
-                                      store(s_.outputs[i] + gate * padded_h_ + unit, sum[sub * Cell::gates + gate]);
-                                  });
-                                });
+    product<Input>(how, s_.operands, rows, s_.left, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
+                   packed_.values(packed_.at.b_ih), H_, Panels{0, Input::template panels<T>(H_)},
+                   [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                     for_units<T, Input>(panel, H_, [&](int sub, std::int64_t unit, int) {
+                       for (int gate = 0; gate < Cell::gates; ++gate)
+                         store(s_.outputs[i] + gate * padded_h_ + unit, sum[sub * Cell::gates + gate]);
+                     });
+                   });
     for_each_phase<Cell>([&]<int p>() {
       if constexpr (!PhaseOf<Cell, p>::projects) recompute_phase<p>(rows);
     });
@@ -257,11 +262,10 @@ class BackwardLoop : protected LayerContext<Cell, T> {
         for (std::int64_t i = 0; i < rows; ++i) s_.right[i] = given(p - 1, i, 1);
         inputs = s_.right;
       }
-      product<AsStates<T>, Shape>(rows, inputs, product_of<Phase>(layer_.sizes).depth,
-                                  packed_.weights(packed_.at.weights[p]), packed_.values(packed_.at.bias[p]), H_,
-                                  panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                    done(i, panel, sum, Phase::outputs);
-                                  });
+      product<Shape>(how, s_.operands, rows, inputs, product_of<Phase>(layer_.sizes).depth,
+                     packed_.weights(packed_.at.weights[p]), packed_.values(packed_.at.bias[p]), H_, panels,
+                     [&](std::int64_t i, std::int64_t panel, const V* sum)
+                         RNNKERN_INLINE_LAMBDA { done(i, panel, sum, Phase::outputs); });
     } else {
       for (std::int64_t i = 0; i < rows; ++i) {
         V means[Phase::means + 1];
@@ -301,7 +305,7 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     const std::int64_t rows = list(steps, s_.left, s_.dx_gates, s_.gate_stride);
     if (to.w_ih) {
       list(steps, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return this->x_row(t, b); });
-      add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
+      how.add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
     }
     if (to.b_ih) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_ih));
     if constexpr (Cell::separate_recurrent) list(steps, s_.left, s_.dr_gates, s_.gate_stride);
@@ -336,7 +340,7 @@ class BackwardLoop : protected LayerContext<Cell, T> {
       list(steps, s_.right, s_.given[p - 1], padded_h_);
     else
       list(steps, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous(0, t, b); });
-    add_outer_products(rows, s_.left, s_.right, own.begin, own.end, of.depth, weights, s_.buffer);
+    how.add_outer_products(rows, s_.left, s_.right, own.begin, own.end, of.depth, weights, s_.buffer);
   }
 
   // dx = dx_gates W_ih for this worker's part of the rows of some steps.
@@ -347,12 +351,12 @@ class BackwardLoop : protected LayerContext<Cell, T> {
       return static_cast<T*>(layer_.dx) + row_of(layer_.x_rows, t, b) * I;
     });
     const Range own = share(rows, worker.index, worker.count);
-    plain_product<T>(own.end - own.begin, s_.left + own.begin, Cell::gates * H_, packed_.weights(packed_.at.w_ih_t),
-                     nullptr, I, s_.outputs + own.begin, layer_.add_to_dx);
+    plain_product<T>(how, s_.operands, own.end - own.begin, s_.left + own.begin, Cell::gates * H_,
+                     packed_.weights(packed_.at.w_ih_t), nullptr, I, s_.outputs + own.begin, layer_.add_to_dx);
   }
 
   const BackwardScratch<Cell, T>& s_;
-  const PackedWeights<Cell, AsStates<T>> packed_;
+  const PackedWeights<Cell, T> packed_;
   std::int64_t block_row_ = 0;  // kept rows before those of the block
 };
 
@@ -360,7 +364,7 @@ template <class Cell, class T>
 class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   using Loop = BackwardLoop<BackwardLayer, Cell, T>;
   using Base = Context<Cell, T>;
-  using Base::call, Base::worker, Base::lanes;
+  using Base::call, Base::worker, Base::how, Base::lanes;
   using Loop::layer_, Loop::s_, Loop::packed_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_;
   friend Loop;
   static constexpr std::int64_t grain = 1;
@@ -436,15 +440,16 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     if constexpr (Phase::multiplies) {
       for (std::int64_t i = 0; i < rows; ++i)
         s_.inputs[i] = Phase::projects ? dh(i) : gate_row(s_.dr_gates, i) + Phase::first * H_;
-      product<AsStates<T>, Plain>(rows, s_.inputs, of.rows, packed_.weights(packed_.at.weights_t[p]), nullptr, of.depth,
-                                  panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                    for_units<T>(panel, of.depth, [&](int v, std::int64_t unit, int count) {
-                                      if constexpr (p > 0)
-                                        run_part<p - 1>(i, unit, count, sum + v);
-                                      else
-                                        add_to_carry(i, unit, sum[v]);
-                                    });
-                                  });
+      const T* const none = nullptr;
+      product<Plain>(how, s_.operands, rows, s_.inputs, of.rows, packed_.weights(packed_.at.weights_t[p]), none,
+                     of.depth, panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                       for_units<T>(panel, of.depth, [&](int v, std::int64_t unit, int count) {
+                         if constexpr (p > 0)
+                           run_part<p - 1>(i, unit, count, sum + v);
+                         else
+                           add_to_carry(i, unit, sum[v]);
+                       });
+                     });
     } else if constexpr (Phase::means > 0) {
       for (std::int64_t i = 0; i < rows; ++i) {
         V means[Phase::means];

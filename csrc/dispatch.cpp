@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "isas.h"
+#include "kernel_table.h"
 
 namespace rnnkern {
 
@@ -30,7 +31,25 @@ std::atomic<const Isa*>& current() noexcept {
   return isa;
 }
 
+std::atomic<bool> pairs_allowed = true;
+
+bool has_instruction_for_pairs() noexcept {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+bool multiplies_pairs(const KernelTable& table) noexcept {
+  return table.has_pairs && (table.emulates_pairs || has_instruction_for_pairs()) &&
+         pairs_allowed.load(std::memory_order_relaxed);
+}
+
+void allow_pairs(bool allowed) noexcept { pairs_allowed.store(allowed, std::memory_order_relaxed); }
 
 std::span<const Isa> isas() noexcept {
 #define RNNKERN_ROW(name, supported) {#name, static_cast<bool>(supported), &name::table},

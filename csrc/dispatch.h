@@ -25,6 +25,12 @@ const Isa* find_isa(std::string_view name) noexcept;
 // names none.
 const Isa& active() noexcept;
 
+// Says whether products of bfloat16 numbers are made in pairs: where the ISA has kernels for it and the CPU the
+// instruction, or where it is emulated. Results have the same bits either way.
+bool multiplies_pairs(const KernelTable& table) noexcept;
+// Lets them be made so, or not, from now on; for tests.
+void allow_pairs(bool allowed) noexcept;
+
 // Changes the one in use; false, and no change, when the CPU does not support it or no ISA has that name.
 bool use(std::string_view name) noexcept;
 

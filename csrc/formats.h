@@ -1,5 +1,6 @@
-// The formats of packed weights: the type of states and sums (T), the type weights are stored in (W), and how a product
-// reads one. Inputs stand in groups side by side, so that a group of a unit fills a lane of T.
+// The formats of a product: the type of states and sums (T), the type that packed weights are stored in (W), what the
+// rows that are multiplied with them become, and one multiplication. Inputs stand in groups side by side, so that a
+// group of a unit fills a lane of T.
 #pragma once
 
 #include "simd.h"
@@ -12,13 +13,23 @@ template <class Element>
 struct AsStates {
   using T = Element;
   using W = Element;
-  static constexpr int group = 1;
-  static constexpr bool trains = true;
+  using Tiled = AsStates;             // the format whose tiles it runs on,
+  using PackedAs = AsStates;          // whose layout its weights have,
+  using Outer = AsStates;             // and by which sums of outer products over rows are made
+  static constexpr int group = 1;     // inputs side by side in packed weights
+  static constexpr int step = 1;      // inputs that one multiplication takes
+  static constexpr T padding = T{0};  // weight of an input that fills up a group
+  static constexpr void (*operand)(const T* from, std::int64_t count, T* to) noexcept = nullptr;  // see Arithmetic
 
-  // Reads the weights of input `i` of a group, for the units of a vector.
+  // Reads the weights of multiplication `i` of a group, for the units of a vector.
   template <int i>
   RNNKERN_INLINE static Vec<T> load_weights(const W* from) noexcept {
     return load<Vec<T>>(from);
+  }
+  // Reads what a multiplication takes of a row.
+  RNNKERN_INLINE static Vec<T> load_input(const T* from) noexcept { return set<Vec<T>>(*from); }
+  RNNKERN_INLINE static Vec<T> multiply(Vec<T> input, Vec<T> weight, Vec<T> sum) noexcept {
+    return fma(input, weight, sum);
   }
   // Stores the weights of a group of inputs, given by its first and last.
   RNNKERN_INLINE static void store_group(W* to, Vec<T> first, Vec<T>) noexcept { store(to, first); }
@@ -29,32 +40,113 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
-// Weights that are bfloat16 numbers already, of which the upper halves are stored; products and sums are float. Two
-// inputs make a group: a lane of 32 bits gives both by a shift and a mask, which costs less than to widen 16 bits.
-struct BFloat16Weights {
-  using T = float;
+// Rounds to the nearest bfloat16 number, ties to even. NaN stays NaN; what is too large becomes infinite.
+RNNKERN_INLINE F32 round_to_bfloat16(F32 v) noexcept {
+  using Bits = BitsOf<F32>;
+  const Bits bits = reinterpret_cast<Bits>(v);
+  const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u, quiet = (bits & 0xffff0000u) | 0x00400000u;
+  return select<F32>(v == v, reinterpret_cast<F32>(rounded), reinterpret_cast<F32>(quiet));
+}
+
+// to = the nearest bfloat16 numbers; writes whole vectors. to may be from.
+inline void round_row(const float* from, std::int64_t count, float* to) noexcept {
+  constexpr int lanes = kLanes<float>;
+  for (std::int64_t i = 0; i < count; i += lanes)
+    store(to + i, round_to_bfloat16(load_some<F32>(from + i, static_cast<int>(count - i < lanes ? count - i : lanes))));
+}
+
+// Weights and rows are rounded to bfloat16 and multiplied as floats: what the instructions for bfloat16 compute, which
+// add the exact products one after the other.
+struct Rounded : AsStates<float> {
+  using PackedAs = Rounded;
+  using Outer = Rounded;
+  static constexpr auto operand = round_row;
+  RNNKERN_INLINE static void store_group(W* to, F32 first, F32) noexcept { store(to, round_to_bfloat16(first)); }
+};
+
+// Weights are rounded to bfloat16, of which the upper halves are stored; products and sums are float. Two inputs make a
+// group, the first in the upper half of 32 bits: a lane gives both by a mask and a shift, which costs less than to
+// widen 16 bits.
+struct BFloat16Weights : AsStates<float> {
   using W = BFloat16;
+  using Tiled = BFloat16Weights;
+  using PackedAs = BFloat16Weights;
   static constexpr int group = 2;
-  static constexpr bool trains = false;
+  static constexpr float padding = -0.0f;  // times 0 it adds -0, which changes no sum
 
   template <int i>
   RNNKERN_INLINE static F32 load_weights(const W* from) noexcept {
     BitsOf<F32> pairs;
     std::memcpy(&pairs, from, sizeof pairs);
-    return reinterpret_cast<F32>(i == 0 ? pairs << 16 : pairs & 0xffff0000u);
+    return reinterpret_cast<F32>(i == 0 ? pairs & 0xffff0000u : pairs << 16);
   }
   RNNKERN_INLINE static void store_group(W* to, F32 first, F32 last) noexcept {
-    const BitsOf<F32> pairs =
-        reinterpret_cast<BitsOf<F32>>(first) >> 16 | (reinterpret_cast<BitsOf<F32>>(last) & 0xffff0000u);
+    const BitsOf<F32> pairs = reinterpret_cast<BitsOf<F32>>(round_to_bfloat16(first)) |
+                              reinterpret_cast<BitsOf<F32>>(round_to_bfloat16(last)) >> 16;
     std::memcpy(to, &pairs, sizeof pairs);
   }
 };
 
-// Inputs as they are stored: whole groups.
+// The same with rows that are rounded too.
+struct RoundedBFloat16Weights : BFloat16Weights {
+  using Outer = Rounded;
+  static constexpr auto operand = round_row;
+};
+
+// Rows become such pairs too, and one instruction multiplies two inputs: bit for bit what Rounded computes.
+struct BFloat16Pairs : BFloat16Weights {
+  using Tiled = BFloat16Pairs;
+  using Outer = BFloat16Pairs;
+  static constexpr int step = 2;
+
+  // to [ceil(count / 2)], writes whole vectors. to may be from.
+  static void make_pairs(const float* from, std::int64_t count, float* to) noexcept {
+    constexpr int lanes = kLanes<float>;
+    for (std::int64_t i = 0; i < count; i += 2 * lanes, to += lanes) {
+      const auto rounded = [&](std::int64_t first) RNNKERN_INLINE_LAMBDA {
+        const std::int64_t some = count - first < lanes ? count - first : lanes;
+        return round_to_bfloat16(some > 0 ? load_some<F32>(from + first, static_cast<int>(some)) : zero<F32>());
+      };
+      store(to, pairs_of(rounded(i), rounded(i + lanes), std::make_index_sequence<lanes>()));
+    }
+  }
+  static constexpr auto operand = make_pairs;
+
+  template <int>
+  RNNKERN_INLINE static F32 load_weights(const W* from) noexcept {
+    F32 pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    return pairs;
+  }
+  RNNKERN_INLINE static F32 load_input(const float* from) noexcept {
+    std::uint32_t pair;
+    std::memcpy(&pair, from, sizeof pair);
+    return reinterpret_cast<F32>(pair + BitsOf<F32>{});
+  }
+  RNNKERN_INLINE static F32 multiply(F32 inputs, F32 weights, F32 sum) noexcept {
+    return add_pairs(inputs, weights, sum);
+  }
+
+ private:
+  // Two numbers that stand side by side in a and then b share a lane, the first in the upper half.
+  template <std::size_t... lane>
+  RNNKERN_INLINE static F32 pairs_of(F32 a, F32 b, std::index_sequence<lane...>) noexcept {
+    using Bits = BitsOf<F32>;
+    const Bits first = reinterpret_cast<Bits>(__builtin_shufflevector(a, b, static_cast<int>(2 * lane)...)),
+               last = reinterpret_cast<Bits>(__builtin_shufflevector(a, b, static_cast<int>(2 * lane + 1)...));
+    return reinterpret_cast<F32>(first | last >> 16);
+  }
+};
+
+// How a format stores weights: inputs side by side, and bytes of one.
+struct Stored {
+  std::int64_t group, bytes;
+
+  // Inputs as they are stored: whole groups.
+  constexpr std::int64_t inputs(std::int64_t count) const noexcept { return (count + group - 1) / group * group; }
+};
 template <class Format>
-constexpr std::int64_t stored_inputs(std::int64_t inputs) noexcept {
-  return (inputs + Format::group - 1) / Format::group * Format::group;
-}
+constexpr Stored kStored{Format::group, sizeof(typename Format::W)};
 
 }  // namespace
 }  // namespace rnnkern

@@ -26,19 +26,18 @@ constexpr int kSingleRowPanels = kRegisters == 32                ? 1
 // sums[r][v] += left(r) * right(v). The shorter side waits in registers, the longer one passes through a single one:
 // with the other order GCC spills an accumulator of 4 rows by 3 vectors, and the tile runs at half speed. Pinned,
 // because GCC likes to load an operand again for each multiply-add of two: then loads are what 2 rows by 4 wait for.
-template <class T, int rows, int vectors, class Left, class Right>
-RNNKERN_INLINE void add_outer(Left&& left, Right&& right, Vec<T> (&sums)[rows][vectors]) noexcept {
-  using V = Vec<T>;
+template <class Format, int rows, int vectors, class Left, class Right, class V = Vec<typename Format::T>>
+RNNKERN_INLINE void add_outer(Left&& left, Right&& right, V (&sums)[rows][vectors]) noexcept {
   if constexpr (rows < vectors) {
     V input[rows];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) input[r] = set<V>(left(r));
+    for (int r = 0; r < rows; ++r) input[r] = left(r);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       V weight = right(v);
       if constexpr (rows > 1) pin(weight);
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) sums[r][v] = fma(input[r], weight, sums[r][v]);
+      for (int r = 0; r < rows; ++r) sums[r][v] = Format::multiply(input[r], weight, sums[r][v]);
     }
   } else {
     V weight[vectors];
@@ -46,27 +45,30 @@ RNNKERN_INLINE void add_outer(Left&& left, Right&& right, Vec<T> (&sums)[rows][v
     for (int v = 0; v < vectors; ++v) weight[v] = right(v);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const V input = set<V>(left(r));
+      const V input = left(r);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[r][v] = fma(input, weight[v], sums[r][v]);
+      for (int v = 0; v < vectors; ++v) sums[r][v] = Format::multiply(input, weight[v], sums[r][v]);
     }
   }
 }
 
-// Calls body.template operator()<i>(k, w) for input k of a panel of `width` units and gates, input i of its group at w.
+// Calls body.template operator()<i>(k, w) for the k-th multiplication of a row of `depth` inputs, the i-th of its
+// group, whose weights are at w; `width` units and gates.
 template <class Format, class Body>
 RNNKERN_INLINE void for_inputs(std::int64_t depth, const typename Format::W* w, std::int64_t width,
                                Body&& body) noexcept {
+  constexpr int several = Format::group / Format::step;
+  const std::int64_t count = divide_up(depth, Format::step);
   std::int64_t k = 0;
-  for (; k + Format::group <= depth; k += Format::group, w += Format::group * width) {
+  for (; k + several <= count; k += several, w += Format::group * width) {
     body.template operator()<0>(k, w);
-    if constexpr (Format::group > 1) body.template operator()<1>(k + 1, w);
+    if constexpr (several > 1) body.template operator()<1>(k + 1, w);
   }
-  if constexpr (Format::group > 1)
-    if (k < depth) body.template operator()<0>(k, w);
+  if constexpr (several > 1)
+    if (k < count) body.template operator()<0>(k, w);
 }
 
-// sums [rows][vectors] = from + a w; a: `rows` pointers to `depth` elements; w: a panel; from: `vectors` vectors for
+// sums [rows][vectors] = from + a w; a: `rows` pointers to `depth` inputs; w: a panel; from: `vectors` vectors for
 // each row, from_stride elements apart (0: the same for all).
 template <class Format, int vectors, int rows, class T = typename Format::T>
 RNNKERN_INLINE void accumulate(const T* const* a, std::int64_t depth, const typename Format::W* w, const T* from,
@@ -79,11 +81,11 @@ RNNKERN_INLINE void accumulate(const T* const* a, std::int64_t depth, const type
     for (int v = 0; v < vectors; ++v) s[r][v] = load<V>(from + v * kLanes<T> + r * from_stride);
   for (int r = 0; r < rows; ++r) row[r] = a[r];
   for_inputs<Format>(depth, w, vectors * kLanes<T>, [&]<int i>(std::int64_t k, const W* weights) RNNKERN_INLINE_LAMBDA {
-    add_outer<T, rows, vectors>([&](int r) RNNKERN_INLINE_LAMBDA { return row[r][k]; },
-                                [&](int v) RNNKERN_INLINE_LAMBDA {
-                                  return Format::template load_weights<i>(weights + v * Format::group * kLanes<T>);
-                                },
-                                s);
+    add_outer<Format>([&](int r) RNNKERN_INLINE_LAMBDA { return Format::load_input(row[r] + k); },
+                      [&](int v) RNNKERN_INLINE_LAMBDA {
+                        return Format::template load_weights<i>(weights + v * Format::group * kLanes<T>);
+                      },
+                      s);
   });
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < vectors; ++v) *sums++ = s[r][v];
@@ -96,19 +98,19 @@ RNNKERN_INLINE void accumulate_panels(const T* a, std::int64_t depth, const type
   using V = Vec<T>;
   using W = typename Format::W;
   constexpr int count = panels * vectors + tail, lanes = Format::group * kLanes<T>;
-  const std::int64_t stride = stored_inputs<Format>(depth) * vectors * kLanes<T>;
+  const std::int64_t stride = kStored<Format>.inputs(depth) * vectors * kLanes<T>;
   const W* last = w + panels * stride;
   V s[count];
   for (int v = 0; v < count; ++v) s[v] = load<V>(from + v * kLanes<T>);
   for_inputs<Format>(depth, w, vectors * kLanes<T>, [&]<int i>(std::int64_t k, const W* weights) RNNKERN_INLINE_LAMBDA {
-    const V input = set<V>(a[k]);
+    const V input = Format::load_input(a + k);
 #pragma GCC unroll 16
     for (int v = 0; v < count; ++v) {
       const W* weight = v < panels * vectors ? weights + v / vectors * stride + v % vectors * lanes
                                              : last + (v - panels * vectors) * lanes;
-      s[v] = fma(input, Format::template load_weights<i>(weight), s[v]);
+      s[v] = Format::multiply(input, Format::template load_weights<i>(weight), s[v]);
     }
-    if (i == Format::group - 1) last += Format::group * tail * kLanes<T>;
+    if ((i + 1) * Format::step == Format::group) last += Format::group * tail * kLanes<T>;
   });
   for (int v = 0; v < count; ++v) sums[v] = s[v];
 }
@@ -135,23 +137,25 @@ RNNKERN_INLINE void with_count(std::int64_t count, Body&& body) noexcept {
 
 // The tile for any number of rows it can have; one function for all cells, so that its loops are compiled once.
 template <class Format, int vectors, class T = typename Format::T>
-__attribute__((noinline)) void tile_of_rows(std::int64_t rows, const T* const* a, std::int64_t depth,
-                                            const typename Format::W* w, const T* from, std::int64_t from_stride,
-                                            Vec<T>* sums) noexcept {
+__attribute__((noinline)) void tile_of_rows(std::int64_t rows, const T* const* a, std::int64_t depth, const void* w,
+                                            const T* from, std::int64_t from_stride, Vec<T>* sums) noexcept {
+  const auto* const weights = static_cast<const typename Format::W*>(w);
   with_count<kTileRows<vectors>>(rows, [&]<int n>() RNNKERN_INLINE_LAMBDA {
-    accumulate<Format, vectors, n>(a, depth, w, from, from_stride, sums);
+    accumulate<Format, vectors, n>(a, depth, weights, from, from_stride, sums);
   });
 }
 
 // Computes the tile of one row and up to kSingleRowPanels panels, with a last one of fewer subs behind them.
 template <class Format, class Shape, class T = typename Format::T>
 __attribute__((noinline)) void tile_of_panels(std::int64_t panels, std::int64_t tail_subs, const T* a,
-                                              std::int64_t depth, const typename Format::W* w, const T* start,
+                                              std::int64_t depth, const void* w, const T* start,
                                               Vec<T>* sums) noexcept {
   constexpr int vectors = Shape::vectors, gates = vectors / Shape::subs;
+  const auto* const weights = static_cast<const typename Format::W*>(w);
   with_count<kSingleRowPanels<vectors> + 1>(panels + 1, [&]<int n>() RNNKERN_INLINE_LAMBDA {
     with_count<Shape::subs>(tail_subs + 1, [&]<int t>() RNNKERN_INLINE_LAMBDA {
-      if constexpr (n + t > 2) accumulate_panels<Format, vectors, n - 1, (t - 1) * gates>(a, depth, w, start, sums);
+      if constexpr (n + t > 2)
+        accumulate_panels<Format, vectors, n - 1, (t - 1) * gates>(a, depth, weights, start, sums);
     });
   });
 }
@@ -179,9 +183,8 @@ constexpr std::int64_t kPartRows = 24;
 // Does what tile_of_rows does, for up to kPartRows rows and any depth: all rows use a part of the panel while it is in
 // L2. The next part is fetched meanwhile, with each tile at most as many lines as a core can wait for at a time.
 template <class Format, int vectors, class T = typename Format::T>
-__attribute__((noinline)) void tiles_of_parts(std::int64_t rows, const T* const* a, std::int64_t depth,
-                                              const typename Format::W* w, const T* from, std::int64_t from_stride,
-                                              Vec<T>* sums) noexcept {
+__attribute__((noinline)) void tiles_of_parts(std::int64_t rows, const T* const* a, std::int64_t depth, const void* w,
+                                              const T* from, std::int64_t from_stride, Vec<T>* sums) noexcept {
   using W = typename Format::W;
   constexpr int width = vectors * kLanes<T>;
   constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(W)), group = Format::group;
@@ -190,11 +193,11 @@ __attribute__((noinline)) void tiles_of_parts(std::int64_t rows, const T* const*
   for_parts(
       divide_up(depth, group), kPartDepth<Format, vectors> / group, [&](std::int64_t first_group, std::int64_t groups) {
         const std::int64_t k = first_group * group, part = smaller(groups * group, depth - k);
-        const W *weights = w + k * width, *next = weights + part * width;
+        const W *weights = static_cast<const W*>(w) + k * width, *next = weights + part * width;
         const std::int64_t fetched = smaller(divide_up(part * width, tiles * line), 16);
         for_parts(rows, kTileRows<vectors>, [&](std::int64_t first, std::int64_t count) {
           for (std::int64_t i = 0; i < fetched; ++i, next += line) __builtin_prefetch(next, 0, 2);
-          for (std::int64_t r = 0; r < count; ++r) inputs[r] = a[first + r] + k;
+          for (std::int64_t r = 0; r < count; ++r) inputs[r] = a[first + r] + k / Format::step;
           Vec<T>* tile = sums + first * vectors;
           if (k == 0)
             tile_of_rows<Format, vectors>(count, inputs, part, weights, from + first * from_stride, from_stride, tile);
@@ -205,12 +208,9 @@ __attribute__((noinline)) void tiles_of_parts(std::int64_t rows, const T* const*
 }
 
 // The tile functions for panels of some number of vectors.
-template <class Format>
+template <class T>
 struct Tiles {
-  using T = typename Format::T;
-  using W = typename Format::W;
-
-  using Tile = void (*)(std::int64_t, const T* const*, std::int64_t, const W*, const T*, std::int64_t,
+  using Tile = void (*)(std::int64_t, const T* const*, std::int64_t, const void*, const T*, std::int64_t,
                         Vec<T>*) noexcept;
 
   int vectors, max_rows;
@@ -218,20 +218,63 @@ struct Tiles {
   Tile of_rows, of_parts;
 };
 template <class Format, int vectors>
-constexpr Tiles<Format> kTiles{vectors, kTileRows<vectors>, kPartDepth<Format, vectors>, tile_of_rows<Format, vectors>,
-                               tiles_of_parts<Format, vectors>};
+constexpr Tiles<typename Format::T> kTilesOf{vectors, kTileRows<vectors>, kPartDepth<Format, vectors>,
+                                             tile_of_rows<Format, vectors>, tiles_of_parts<Format, vectors>};
+template <class Format>
+constexpr Tiles<typename Format::T> kTiles[] = {kTilesOf<Format, 1>, kTilesOf<Format, 2>, kTilesOf<Format, 3>,
+                                                kTilesOf<Format, 4>};
 
-template <class Format, class Shape>
-RNNKERN_INLINE const Tiles<Format>& tiles_of(int subs) noexcept {
-  constexpr int gates = Shape::vectors / Shape::subs;
-  if constexpr (Shape::subs > 1)
-    if (subs == 1) return kTiles<Format, gates>;
-  if constexpr (Shape::subs > 2) {
-    if (subs == 2) return kTiles<Format, 2 * gates>;
-    if (subs == 3) return kTiles<Format, 3 * gates>;
+// What the kernels know of a format: how products are made. One constant for each, so that cells are compiled once.
+template <class T>
+struct Arithmetic {
+  using PanelsTile = void (*)(std::int64_t, std::int64_t, const T*, std::int64_t, const void*, const T*,
+                              Vec<T>*) noexcept;
+
+  Stored stored;
+  int step;  // inputs that one multiplication takes
+  // Makes of `count` inputs what is multiplied: of as many elements, or fewer where pairs share one; writes whole
+  // vectors. Null: they are it.
+  void (*operand)(const T* from, std::int64_t count, T* to) noexcept;
+  const Tiles<T>* tiles;    // of 1 to 4 vectors
+  PanelsTile of_panels[4];  // for shapes of 1 to 4 gates
+  void (*add_outer_products)(std::int64_t rows, const T* const* left, const T* const* right, std::int64_t begin,
+                             std::int64_t end, std::int64_t columns, T* target, T* buffer) noexcept;
+};
+
+// Rows as they are multiplied, where that is not what they are: room of one worker for some rows at a time.
+template <class T>
+struct Operands {
+  static constexpr std::int64_t size = 512 * 1024 / std::int64_t{sizeof(T)};  // elements, unless a few rows need more
+
+  std::int64_t elements;
+  T* data;
+  const T** rows;
+
+  // For products of up to so many rows and inputs.
+  template <class Arena>
+  void take(Arena& arena, const Arithmetic<T>& how, std::int64_t most_rows, std::int64_t most_inputs) noexcept {
+    const std::int64_t row = stride(how, most_inputs), least = smaller(most_rows, kPartRows) * row;
+    elements = !how.operand ? 0 : least > size ? least : smaller(most_rows * row, size);
+    data = arena.template take<T>(elements);
+    rows = arena.template take<const T*>(how.operand ? most_rows : 0);
   }
-  return kTiles<Format, Shape::vectors>;
-}
+
+  static std::int64_t stride(const Arithmetic<T>& how, std::int64_t inputs) noexcept {
+    return scratch_stride<T>(divide_up(inputs, how.step));
+  }
+  std::int64_t rows_at_a_time(const Arithmetic<T>& how, std::int64_t inputs) const noexcept {
+    return elements / stride(how, inputs);
+  }
+  __attribute__((noinline)) const T* const* make(const Arithmetic<T>& how, std::int64_t count, const T* const* from,
+                                                 std::int64_t inputs) const noexcept {
+    T* to = data;
+    for (std::int64_t i = 0; i < count; ++i, to += stride(how, inputs)) {
+      how.operand(from[i], inputs, to);
+      rows[i] = to;
+    }
+    return rows;
+  }
+};
 
 // Which panels a product visits. Every other step backwards, so that it begins with what the step before has left in
 // the nearer caches: in the same order, weights that exceed a cache would evict themselves just before they are read
@@ -245,44 +288,48 @@ struct Panels {
 // elements) with the packed weights; done(i, p, sums) takes the sums of a row and a panel, [sub][gate]: at once,
 // so that the divisions of a cell's step run beside the multiply-adds of the next tile.
 // start: packed like one input of the weights, or null for zeros.
-template <class Format, class Shape, class Done>
-RNNKERN_INLINE void product(std::int64_t rows, const typename Format::T* const* inputs, std::int64_t depth,
-                            const typename Format::W* packed, const typename Format::T* start, std::int64_t units,
-                            Panels panels, Done&& done) noexcept {
-  using T = typename Format::T;
-  constexpr int width = Shape::vectors * kLanes<T>;
-  const std::int64_t panel_size = stored_inputs<Format>(depth) * width;
+template <class Shape, class T, class Done>
+RNNKERN_INLINE void product(const Arithmetic<T>& how, const Operands<T>& operands, std::int64_t rows,
+                            const T* const* inputs, std::int64_t depth, const char* packed, const T* start,
+                            std::int64_t units, Panels panels, Done&& done) noexcept {
+  constexpr int width = Shape::vectors * kLanes<T>, gates = Shape::vectors / Shape::subs;
+  const std::int64_t panel_bytes = how.stored.inputs(depth) * width * how.stored.bytes;
   Vec<T> sums[kPartRows * Shape::vectors];
   const std::int64_t begin = panels.begin, end = panels.end;
   if (begin == end) return;
-  if (rows == 1) {
-    const int last_subs = Shape::template subs_of<T>(end - 1, units);
-    const std::int64_t tail_subs = last_subs < Shape::subs ? last_subs : 0, whole = end - begin - (tail_subs ? 1 : 0);
-    const int parts = whole ? static_cast<int>(divide_up(whole, kSingleRowPanels<Shape::vectors>)) : 1;
-    for (int i = 0; i < parts; ++i) {
-      const int part = panels.backwards ? parts - 1 - i : i;
-      const Range own = share(whole, part, parts);
-      const std::int64_t panel = begin + own.begin, count = own.end - own.begin;
-      const std::int64_t tail = part == parts - 1 ? tail_subs : 0;
-      tile_of_panels<Format, Shape>(count, tail, inputs[0], depth, packed + panel * panel_size,
-                                    start ? start + panel * width : kZeros<T>, sums);
-      const std::int64_t visited = count + (tail > 0);
-      for (std::int64_t p = 0; p < visited; ++p) done(0, panel + p, sums + p * Shape::vectors);
+  const std::int64_t most = how.operand ? operands.rows_at_a_time(how, depth) : rows;
+  for (std::int64_t row0 = 0; row0 < rows; row0 += most, inputs += most) {
+    const std::int64_t row_count = smaller(most, rows - row0);
+    const T* const* const row = how.operand ? operands.make(how, row_count, inputs, depth) : inputs;
+    if (row_count == 1) {
+      const int last_subs = Shape::template subs_of<T>(end - 1, units);
+      const std::int64_t tail_subs = last_subs < Shape::subs ? last_subs : 0, whole = end - begin - (tail_subs ? 1 : 0);
+      const int parts = whole ? static_cast<int>(divide_up(whole, kSingleRowPanels<Shape::vectors>)) : 1;
+      for (int i = 0; i < parts; ++i) {
+        const int part = panels.backwards ? parts - 1 - i : i;
+        const Range own = share(whole, part, parts);
+        const std::int64_t panel = begin + own.begin, count = own.end - own.begin;
+        const std::int64_t tail = part == parts - 1 ? tail_subs : 0;
+        how.of_panels[gates - 1](count, tail, row[0], depth, packed + panel * panel_bytes,
+                                 start ? start + panel * width : kZeros<T>, sums);
+        const std::int64_t visited = count + (tail > 0);
+        for (std::int64_t p = 0; p < visited; ++p) done(row0, panel + p, sums + p * Shape::vectors);
+      }
+      continue;
     }
-    return;
-  }
-  for (std::int64_t i = begin; i < end; ++i) {
-    const std::int64_t panel = panels.backwards ? begin + end - 1 - i : i;
-    const Tiles<Format>& tiles = tiles_of<Format, Shape>(Shape::template subs_of<T>(panel, units));
-    const bool deep = rows > tiles.max_rows && depth > tiles.part_depth;
-    const auto tile = deep ? tiles.of_parts : tiles.of_rows;
-    for_parts(rows, deep ? kPartRows : tiles.max_rows,
-              [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
-                tile(count, inputs + first, depth, packed + panel * panel_size,
-                     start ? start + panel * width : kZeros<T>, 0, sums);
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t panel = panels.backwards ? begin + end - 1 - i : i;
+      const Tiles<T>& tiles = how.tiles[gates * Shape::template subs_of<T>(panel, units) - 1];
+      const bool deep = row_count > tiles.max_rows && depth > tiles.part_depth;
+      const auto tile = deep ? tiles.of_parts : tiles.of_rows;
+      for_parts(row_count, deep ? kPartRows : tiles.max_rows,
+                [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
+                  tile(count, row + first, depth, packed + panel * panel_bytes,
+                       start ? start + panel * width : kZeros<T>, 0, sums);
 #pragma GCC unroll 1
-                for (std::int64_t r = 0; r < count; ++r) done(first + r, panel, sums + r * tiles.vectors);
-              });
+                  for (std::int64_t r = 0; r < count; ++r) done(row0 + first + r, panel, sums + r * tiles.vectors);
+                });
+    }
   }
 }
 
@@ -298,16 +345,17 @@ RNNKERN_INLINE void for_units(std::int64_t panel, std::int64_t units, Done&& don
 
 // outputs[i][0..units) = inputs[i] W, added to what is there if `add`.
 template <class T>
-void plain_product(std::int64_t rows, const T* const* inputs, std::int64_t depth, const T* packed, const T* start,
-                   std::int64_t units, T* const* outputs, bool add) noexcept {
+void plain_product(const Arithmetic<T>& how, const Operands<T>& operands, std::int64_t rows, const T* const* inputs,
+                   std::int64_t depth, const char* packed, const T* start, std::int64_t units, T* const* outputs,
+                   bool add) noexcept {
   using V = Vec<T>;
-  product<AsStates<T>, Plain>(rows, inputs, depth, packed, start, units, Panels{0, Plain::panels<T>(units)},
-                              [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                                for_units<T>(panel, units, [&](int v, std::int64_t unit, int count) {
-                                  T* to = outputs[i] + unit;
-                                  store_some<V>(to, add ? load_some<V>(to, count) + sum[v] : sum[v], count);
-                                });
-                              });
+  product<Plain>(how, operands, rows, inputs, depth, packed, start, units, Panels{0, Plain::panels<T>(units)},
+                 [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                   for_units<T>(panel, units, [&](int v, std::int64_t unit, int count) {
+                     T* to = outputs[i] + unit;
+                     store_some<V>(to, add ? load_some<V>(to, count) + sum[v] : sum[v], count);
+                   });
+                 });
 }
 
 // A sum of outer products is a product too: of the left side transposed and the right side packed. It goes through its
@@ -339,22 +387,26 @@ __attribute__((noinline)) void transpose_rows(std::int64_t count, const T* const
     }
 }
 
-// to [i][vectors] = from[i][..] of the units of one panel, zero past the end.
-template <class T>
+// Packs the columns of one panel with rows as inputs, zero past the last column.
+template <class Format, class T = typename Format::T>
 RNNKERN_INLINE void pack_panel(std::int64_t count, const T* const* from, std::int64_t panel, std::int64_t columns,
-                               T* to) noexcept {
-  for (std::int64_t i = 0; i < count; ++i)
+                               typename Format::W* to) noexcept {
+  using V = Vec<T>;
+  constexpr int group = Format::group;
+  for (std::int64_t i = 0; i < count; i += group)
     for_units<T>(panel, columns, [&](int, std::int64_t k, int some) {
-      store(to, load_some<Vec<T>>(from[i] + k, some));
-      to += kLanes<T>;
+      const V first = load_some<V>(from[i] + k, some);
+      V last = first;
+      if constexpr (group > 1) last = i + 1 < count ? load_some<V>(from[i + 1] + k, some) : set<V>(Format::padding);
+      Format::store_group(to, first, last);
+      to += group * kLanes<T>;
     });
 }
 
 // target[r][k] += sum over i < depth of left[r][i] * right[i][k] for the k of one panel.
 template <class T>
-RNNKERN_INLINE void add_outer_tile(const Tiles<AsStates<T>>& tiles, std::int64_t tile_rows, const T* left,
-                                   std::int64_t depth, const T* right, std::int64_t panel, std::int64_t columns,
-                                   T* target) noexcept {
+RNNKERN_INLINE void add_outer_tile(const Tiles<T>& tiles, std::int64_t tile_rows, const T* left, std::int64_t depth,
+                                   const void* right, std::int64_t panel, std::int64_t columns, T* target) noexcept {
   using V = Vec<T>;
   constexpr int most_rows = 8;
   const T* inputs[most_rows];
@@ -381,21 +433,29 @@ RNNKERN_INLINE void add_outer_tile(const Tiles<AsStates<T>>& tiles, std::int64_t
 
 // target[j][k] += sum over rows i of left[i][j] * right[i][k], for j in [begin, end) and k in [0, columns).
 // target: row-major, `columns` columns. buffer: kOuterBuffer elements, 64-byte aligned.
-template <class T>
+template <class Format, class T = typename Format::T>
 void add_outer_products(std::int64_t rows, const T* const* left, const T* const* right, std::int64_t begin,
                         std::int64_t end, std::int64_t columns, T* target, T* buffer) noexcept {
+  using W = typename Format::W;
   constexpr int width = Plain::vectors * kLanes<T>;
+  W* const packed_right = reinterpret_cast<W*>(buffer);
   T* const packed_left = buffer + kOuterRows<T> * kOuterPanels * width;
   for_parts(rows, kOuterRows<T>, [&](std::int64_t i, std::int64_t depth) {
+    const std::int64_t panel_size = kStored<Format>.inputs(depth) * width;
     for_parts(Plain::panels<T>(columns), kOuterPanels, [&](std::int64_t panel0, std::int64_t panels) {
       for (std::int64_t p = 0; p < panels; ++p)
-        pack_panel(depth, right + i, panel0 + p, columns, buffer + p * depth * width);
+        pack_panel<Format>(depth, right + i, panel0 + p, columns, packed_right + p * panel_size);
       for_parts(end - begin, kOuterLeft, [&](std::int64_t j0, std::int64_t outputs) {
         transpose_rows(depth, left + i, begin + j0, outputs, packed_left, kOuterStride<T>);
+        if constexpr (Format::operand != nullptr)
+          for (std::int64_t j = 0; j < outputs; ++j) {
+            T* const row = packed_left + j * kOuterStride<T>;
+            Format::operand(row, depth, row);
+          }
         for (std::int64_t p = 0; p < panels; ++p) {
-          const Tiles<AsStates<T>>& tiles = tiles_of<AsStates<T>, Plain>(Plain::subs_of<T>(panel0 + p, columns));
+          const Tiles<T>& tiles = kTiles<typename Format::Tiled>[Plain::subs_of<T>(panel0 + p, columns) - 1];
           for_parts(outputs, tiles.max_rows, [&](std::int64_t j, std::int64_t tile_rows) RNNKERN_INLINE_LAMBDA {
-            add_outer_tile(tiles, tile_rows, packed_left + j * kOuterStride<T>, depth, buffer + p * depth * width,
+            add_outer_tile(tiles, tile_rows, packed_left + j * kOuterStride<T>, depth, packed_right + p * panel_size,
                            panel0 + p, columns, target + (begin + j0 + j) * columns);
           });
         }
@@ -403,6 +463,16 @@ void add_outer_products(std::int64_t rows, const T* const* left, const T* const*
     });
   });
 }
+
+template <class Format, class Tiled = typename Format::Tiled>
+constexpr Arithmetic<typename Format::T> kArithmetic{
+    kStored<Format>,
+    Tiled::step,
+    Format::operand,
+    kTiles<Tiled>,
+    {tile_of_panels<Tiled, PanelShape<1>>, tile_of_panels<Tiled, PanelShape<2>>, tile_of_panels<Tiled, PanelShape<3>>,
+     tile_of_panels<Tiled, PanelShape<4>>},
+    add_outer_products<typename Format::Outer>};
 
 // target[j] += sum over rows i of left[i][j], for j in [begin, end).
 template <class T>

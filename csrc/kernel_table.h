@@ -120,11 +120,12 @@ struct Linear {
   void* scratch;
 };
 
-// What packed weights are stored in; states and sums are double with float64, else float.
-enum class WeightFormat : int { float32, float64, bfloat16 };
-constexpr int kFormats = 3;
+// How products are made, one of formats.h each: what packed weights are stored in, and whether the rows that are
+// multiplied with them are rounded too. Sums are double with float64, else float.
+enum class Products : int { float32, float64, bfloat16_weights, rounded, rounded_bfloat16_weights, bfloat16_pairs };
+constexpr int kProducts = 6;
 
-// The functions of one cell for one format.
+// The functions of one cell for one way to make products; null where the ISA has none.
 struct CellKernels {
   std::int64_t (*packed_bytes)(const LayerSizes&, bool training) noexcept;
   Task pack;                                                                             // context: const PackCall*
@@ -132,7 +133,7 @@ struct CellKernels {
   std::int64_t (*scratch_bytes)(const KernelCall&, bool backward) noexcept;
   std::int64_t (*row_grain)(const LayerSizes&, std::int64_t batch, Save) noexcept;  // rows a thread works on together
   Task forward;                                                                     // context: const KernelCall*
-  Task backward;                                                                    // the same; null: inference only
+  Task backward;                                                                    // the same
 };
 
 // The sum of the squares of each of `rows` rows of `columns` elements, and their product with a factor.
@@ -175,14 +176,15 @@ struct CellEntry {
   int gates, states, saved, extras, late_gates;  // as in cells.py, late_gates those of the phases behind the first
   int kept[kMaxStates];                          // where backward finds each state: a slot of the saved values, -1: y
   bool projects, separate_recurrent;
-  CellKernels kernels[kFormats];
+  CellKernels kernels[kProducts];
 };
 
 struct KernelTable {
   const CellEntry* cells;
   int cell_count;
-  LinearKernels linear_f32, linear_f64;
-  Task rows_f32, rows_f64;  // context: const Rows*
+  LinearKernels linear_f32, linear_f64, linear_rounded, linear_pairs;
+  bool has_pairs, emulates_pairs;  // Products::bfloat16_pairs, and without an instruction for it
+  Task rows_f32, rows_f64;         // context: const Rows*
   const ActivationKernel* activations;
   int activation_count;
   const ProbeKernel* probes;

@@ -41,11 +41,11 @@ void apply_mask(const KernelCall& call, const Worker& worker, std::int64_t width
 
 // Runs all layer-directions of a call, from the first or from the last on.
 template <class Cell, class T, class OneLayer, class Scratch>
-void run_layers(const KernelCall& call, Worker& worker, bool backwards) noexcept {
+void run_layers(const KernelCall& call, Worker& worker, const Arithmetic<T>& how, bool backwards) noexcept {
   const FlushDenormals flush;
   Arena arena(call.scratch);
-  const Scratch scratch(arena, call, worker.index);
-  Context<Cell, T> loop{call, worker};
+  const Scratch scratch(arena, call, how, worker.index);
+  Context<Cell, T> loop{call, worker, how};
   for (int i = 0; i < call.layer_count; ++i) {
     const int l = backwards ? call.layer_count - 1 - i : i;
     const Layer* const layer = call.layers + l * call.directions;
@@ -67,18 +67,18 @@ KernelCall alone_in(const KernelCall& call) noexcept {
   return one;
 }
 
-template <class Scratch>
-std::int64_t scratch_of(const KernelCall& call) noexcept {
-  if (call.split == Split::layers) return call.max_threads * scratch_of<Scratch>(alone_in(call));
+template <class Scratch, class T>
+std::int64_t scratch_of(const KernelCall& call, const Arithmetic<T>& how) noexcept {
+  if (call.split == Split::layers) return call.max_threads * scratch_of<Scratch>(alone_in(call), how);
   Arena arena(nullptr);
-  Scratch(arena, call, 0);
+  Scratch(arena, call, how, 0);
   return arena.used();
 }
 
 // Runs the layer-directions of a call side by side. Each worker takes the next one that nobody has taken and runs it
 // alone; it waits for what that one takes from others, which were taken before it and so are at work or done.
 template <class Cell, class T, class OneLayer, class Scratch>
-void run_side_by_side(const KernelCall& call, Worker& worker, bool backwards) noexcept {
+void run_side_by_side(const KernelCall& call, Worker& worker, const Arithmetic<T>& how, bool backwards) noexcept {
   const FlushDenormals flush;
   KernelCall own = alone_in(call);
   if (worker.index > 0) own.poll = nullptr;
@@ -89,9 +89,9 @@ void run_side_by_side(const KernelCall& call, Worker& worker, bool backwards) no
       if (outer.admit && outer.admit(outer.team, place) > 1) outer.admit = nullptr;
       return 1;
     };
-  Arena arena(static_cast<char*>(call.scratch) + worker.index * scratch_of<Scratch>(own));
-  const Scratch scratch(arena, own, 0);
-  Context<Cell, T> loop{own, alone};
+  Arena arena(static_cast<char*>(call.scratch) + worker.index * scratch_of<Scratch>(own, how));
+  const Scratch scratch(arena, own, how, 0);
+  Context<Cell, T> loop{own, alone, how};
   const int D = call.directions, count = call.layer_count * D;
   std::int64_t* const begun = call.progress + count;
   for (;;) {
@@ -114,36 +114,34 @@ void run_side_by_side(const KernelCall& call, Worker& worker, bool backwards) no
 }
 
 template <class Cell, class T, class OneLayer, class Scratch>
-void run_all(const KernelCall& call, Worker& worker, bool backwards) noexcept {
+void run_all(const KernelCall& call, Worker& worker, const Arithmetic<T>& how, bool backwards) noexcept {
   if (call.split == Split::layers)
-    run_side_by_side<Cell, T, OneLayer, Scratch>(call, worker, backwards);
+    run_side_by_side<Cell, T, OneLayer, Scratch>(call, worker, how, backwards);
   else
-    run_layers<Cell, T, OneLayer, Scratch>(call, worker, backwards);
-}
-
-template <class Cell, class Format, class T = typename Format::T>
-void forward(void* context, Worker& worker) noexcept {
-  const KernelCall& call = *static_cast<const KernelCall*>(context);
-  if constexpr (kCanBeNarrow<Cell> && std::is_same_v<Format, AsStates<T>>)
-    if (is_narrow<Cell, T>(call))
-      return run_all<Cell, T, NarrowForward<Cell, T>, NarrowScratch<Cell, T>>(call, worker, false);
-  run_all<Cell, T, ForwardLayer<Cell, Format>, ForwardScratch<Cell, T>>(call, worker, false);
+    run_layers<Cell, T, OneLayer, Scratch>(call, worker, how, backwards);
 }
 
 template <class Cell, class T>
-void backward(void* context, Worker& worker) noexcept {
-  using Scratch = BackwardScratch<Cell, T>;
-  const KernelCall& call = *static_cast<const KernelCall*>(context);
+__attribute__((noinline)) void run_forward(const KernelCall& call, Worker& worker, const Arithmetic<T>& how) noexcept {
   if constexpr (kCanBeNarrow<Cell>)
-    if (is_narrow<Cell, T>(call)) return run_all<Cell, T, NarrowBackward<Cell, T>, Scratch>(call, worker, true);
-  run_all<Cell, T, BackwardLayer<Cell, T>, Scratch>(call, worker, true);
+    if (is_narrow<Cell, T>(call))
+      return run_all<Cell, T, NarrowForward<Cell, T>, NarrowScratch<Cell, T>>(call, worker, how, false);
+  run_all<Cell, T, ForwardLayer<Cell, T>, ForwardScratch<Cell, T>>(call, worker, how, false);
 }
 
 template <class Cell, class T>
-std::int64_t scratch_bytes(const KernelCall& call, bool for_backward) noexcept {
-  if (for_backward) return scratch_of<BackwardScratch<Cell, T>>(call);
-  if (is_narrow<Cell, T>(call)) return scratch_of<NarrowScratch<Cell, T>>(call);
-  return scratch_of<ForwardScratch<Cell, T>>(call);
+__attribute__((noinline)) void run_backward(const KernelCall& call, Worker& worker, const Arithmetic<T>& how) noexcept {
+  using Scratch = BackwardScratch<Cell, T>;
+  if constexpr (kCanBeNarrow<Cell>)
+    if (is_narrow<Cell, T>(call)) return run_all<Cell, T, NarrowBackward<Cell, T>, Scratch>(call, worker, how, true);
+  run_all<Cell, T, BackwardLayer<Cell, T>, Scratch>(call, worker, how, true);
+}
+
+template <class Cell, class T>
+std::int64_t scratch_with(const KernelCall& call, const Arithmetic<T>& how, bool for_backward) noexcept {
+  if (for_backward) return scratch_of<BackwardScratch<Cell, T>>(call, how);
+  if (is_narrow<Cell, T>(call)) return scratch_of<NarrowScratch<Cell, T>>(call, how);
+  return scratch_of<ForwardScratch<Cell, T>>(call, how);
 }
 
 template <class Cell, class T>
@@ -157,62 +155,70 @@ std::int64_t saved_elements(const LayerSizes& sizes, std::int64_t batch, Save sa
   return values * (is_narrow<Cell, T>(sizes, batch, save) ? sizes.hidden : padded<T>(sizes.hidden));
 }
 
-template <class T>
+template <class Format, class T = typename Format::T>
 struct LinearScratch {
-  T* packed;
+  char* packed;
+  T* packed_bias;
   const T **left, **right;  // [rows] of one worker
   T** outputs;
   T* buffer;
+  Operands<T> operands;
 
   LinearScratch(Arena& arena, const Linear& call, int worker_index, int max_threads) noexcept {
-    const std::int64_t forward_size =
-        Plain::elements<AsStates<T>>(call.outputs, call.inputs) + Plain::elements<AsStates<T>>(call.outputs, 1);
-    const std::int64_t backward_size = Plain::elements<AsStates<T>>(call.inputs, call.outputs);
-    packed = arena.take<T>(forward_size > backward_size ? forward_size : backward_size);
+    const std::int64_t forward_size = Plain::bytes<T>(call.outputs, call.inputs, kStored<Format>);
+    const std::int64_t backward_size = Plain::bytes<T>(call.inputs, call.outputs, kStored<Format>);
+    packed = arena.take<char>(forward_size > backward_size ? forward_size : backward_size);
+    packed_bias = arena.take<T>(padded<T>(call.outputs));
     arena.take_for_workers(max_threads, worker_index, [&] {
       left = arena.take<const T*>(call.rows), right = arena.take<const T*>(call.rows);
       outputs = arena.take<T*>(call.rows), buffer = arena.take<T>(kOuterBuffer<T>);
+      operands.take(arena, kArithmetic<Format>, call.rows, call.inputs > call.outputs ? call.inputs : call.outputs);
     });
+  }
+
+  // Packs the weights that this worker's part of the panels holds.
+  void pack(const Worker& worker, const void* weight, std::int64_t units, std::int64_t depth, std::int64_t unit_stride,
+            std::int64_t k_stride) const noexcept {
+    pack_panels<Format, 1>(worker, static_cast<const T*>(weight), units, depth, 0, unit_stride, k_stride,
+                           reinterpret_cast<typename Format::W*>(packed));
   }
 };
 
-template <class T>
+template <class Format>
 std::int64_t linear_scratch_bytes(const Linear& call, int max_threads) noexcept {
   Arena arena(nullptr);
-  LinearScratch<T>(arena, call, 0, max_threads);
+  LinearScratch<Format>(arena, call, 0, max_threads);
   return arena.used();
 }
 
-template <class T>
+template <class Format, class T = typename Format::T>
 void linear_forward(void* context, Worker& worker) noexcept {
   const FlushDenormals flush;
   const Linear& call = *static_cast<const Linear*>(context);
   Arena arena(call.scratch);
-  const LinearScratch<T> s(arena, call, worker.index, worker.index + 1);
+  const LinearScratch<Format> s(arena, call, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
   const T* bias = static_cast<const T*>(call.bias);
-  T* packed_bias = s.packed + Plain::elements<AsStates<T>>(outputs, inputs);
-  pack_panels<AsStates<T>, 1>(worker, static_cast<const T*>(call.weight), outputs, inputs, 0, inputs, 1, s.packed);
-  if (bias) pack_panels<AsStates<T>, 1>(worker, bias, outputs, 1, 0, 1, 1, packed_bias);
+  s.pack(worker, call.weight, outputs, inputs, inputs, 1);
+  if (bias) pack_panels<AsStates<T>, 1>(worker, bias, outputs, 1, 0, 1, 1, s.packed_bias);
   if (worker.count > 1) worker.wait(worker.team);
   const Range own = share(call.rows, worker.index, worker.count);
   for (std::int64_t i = own.begin; i < own.end; ++i) {
     s.left[i] = static_cast<const T*>(call.x) + i * inputs;
     s.outputs[i] = static_cast<T*>(call.y) + i * outputs;
   }
-  plain_product<T>(own.end - own.begin, s.left + own.begin, inputs, s.packed, bias ? packed_bias : nullptr, outputs,
-                   s.outputs + own.begin, false);
+  plain_product<T>(kArithmetic<Format>, s.operands, own.end - own.begin, s.left + own.begin, inputs, s.packed,
+                   bias ? s.packed_bias : nullptr, outputs, s.outputs + own.begin, false);
 }
 
-template <class T>
+template <class Format, class T = typename Format::T>
 void linear_backward(void* context, Worker& worker) noexcept {
   const FlushDenormals flush;
   const Linear& call = *static_cast<const Linear*>(context);
   Arena arena(call.scratch);
-  const LinearScratch<T> s(arena, call, worker.index, worker.index + 1);
+  const LinearScratch<Format> s(arena, call, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
-  if (call.dx)
-    pack_panels<AsStates<T>, 1>(worker, static_cast<const T*>(call.weight), inputs, outputs, 0, 1, inputs, s.packed);
+  if (call.dx) s.pack(worker, call.weight, inputs, outputs, 1, inputs);
   for (std::int64_t i = 0; i < call.rows; ++i) {
     s.left[i] = static_cast<const T*>(call.dy) + i * outputs;
     s.right[i] = static_cast<const T*>(call.x) + i * inputs;
@@ -220,13 +226,14 @@ void linear_backward(void* context, Worker& worker) noexcept {
   }
   const Range own = share(outputs, worker.index, worker.count, kTileRows<Plain::vectors>);
   if (call.dweight)
-    add_outer_products(call.rows, s.left, s.right, own.begin, own.end, inputs, static_cast<T*>(call.dweight), s.buffer);
+    kArithmetic<Format>.add_outer_products(call.rows, s.left, s.right, own.begin, own.end, inputs,
+                                           static_cast<T*>(call.dweight), s.buffer);
   if (call.dbias) add_rows(call.rows, s.left, own.begin, own.end, static_cast<T*>(call.dbias));
   if (!call.dx) return;
   if (worker.count > 1) worker.wait(worker.team);
   const Range rows = share(call.rows, worker.index, worker.count);
-  plain_product<T>(rows.end - rows.begin, s.left + rows.begin, outputs, s.packed, nullptr, inputs,
-                   s.outputs + rows.begin, false);
+  plain_product<T>(kArithmetic<Format>, s.operands, rows.end - rows.begin, s.left + rows.begin, outputs, s.packed,
+                   nullptr, inputs, s.outputs + rows.begin, false);
 }
 
 template <class T>
@@ -251,31 +258,43 @@ void apply(const Scalar<V>* x, Scalar<V>* y, std::int64_t n) noexcept {
   }
 }
 
-template <class Cell, class Format>
-constexpr CellKernels kernels_of() noexcept {
-  using T = typename Format::T;
-  return {packed_bytes<Cell, Format>,
-          pack_layer<Cell, Format>,
-          saved_elements<Cell, T>,
-          scratch_bytes<Cell, T>,
-          row_grain<Cell, T>,
-          forward<Cell, Format>,
-          Format::trains ? backward<Cell, T> : nullptr};
-}
+// A cell's functions for a format. The cell is compiled for the type of states; these tell it the arithmetic.
+template <class Cell, class Format, class T = typename Format::T>
+struct WithFormat {
+  static void forward(void* context, Worker& worker) noexcept {
+    run_forward<Cell, T>(*static_cast<const KernelCall*>(context), worker, kArithmetic<Format>);
+  }
+  static void backward(void* context, Worker& worker) noexcept {
+    run_backward<Cell, T>(*static_cast<const KernelCall*>(context), worker, kArithmetic<Format>);
+  }
+  static std::int64_t scratch_bytes(const KernelCall& call, bool for_backward) noexcept {
+    return scratch_with<Cell, T>(call, kArithmetic<Format>, for_backward);
+  }
+  static constexpr CellKernels kernels{packed_bytes<Cell, typename Format::PackedAs>,
+                                       pack_layer<Cell, typename Format::PackedAs>,
+                                       saved_elements<Cell, T>,
+                                       scratch_bytes,
+                                       row_grain<Cell, T>,
+                                       forward,
+                                       backward};
+};
 
 template <class Cell>
 constexpr CellEntry entry_of() noexcept {
-  CellEntry entry{
-      Cell::name,
-      Cell::gates,
-      Cell::states,
-      Cell::saved,
-      Cell::extras,
-      Cell::gates - PhaseOf<Cell, 0>::gates,
-      {},
-      Cell::Step::projects,
-      Cell::separate_recurrent,
-      {kernels_of<Cell, AsStates<float>>(), kernels_of<Cell, AsStates<double>>(), kernels_of<Cell, BFloat16Weights>()}};
+  CellEntry entry{Cell::name,
+                  Cell::gates,
+                  Cell::states,
+                  Cell::saved,
+                  Cell::extras,
+                  Cell::gates - PhaseOf<Cell, 0>::gates,
+                  {},
+                  Cell::Step::projects,
+                  Cell::separate_recurrent,
+                  {WithFormat<Cell, AsStates<float>>::kernels, WithFormat<Cell, AsStates<double>>::kernels,
+                   WithFormat<Cell, BFloat16Weights>::kernels, WithFormat<Cell, Rounded>::kernels,
+                   WithFormat<Cell, RoundedBFloat16Weights>::kernels}};
+  if constexpr (kHasPairs)
+    entry.kernels[static_cast<int>(Products::bfloat16_pairs)] = WithFormat<Cell, BFloat16Pairs>::kernels;
   for (int s = 0; s < Cell::states; ++s) entry.kept[s] = Cell::kept[s];
   return entry;
 }
@@ -286,6 +305,9 @@ template <class... C>
 struct Entries<CellList<C...>> {
   static constexpr CellEntry all[] = {entry_of<C>()...};
 };
+
+template <class Format>
+constexpr LinearKernels kLinear{linear_scratch_bytes<Format>, linear_forward<Format>, linear_backward<Format>};
 
 constexpr ActivationKernel kActivations[] = {
     {"sigmoid", apply<F32, sigmoid<F32>>, apply<F64, sigmoid<F64>>},
@@ -298,12 +320,22 @@ constexpr ActivationKernel kActivations[] = {
 namespace RNNKERN_ISA {
 
 extern const KernelTable table;
-constexpr LinearKernels kLinearF32{linear_scratch_bytes<float>, linear_forward<float>, linear_backward<float>};
-constexpr LinearKernels kLinearF64{linear_scratch_bytes<double>, linear_forward<double>, linear_backward<double>};
-const KernelTable table = {
-    Entries<Cells>::all, Cells::count,         kLinearF32,    kLinearF64,
-    run_rows<float>,     run_rows<double>,     kActivations,  sizeof kActivations / sizeof *kActivations,
-    Probes<Cells>::all,  Probes<Cells>::count, kLanes<float>, kLanes<double>};
+const KernelTable table = {Entries<Cells>::all,
+                           Cells::count,
+                           kLinear<AsStates<float>>,
+                           kLinear<AsStates<double>>,
+                           kLinear<Rounded>,
+                           kLinear<std::conditional_t<kHasPairs, BFloat16Pairs, Rounded>>,
+                           kHasPairs,
+                           kEmulatesPairs,
+                           run_rows<float>,
+                           run_rows<double>,
+                           kActivations,
+                           sizeof kActivations / sizeof *kActivations,
+                           Probes<Cells>::all,
+                           Probes<Cells>::count,
+                           kLanes<float>,
+                           kLanes<double>};
 
 }  // namespace RNNKERN_ISA
 }  // namespace rnnkern

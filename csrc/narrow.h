@@ -1,7 +1,8 @@
 // Layers with few units and many rows: a vector holds one unit of as many rows of the batch as it has lanes, where
 // elsewhere (recurrence.h, bptt.h) it holds units of one row.
 //
-// Weights are as wide as states: those of a narrower format are stored so (network.h).
+// Weights are as wide as states: those of a narrower format are stored so (network.h). Where rows are rounded before
+// they are multiplied, their lanes are.
 // States, gates and saved values are stored [vector of rows][unit][lane]; weights are read as pack.h leaves them, one
 // scalar for all lanes. Each output is the same chain of multiply-adds as elsewhere, so that the results are the same
 // bits. What belongs to a row past its end stays in its lane and is not taken over.
@@ -63,7 +64,7 @@ RNNKERN_INLINE void lanes_to_rows(const T* from, std::int64_t columns, int rows,
 template <class Loop, class Cell, class T>
 class Narrow : public Loop {
  protected:
-  using Loop::call, Loop::worker, Loop::layer_, Loop::H_;
+  using Loop::call, Loop::worker, Loop::how, Loop::layer_, Loop::H_;
   using V = Vec<T>;
   static constexpr int lanes = kLanes<T>;
 
@@ -122,14 +123,21 @@ class Narrow : public Loop {
     return lanes_where(vector, t, [](std::int64_t) { return true; });
   }
 
+  // Returns elements as they are multiplied: themselves, or rounded ones in `room`.
+  const T* multiplied(const T* elements, std::int64_t count, T* room) const noexcept {
+    if (!how.operand) return elements;
+    how.operand(elements, count, room);
+    return room;
+  }
+
   // sums[r][i] += w[k][r * step] right[k][i], k after k: w packed, its k `stride` elements apart; right
   // [depth][n][lanes].
   template <int rows, int n>
   RNNKERN_INLINE static void add_products(const T* w, std::int64_t stride, std::int64_t step, std::int64_t depth,
                                           const T* right, V (&sums)[rows][n]) noexcept {
     for (std::int64_t k = 0; k < depth; ++k, w += stride)
-      add_outer<T, rows, n>([&](int r) RNNKERN_INLINE_LAMBDA { return w[r * step]; },
-                            [&](int v) RNNKERN_INLINE_LAMBDA { return load<V>(right + (k * n + v) * lanes); }, sums);
+      add_outer<AsStates<T>>([&](int r) RNNKERN_INLINE_LAMBDA { return set<V>(w[r * step]); },
+                             [&](int v) RNNKERN_INLINE_LAMBDA { return load<V>(right + (k * n + v) * lanes); }, sums);
   }
 
  private:
@@ -155,7 +163,7 @@ struct NarrowScratch {
   T* gates;                   // [vectors, block_steps, G * H, lanes]: the input's share
   T* x;                       // of one worker: [I, kNarrowSteps, lanes]
 
-  NarrowScratch(Arena& arena, const KernelCall& call, int worker_index) noexcept {
+  NarrowScratch(Arena& arena, const KernelCall& call, const Arithmetic<T>&, int worker_index) noexcept {
     std::int64_t inputs = 0;
     for (int i = 0; i < call.layer_count * call.directions; ++i)
       if (call.layers[i].sizes.inputs > inputs) inputs = call.layers[i].sizes.inputs;
@@ -175,15 +183,15 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   using Loop = ForwardLoop<NarrowForward, Cell, T>;
   using Rows = Narrow<Loop, Cell, T>;
   using Base = Context<Cell, T>;
+  using Base::how, Rows::call, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state, Rows::grain;
   using Loop::now_, Loop::block_first_, Loop::time, Loop::output, Loop::H_;
-  using Rows::call, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state, Rows::grain;
   friend Loop;
   using V = Vec<T>;
   static constexpr int gates = Cell::gates;
 
  public:
   NarrowForward(const Base& context, const Layer& layer, const NarrowScratch<Cell, T>& scratch) noexcept
-      : Rows(context, layer), s_(scratch), packed_(layer, false) {}
+      : Rows(context, layer), s_(scratch), packed_(layer, false, how.stored) {}
 
  private:
   void enter() noexcept {
@@ -211,6 +219,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
           this->list_rows(vector, t, rows, [&](std::int64_t b) { return this->x_row(t, b); });
           rows_to_lanes(rows, layer_.sizes.inputs, s_.x + i * lanes, steps * lanes);
         }
+        if (how.operand) how.operand(s_.x, layer_.sizes.inputs * steps * lanes, s_.x);
         with_count<kNarrowSteps<Cell>>(
             steps, [&]<int n>() RNNKERN_INLINE_LAMBDA { add_input_share_of<n>(gates_of(vector, first)); });
       });
@@ -232,8 +241,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
       V sums[gates][n];
       for (int gate = 0; gate < gates; ++gate)
         for (int i = 0; i < n; ++i) sums[gate][i] = set<V>(packed_.values(packed_.at.b_ih)[gate * lanes + unit]);
-      this->add_products(packed_.weights(packed_.at.w_ih) + unit, gates * lanes, lanes, layer_.sizes.inputs, s_.x,
-                         sums);
+      this->add_products(packed_.values(packed_.at.w_ih) + unit, gates * lanes, lanes, layer_.sizes.inputs, s_.x, sums);
       for (int gate = 0; gate < gates; ++gate)
         for (int i = 0; i < n; ++i) store(to + ((i * gates + gate) * H_ + unit) * lanes, sums[gate][i]);
     }
@@ -276,13 +284,15 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
     T *before[Cell::states], *after[Cell::states];
     for (int s = 0; s < Cell::states; ++s)
       before[s] = state(s_.state[now_][s], vector), after[s] = state(s_.state[1 - now_][s], vector);
+    T rounded[lanes * lanes];
+    const T* const h = this->multiplied(before[0], H_ * lanes, rounded);
     for (std::int64_t unit = 0; unit < H_; ++unit) {
       V r[gates][1], input[gates], extra[kMaxExtras], prev[kMaxStates], next[kMaxStates], saved[kSlots<Cell>];
       for (int gate = 0; gate < gates; ++gate) {
         r[gate][0] = set<V>(packed_.values(packed_.at.bias[0])[gate * lanes + unit]);
         input[gate] = load<V>(x + (gate * H_ + unit) * lanes);
       }
-      this->add_products(packed_.weights(packed_.at.weights[0]) + unit, gates * lanes, lanes, H_, before[0], r);
+      this->add_products(packed_.values(packed_.at.weights[0]) + unit, gates * lanes, lanes, H_, h, r);
       for (int e = 0; e < Cell::extras; ++e)
         extra[e] = set<V>(packed_.values(packed_.at.extras)[e * padded<T>(H_) + unit]);
       for (int s = 0; s < Cell::states; ++s) prev[s] = load<V>(before[s] + unit * lanes);
@@ -294,7 +304,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   }
 
   const NarrowScratch<Cell, T>& s_;
-  const PackedWeights<Cell, AsStates<T>> packed_;
+  const PackedWeights<Cell, T> packed_;
 };
 
 // The carries are [vectors, H, lanes], in the room that BackwardScratch has for rows of whole vectors of units; gate
@@ -461,10 +471,12 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
   // carry = dr W_hh + what came past the product
   void add_carry(const T* dr, std::int64_t vector, Mask<V> active, Mask<V> passes) const noexcept {
     constexpr std::int64_t most = 4;
+    T rounded[gates * lanes * lanes];
+    dr = this->multiplied(dr, gates * H_ * lanes, rounded);
     for_parts(H_, most, [&](std::int64_t first, std::int64_t count) {
       with_count<most>(count, [&]<int n>() RNNKERN_INLINE_LAMBDA {
         V sums[n][1] = {};
-        this->add_products(packed_.weights(packed_.at.weights_t[0]) + first, lanes, 1, gates * H_, dr, sums);
+        this->add_products(packed_.values(packed_.at.weights_t[0]) + first, lanes, 1, gates * H_, dr, sums);
         for (int i = 0; i < n; ++i) {
           T* to = state(s_.carry[0], vector) + (first + i) * lanes;
           const V past = load<V>(to);

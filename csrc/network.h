@@ -35,10 +35,14 @@ inline const CellEntry& find_cell(const KernelTable& table, std::string_view nam
 // One array for each state of the cell, h first; null where there is none.
 using States = std::array<void*, kMaxStates>;
 
+// What packed weights are stored in; states and sums are double with float64, else float.
+enum class WeightFormat { float32, float64, bfloat16 };
+
 // What a stack is, beside its weights.
 struct Description {
   std::string_view cell;
   WeightFormat format;
+  bool rounds;  // the operands of products to bfloat16
   std::int64_t input_size, hidden_size, proj_size, num_layers;
   std::vector<bool> directions;  // of each: does it run in reverse?
 };
@@ -48,7 +52,7 @@ class Network {
   Network(const Isa& isa, const Description& of)
       : entry_(find_cell(*isa.table, of.cell)),
         bytes_(of.format == WeightFormat::float64 ? 8 : 4),
-        kernels_(entry_.kernels[static_cast<int>(stored_as(*isa.table, of))]),
+        kernels_(entry_.kernels[static_cast<int>(products_of(*isa.table, of))]),
         isa_(isa.name),
         inputs_(of.input_size),
         hidden_(of.hidden_size),
@@ -188,10 +192,15 @@ class Network {
   }
 
  private:
-  // Layers of fewer units than lanes are the few kilobytes that narrow.h works on, as wide as states.
-  static WeightFormat stored_as(const KernelTable& table, const Description& of) {
+  // How the products of a stack are made. Layers of fewer units than lanes are the few kilobytes that narrow.h works
+  // on, as wide as states.
+  static Products products_of(const KernelTable& table, const Description& of) {
+    if (of.format == WeightFormat::float64) return Products::float64;
     const bool few = of.hidden_size < table.lanes_f32 && of.proj_size == 0;
-    return of.format == WeightFormat::bfloat16 && few ? WeightFormat::float32 : of.format;
+    const bool narrow = of.format == WeightFormat::bfloat16 && !few;
+    if (!of.rounds) return narrow ? Products::bfloat16_weights : Products::float32;
+    if (multiplies_pairs(table) && !few) return Products::bfloat16_pairs;
+    return narrow ? Products::rounded_bfloat16_weights : Products::rounded;
   }
 
   const CellEntry& entry_;

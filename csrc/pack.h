@@ -6,7 +6,7 @@
 //   [panel][k][sub][gate][lane]    unit = (panel * subs + sub) * lanes + lane
 //
 // A format whose inputs stand in groups of g has [panel][k / g][sub][gate][lane][k % g], the last group filled up with
-// zeros.
+// its padding.
 //
 // The gates of a unit stand side by side: the product that fills them leaves all that a cell's step needs in registers.
 // The last panel has as many subs as are left; units past the end are zero.
@@ -62,16 +62,17 @@ struct PanelShape {
   static constexpr int subs_of(std::int64_t panel, std::int64_t units) noexcept {
     return static_cast<int>(smaller(divide_up(units, kLanes<T>) - panel * subs, subs));
   }
-  template <class Format>
-  static constexpr std::int64_t elements(std::int64_t units, std::int64_t depth) noexcept {
-    return padded<typename Format::T>(units) * gates * stored_inputs<Format>(depth);
+  // Bytes of the weights of `depth` inputs.
+  template <class T>
+  static constexpr std::int64_t bytes(std::int64_t units, std::int64_t depth, Stored stored) noexcept {
+    return padded<T>(units) * gates * stored.inputs(depth) * stored.bytes;
   }
 };
 
 using Plain = PanelShape<1>;
 
 // to [k / group][step * group] = vectors of `present` units, whose inputs stand side by side, unit_stride apart; zero
-// past the end.
+// past the last unit.
 template <class Format, class T = typename Format::T>
 void pack_vector(const T* from, std::int64_t present, std::int64_t depth, std::int64_t unit_stride,
                  typename Format::W* to, std::int64_t step) noexcept {
@@ -83,8 +84,10 @@ void pack_vector(const T* from, std::int64_t present, std::int64_t depth, std::i
     for (int unit = 0; unit < lanes; ++unit)
       block[unit] = unit < present ? load_some<V>(from + unit * unit_stride + k, some) : zero<V>();
     transpose(block);
-    for (int i = 0; i < some; i += Format::group)
-      Format::store_group(to + (k + i) * step, block[i], block[i + Format::group - 1]);
+    for (int i = 0; i < some; i += Format::group) {
+      const int last = i + Format::group - 1;
+      Format::store_group(to + (k + i) * step, block[i], last < some ? block[last] : set<V>(Format::padding));
+    }
   }
 }
 
@@ -102,7 +105,7 @@ void pack_panels(const Worker& worker, const T* source, std::int64_t units, std:
   const auto for_vectors = [&](auto&& body) {
     for (std::int64_t panel = own.begin; panel < own.end; ++panel) {
       const int subs = Shape::template subs_of<T>(panel, units);
-      W* to = target + panel * stored_inputs<Format>(depth) * Shape::vectors * lanes;
+      W* to = target + panel * kStored<Format>.inputs(depth) * Shape::vectors * lanes;
       for (int sub = 0; sub < subs; ++sub)
         for (int gate = 0; gate < gates; ++gate, to += lanes * group) {
           const std::int64_t first = (panel * Shape::subs + sub) * lanes;
@@ -117,7 +120,8 @@ void pack_panels(const Worker& worker, const T* source, std::int64_t units, std:
         const V first = load_some<V>(from + k * k_stride, static_cast<int>(present));
         V last = first;
         if constexpr (group > 1)
-          last = k + 1 < depth ? load_some<V>(from + (k + 1) * k_stride, static_cast<int>(present)) : zero<V>();
+          last = k + 1 < depth ? load_some<V>(from + (k + 1) * k_stride, static_cast<int>(present))
+                               : set<V>(Format::padding);
         Format::store_group(to + k * step, first, last);
       });
   } else {
@@ -141,10 +145,8 @@ constexpr ProductSizes product_of(const LayerSizes& sizes) noexcept {
 
 // Where the parts of a packed layer-direction begin, in bytes; all are multiples of 64. Biases and extras are of the
 // type of states.
-template <class Cell, class Format>
+template <class Cell, class T>
 struct PackedLayout {
-  using T = typename Format::T;
-  using W = typename Format::W;
   using Input = PanelShape<Cell::gates>;
 
   std::int64_t b_ih, bias[Cell::Step::count], extras, w_ih, weights[Cell::Step::count];  // forward
@@ -152,64 +154,58 @@ struct PackedLayout {
                                                       // which forward reads alike
   std::int64_t total = 0;
 
-  PackedLayout(const LayerSizes& sizes, bool training) noexcept {
-    using Values = AsStates<T>;
+  PackedLayout(const LayerSizes& sizes, bool training, Stored stored) noexcept {
+    constexpr Stored values = kStored<AsStates<T>>;
     const std::int64_t I = sizes.inputs, H = sizes.hidden;
-    b_ih = take<T>(Input::template elements<Values>(H, 1));
+    b_ih = take(Input::template bytes<T>(H, 1, values));
     for_each_phase<Cell>([&]<int p>() {
       using Phase = PhaseOf<Cell, p>;
       using Shape = PanelShape<Phase::outputs>;
-      bias[p] = take<T>(Phase::multiplies && !Phase::projects ? Shape::template elements<Values>(H, 1) : 0);
+      bias[p] = take(Phase::multiplies && !Phase::projects ? Shape::template bytes<T>(H, 1, values) : 0);
     });
-    extras = take<T>(Cell::extras * padded<T>(H));
-    w_ih = take<W>(Input::template elements<Format>(H, I));
+    extras = take(Cell::extras * padded<T>(H) * values.bytes);
+    w_ih = take(Input::template bytes<T>(H, I, stored));
     for_each_phase<Cell>([&]<int p>() {
       using Phase = PhaseOf<Cell, p>;
       const ProductSizes of = product_of<Phase>(sizes);
-      weights[p] = take<W>(of.there ? PanelShape<Phase::outputs>::template elements<Format>(of.units, of.depth) : 0);
+      weights[p] = take(of.there ? PanelShape<Phase::outputs>::template bytes<T>(of.units, of.depth, stored) : 0);
     });
-    w_ih_t = take<W>(training ? Plain::elements<Format>(I, Cell::gates * H) : 0);
+    w_ih_t = take(training ? Plain::bytes<T>(I, Cell::gates * H, stored) : 0);
     for_each_phase<Cell>([&]<int p>() {
       const ProductSizes of = product_of<PhaseOf<Cell, p>>(sizes);
-      weights_t[p] = take<W>(of.there && training ? Plain::elements<Format>(of.depth, of.rows) : 0);
+      weights_t[p] = take(of.there && training ? Plain::bytes<T>(of.depth, of.rows, stored) : 0);
     });
   }
 
  private:
-  template <class Element>
-  std::int64_t take(std::int64_t elements) noexcept {
+  std::int64_t take(std::int64_t bytes) noexcept {
     const std::int64_t begin = total;
-    total += round_up(elements * static_cast<std::int64_t>(sizeof(Element)), 64);
+    total += round_up(bytes, 64);
     return begin;
   }
 };
 
 // The packed weights of a layer-direction, read.
-template <class Cell, class Format>
+template <class Cell, class T>
 struct PackedWeights {
-  const PackedLayout<Cell, Format> at;
+  const PackedLayout<Cell, T> at;
   const char* data;
 
-  PackedWeights(const Layer& layer, bool training) noexcept
-      : at(layer.sizes, training), data(static_cast<const char*>(layer.packed)) {}
+  PackedWeights(const Layer& layer, bool training, Stored stored) noexcept
+      : at(layer.sizes, training, stored), data(static_cast<const char*>(layer.packed)) {}
 
-  const typename Format::W* weights(std::int64_t part) const noexcept {
-    return reinterpret_cast<const typename Format::W*>(data + part);
-  }
-  const typename Format::T* values(std::int64_t part) const noexcept {
-    return reinterpret_cast<const typename Format::T*>(data + part);
-  }
+  const char* weights(std::int64_t part) const noexcept { return data + part; }
+  const T* values(std::int64_t part) const noexcept { return reinterpret_cast<const T*>(data + part); }
 };
 
 template <class Cell, class Format>
 std::int64_t packed_bytes(const LayerSizes& sizes, bool training) noexcept {
-  return PackedLayout<Cell, Format>(sizes, training).total;
+  return PackedLayout<Cell, typename Format::T>(sizes, training, kStored<Format>).total;
 }
 
 // Biases and extras: little, and with zeros past the last unit.
-template <class Cell, class Format>
-void pack_values(const PackCall& call, const PackedLayout<Cell, Format>& at) noexcept {
-  using T = typename Format::T;
+template <class Cell, class T>
+void pack_values(const PackCall& call, const PackedLayout<Cell, T>& at) noexcept {
   const Worker alone{0, 1, nullptr, nullptr, -1, nullptr};
   const std::int64_t H = call.sizes.hidden;
   char* out = static_cast<char*>(call.packed);
@@ -235,7 +231,7 @@ void pack_layer(void* context, Worker& worker) noexcept {
   using W = typename Format::W;
   constexpr int gates = Cell::gates;
   const PackCall& call = *static_cast<const PackCall*>(context);
-  const PackedLayout<Cell, Format> at(call.sizes, call.training);
+  const PackedLayout<Cell, T> at(call.sizes, call.training, kStored<Format>);
   const std::int64_t I = call.sizes.inputs, H = call.sizes.hidden;
   const auto weights = [&](std::int64_t part) { return reinterpret_cast<W*>(static_cast<char*>(call.packed) + part); };
   const T* w_ih = static_cast<const T*>(call.weights.w_ih);

@@ -101,6 +101,7 @@ struct Context {
 
   const KernelCall& call;
   Worker& worker;
+  const Arithmetic<T>& how;
   std::int64_t block = 0;  // blocks begun so far in this call; the same on all workers at the same place
   std::int64_t place = 0;  // blocks and steps
 
@@ -239,13 +240,17 @@ struct ForwardScratch {
   const T **prev[Cell::states], **step_inputs;
   T** step_gates;
   std::int64_t* batch_index;
+  Operands<T> operands;
 
-  ForwardScratch(Arena& arena, const KernelCall& call, int worker_index) noexcept {
+  ForwardScratch(Arena& arena, const KernelCall& call, const Arithmetic<T>& how, int worker_index) noexcept {
     const StateShape<Cell, T> shape(call.layers[0].sizes);
     const std::int64_t padded_h = padded<T>(call.layers[0].sizes.hidden);
     bool own_gates = false;
-    for (int i = 0; i < call.layer_count * call.directions; ++i)
+    std::int64_t widest = call.layers[0].sizes.hidden;
+    for (int i = 0; i < call.layer_count * call.directions; ++i) {
       own_gates |= call.save != Save::gates || call.layers[i].saved == nullptr;
+      if (call.layers[i].sizes.inputs > widest) widest = call.layers[i].sizes.inputs;
+    }
     const std::int64_t B = call.batch, rows = call.block_steps * B;
     for (int s = 0; s < Cell::states; ++s) {
       state[0][s] = arena.take<T>(B * shape.stride[s]);
@@ -260,6 +265,7 @@ struct ForwardScratch {
       for (const T**& one : prev) one = arena.take<const T*>(B);
       step_inputs = arena.take<const T*>(B), step_gates = arena.take<T*>(B);
       batch_index = arena.take<std::int64_t>(B);
+      operands.take(arena, how, rows, widest);
     });
   }
 };
@@ -416,25 +422,23 @@ class ForwardLoop : protected LayerContext<Cell, T> {
   int now_ = 0;  // which of two states is the one before the step
 };
 
-template <class Cell, class Format>
-class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typename Format::T> {
-  using T = typename Format::T;
+template <class Cell, class T>
+class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
   using Loop = ForwardLoop<ForwardLayer, Cell, T>;
   using Base = Context<Cell, T>;
-  using Base::call, Base::worker, Base::lanes;
+  using Base::call, Base::worker, Base::how, Base::lanes;
   using Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::now_, Loop::block_first_;
   using Loop::time, Loop::output;
   friend Loop;
   static constexpr std::int64_t grain = 1;
   using V = Vec<T>;
-  using Layout = PackedLayout<Cell, Format>;
   static constexpr int slots = kSlots<Cell>;
 
  public:
   ForwardLayer(const Base& context, const Layer& layer, const ForwardScratch<Cell, T>& scratch) noexcept
       : Loop(context, layer),
         s_(scratch),
-        packed_(layer, false),
+        packed_(layer, false, how.stored),
         keep_(call.save == Save::gates && layer.saved != nullptr && Cell::saved > 0) {}
 
  private:
@@ -454,7 +458,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
 
   // gates = x W_ih^T + b_ih for the active rows of `count` steps, in one product.
   void add_input_share(std::int64_t count) noexcept {
-    using Shape = typename Layout::Input;
+    using Shape = PanelShape<Cell::gates>;
     std::int64_t rows = 0;
     for (std::int64_t i = block_first_; i < block_first_ + count; ++i) {
       const std::int64_t t = time(i);
@@ -465,14 +469,14 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
       }
     }
     const Panels panels = this->panels(Shape::template panels<T>(H_));
-    product<Format, Shape>(rows, s_.block_x, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
-                           packed_.values(packed_.at.b_ih), H_, panels,
-                           [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                             for_units<T, Shape>(panel, H_, [&](int sub, std::int64_t unit, int) {
-                               for (int gate = 0; gate < Cell::gates; ++gate)
-                                 store(s_.block_gates[i] + gate * padded_h_ + unit, sum[sub * Cell::gates + gate]);
-                             });
-                           });
+    product<Shape>(how, s_.operands, rows, s_.block_x, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
+                   packed_.values(packed_.at.b_ih), H_, panels,
+                   [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
+                     for_units<T, Shape>(panel, H_, [&](int sub, std::int64_t unit, int) {
+                       for (int gate = 0; gate < Cell::gates; ++gate)
+                         store(s_.block_gates[i] + gate * padded_h_ + unit, sum[sub * Cell::gates + gate]);
+                     });
+                   });
   }
 
   void step(std::int64_t t) noexcept {
@@ -502,10 +506,10 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
         for (std::int64_t i = 0; i < rows; ++i) s_.step_inputs[i] = given<p - 1>(i);
         inputs = s_.step_inputs;
       }
-      product<Format, Shape>(rows, inputs, of.depth, packed_.weights(packed_.at.weights[p]),
-                             Phase::projects ? nullptr : packed_.values(packed_.at.bias[p]), of.units, panels,
-                             [&](std::int64_t i, std::int64_t panel, const V* sum)
-                                 RNNKERN_INLINE_LAMBDA { done(i, panel, sum, Phase::outputs); });
+      product<Shape>(how, s_.operands, rows, inputs, of.depth, packed_.weights(packed_.at.weights[p]),
+                     Phase::projects ? nullptr : packed_.values(packed_.at.bias[p]), of.units, panels,
+                     [&](std::int64_t i, std::int64_t panel, const V* sum)
+                         RNNKERN_INLINE_LAMBDA { done(i, panel, sum, Phase::outputs); });
     } else {
       for (std::int64_t i = 0; i < rows; ++i) {
         V means[Phase::means + 1];
@@ -573,7 +577,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, Format>, Cell, typena
   }
 
   const ForwardScratch<Cell, T>& s_;
-  const PackedWeights<Cell, Format> packed_;
+  const PackedWeights<Cell, T> packed_;
   const bool keep_;
 };
 

@@ -227,6 +227,34 @@ RNNKERN_INLINE V fma(V a, V b, V c) noexcept {
     return c;
   }
 }
+// Products of pairs of bfloat16 numbers are there: by an instruction that the CPU must have beside its ISA, or emulated
+// for tests.
+#if defined(__AVX512F__)
+constexpr bool kHasPairs = true, kEmulatesPairs = false;
+#elif defined(RNNKERN_VECTOR_BYTES)
+constexpr bool kHasPairs = true, kEmulatesPairs = true;
+#else
+constexpr bool kHasPairs = false, kEmulatesPairs = false;
+#endif
+
+// Adds to sum the products of the upper halves of the lanes, which are bfloat16 numbers, then those of the lower
+// halves, and rounds after each, as fma does. Measured on a Zen 4 server over 160 million sums of all kinds of numbers:
+// the instruction has the bits of two fma while denormals count as zero. It is written by hand because the compiler's
+// flag for it would let the compiler use it anywhere.
+RNNKERN_INLINE F32 add_pairs(F32 a, F32 b, F32 sum) noexcept {
+#if defined(__AVX512F__)
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
+  return sum;
+#else
+  using Bits = BitsOf<F32>;
+  const auto upper = [](F32 v) RNNKERN_INLINE_LAMBDA {
+    return reinterpret_cast<F32>(reinterpret_cast<Bits>(v) & 0xffff0000u);
+  };
+  const auto lower = [](F32 v) RNNKERN_INLINE_LAMBDA { return reinterpret_cast<F32>(reinterpret_cast<Bits>(v) << 16); };
+  return fma(lower(a), lower(b), fma(upper(a), upper(b), sum));
+#endif
+}
+
 template <class V>
 RNNKERN_INLINE V fnma(V a, V b, V c) noexcept {  // c - a * b
   return fma(-a, b, c);

@@ -496,9 +496,13 @@ class Native:
         self.rng = rng
         cells = [(cell, projects) for cell in CELLS.values() for projects in {False, cell.projects}]
         self.stacks = [
-            Stack(cell, 3, 4, 2 if projects else 0, layers, directions, np.dtype(dtype))
+            Stack(cell, 3, 4, 2 if projects else 0, layers, directions, np.dtype(dtype), precision=precision)
             for cell, projects in cells
-            for layers, directions, dtype in ((1, (False,), "f4"), (2, (False, True), "f8"))
+            for layers, directions, dtype, precision in (
+                (1, (False,), "f4", "float32"),
+                (1, (True,), "f4", "bfloat16"),
+                (2, (False, True), "f8", "float32"),
+            )
         ]
         self.saved = [self.run(stack)[1] for stack in self.stacks]
 
@@ -633,11 +637,11 @@ class Native:
     def linear(self) -> Call:
         dtype = self.rng.choice((np.float32, np.float64))
         x, weight, y = floats(5, 3, dtype=dtype), floats(2, 3, dtype=dtype), floats(5, 2, dtype=dtype)
-        bias = floats(2, dtype=dtype)
+        bias, precision = floats(2, dtype=dtype), {"rounds": self.rng.random() < 0.5}
         if self.rng.random() < 0.5:
-            return native.linear_forward, {"x": x, "weight": weight, "bias": bias, "y": y}, ("y",)
+            return native.linear_forward, {"x": x, "weight": weight, "bias": bias, "y": y} | precision, ("y",)
         filled = {"dx": np.zeros_like(x), "dweight": np.zeros_like(weight), "dbias": np.zeros_like(bias)}
-        return native.linear_backward, {"x": x, "weight": weight, "dy": y} | filled, tuple(filled)
+        return native.linear_backward, {"x": x, "weight": weight, "dy": y} | filled | precision, tuple(filled)
 
     def small(self) -> Call:
         packed, saved, _ = self.run(self.stacks[0])

@@ -69,11 +69,13 @@ static_assert(check_laws<NormRnn>() && check_laws<MinGru>());
 template <class Cell>
 void pass(const KernelCall& call, Worker& worker, bool backward) {
   Arena arena(call.scratch);
-  Context<Cell, double> loop{call, worker};
+  constexpr const auto& how = kArithmetic<Format>;
+  Context<Cell, double> loop{call, worker, how};
   if (backward)
-    BackwardLayer<Cell, double>(loop, *call.layers, BackwardScratch<Cell, double>(arena, call, worker.index)).run();
+    BackwardLayer<Cell, double>(loop, *call.layers, BackwardScratch<Cell, double>(arena, call, how, worker.index))
+        .run();
   else
-    ForwardLayer<Cell, Format>(loop, *call.layers, ForwardScratch<Cell, double>(arena, call, worker.index)).run();
+    ForwardLayer<Cell, double>(loop, *call.layers, ForwardScratch<Cell, double>(arena, call, how, worker.index)).run();
 }
 
 struct Team {
@@ -97,8 +99,8 @@ void run_cell(KernelCall call, Layer layer, LayerWeights<const void*> weights, i
   call.layers = &layer;
   for (const bool backward : {false, true}) {
     Arena count(nullptr);
-    ForwardScratch<Cell, double>(count, call, 0);
-    BackwardScratch<Cell, double>(count, call, 0);
+    ForwardScratch<Cell, double>(count, call, kArithmetic<Format>, 0);
+    BackwardScratch<Cell, double>(count, call, kArithmetic<Format>, 0);
     std::vector<double> scratch(static_cast<std::size_t>(count.used()) / 8 + 8, __builtin_nan(""));
     call.scratch = aligned(scratch);
     Team team{std::barrier<>(threads)};

@@ -1,18 +1,21 @@
-"""Frozen layers whose weights are stored in another format: the values are rounded once, and nothing else changes."""
+"""What is narrower than float32: weights of frozen layers stored in another format, and products in bfloat16."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
 import rnnkern as rk
+from rnnkern import backends, config
+from rnnkern.backends.native import native_module
 from rnnkern.cells import CELLS
 from rnnkern.formats import round_to_bfloat16
-from rnnkern.testing import Problem, inputs, layer_of, state_of
+from rnnkern.testing import Problem, assert_accurate, inputs, layer_of, run, state_of
 
 # T, B, I, H: one row, one tile and many of them, few units in the lanes, odd depths, a depth that goes by parts.
 SIZES = [(3, 1, 1, 1), (3, 20, 3, 3), (4, 33, 2, 7), (6, 1, 33, 70), (3, 8, 31, 33), (2, 26, 1037, 37), (2, 30, 3, 523)]
@@ -113,3 +116,114 @@ def test_what_cannot_be_stored_is_refused_by_name():
         rk.GRU(3, 4).freeze("float16")
     with pytest.raises(ValueError, match="weights: expected None for a layer of float64"):
         rk.GRU(3, 4, dtype="float64").freeze("bfloat16")
+
+
+def rounded_problem(cell, *sizes, **options):
+    """A problem in bfloat16, its layer, x and state, whose first step multiplies bfloat16 numbers already."""
+    problem = Problem(cell, *sizes, precision="bfloat16", **options)
+    drawn, layer = inputs(problem), layer_of(problem, "native")
+    for array in layer.parameters.values():
+        if array.ndim == 2:
+            array[...] = round_to_bfloat16(array)
+    return problem, layer, round_to_bfloat16(drawn.x), tuple(round_to_bfloat16(part) for part in drawn.state)
+
+
+@pytest.mark.skipif(native_module() is None, reason="the compiled module is missing")
+def test_products_of_pairs_have_the_bits_of_rounded_floats():
+    """What the CPU's instruction for bfloat16 computes is what every machine computes: of all kinds of numbers."""
+    native, hard = native_module(), {"poison": "nan"}
+    for isa, cell in product(config.isas(), CELLS):
+        with config.use_isa(isa):
+            if not native.multiplies_pairs():
+                continue
+            for index, sizes in enumerate([*SIZES, (1, 140, 9, 97), (2, 3, 5, 19)]):
+                options = (OPTIONS[index % len(OPTIONS)] if index < len(SIZES) else hard) | {
+                    "proj_size": sizes[3] // 2 if CELLS[cell].projects else 0,
+                    "scale": 1e-17 if index == len(SIZES) else 1,  # products below the smallest normal number
+                }
+                problem = Problem(cell, *sizes, precision="bfloat16", **options)
+                in_pairs = run(problem, "native")
+                try:
+                    native.allow_pairs(False)
+                    one_by_one = run(problem, "native")
+                finally:
+                    native.allow_pairs(True)
+                for name, array in in_pairs.items():
+                    numbers = ~np.isnan(array)
+                    assert np.array_equal(numbers, ~np.isnan(one_by_one[name])), (name, problem)
+                    same = array.view(np.uint32) == one_by_one[name].view(np.uint32)
+                    assert same[numbers].all(), (name, problem)
+
+
+def test_bfloat16_rounds_the_operands_of_products_and_nothing_else(cell, native):
+    """A step from operands that are bfloat16 numbers is that of float32, and so are the gradients of biases."""
+    for sizes in ((1, 3, 5, 9), (1, 1, 8, 40), (1, 20, 3, 3)):
+        problem, layer, x, state = rounded_problem(cell, *sizes)
+        plain = layer_of(replace(problem, precision="float32"), native)
+        plain.load_state_dict(layer.state_dict())
+        results = []
+        for one in (layer, plain):
+            y, final, tape = one.forward(x, state_of(state))
+            grads = one.backward(tape, inputs(problem).dy)
+            biases = [grads.parameters[name] for name in grads.parameters if "bias" in name]
+            results.append([y, *(final if isinstance(final, tuple) else (final,)), *biases])
+        late = CELLS[cell].late_gates > 0  # whose second product takes what the first has given
+        for rounded, exact in zip(*results, strict=True):
+            assert late or np.array_equal(rounded, exact), sizes
+        assert not np.array_equal(layer(inputs(problem).x)[0], plain(inputs(problem).x)[0])
+
+
+def test_bfloat16_is_that_of_the_reference(cell, backend):
+    """Outputs and gradients, with every option, on every backend that rounds; the others name those that do."""
+    if not getattr(backends.get(backend), "rounds_operands", False):
+        with pytest.raises(ValueError, match=r"precision: expected 'float32' on the backend 'numba.*'native'"):
+            layer_of(Problem(cell, precision="bfloat16"), backend)
+        return
+    for index, options in enumerate(OPTIONS):
+        problem = Problem(cell, *[(4, 5, 6, 7), (6, 20, 3, 3), (7, 3, 9, 33)][index], precision="bfloat16", **options)
+        assert_accurate(problem, run(problem, backend))
+
+
+def test_linear_rounds_its_operands(backend):
+    """Product and gradients are those of rounded operands; the bias and its gradient are not rounded."""
+    if not getattr(backends.get(backend), "rounds_operands", False):
+        with pytest.raises(ValueError, match="precision: expected 'float32' on the backend"):
+            rk.Linear(3, 2, precision="bfloat16", backend=backend)
+        return
+    generator = np.random.default_rng(0)
+    for rows, I, F in ((1, 3, 2), (37, 33, 70), (300, 5, 1)):
+        layer = rk.Linear(I, F, precision="bfloat16", backend=backend, seed=1)
+        plain = rk.Linear(I, F, backend="reference", seed=1)
+        plain.parameters["weight"][...] = round_to_bfloat16(plain.parameters["weight"])
+        x, dy = (generator.normal(size=(rows, size)).astype(np.float32) for size in (I, F))
+        y, tape = layer.forward(x)
+        grads = layer.backward(tape, dy)
+        expected, tape = plain.forward(round_to_bfloat16(x))
+        of_rounded = plain.backward(tape, round_to_bfloat16(dy))
+        results = [y, grads.x, grads.parameters["weight"], grads.parameters["bias"]]
+        for one, exact in zip(
+            results, [expected, of_rounded.x, of_rounded.parameters["weight"], dy.sum(0, np.float64)], strict=True
+        ):
+            assert np.abs(one - exact).max() <= 4e-6 * rows  # one operand not rounded: 1e-3
+
+
+def test_what_keeps_the_precision_and_what_refuses_it(tmp_path):
+    """repr, copies, files and the functional pair keep it; float64 and unknown names are refused."""
+    layer = rk.GRU(5, 20, precision="bfloat16", seed=0)
+    model = rk.Sequential(layer, rk.Linear(20, 2, precision="bfloat16", seed=1))
+    assert repr(layer) == "GRU(5, 20, precision='bfloat16')"
+    assert repr(layer.freeze()) == f"{layer!r}.freeze()"
+    rk.save_model(tmp_path / "model.npz", model)
+    x = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
+    for one in (rk.load_model(tmp_path / "model.npz"), pickle.loads(pickle.dumps(model)), copy.copy(model)):
+        assert repr(one) == repr(model)
+        assert np.array_equal(one(x)[0], model(x)[0])
+    weights = {
+        name.split("_l0")[0].replace("weight", "w").replace("bias", "b"): a for name, a in layer.state_dict().items()
+    }
+    assert np.array_equal(rk.forward("gru", x, weights, precision="bfloat16")[0], layer(x)[0])
+    for make in (rk.LSTM, rk.Linear):
+        with pytest.raises(ValueError, match=r"precision: expected 'bfloat16' with dtype float32 alone, .* float64"):
+            make(3, 4, dtype="float64", precision="bfloat16")
+        with pytest.raises(ValueError, match="precision: expected 'float32' or 'bfloat16', got str 'half'"):
+            make(3, 4, precision="half")

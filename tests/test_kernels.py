@@ -43,15 +43,16 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Vectors:
-    """What the sizes of a path depend on: lanes and bytes of a vector, and the gates of the cell."""
+    """What the sizes of a path depend on: lanes and bytes of a vector, of so many weights, and the cell's gates."""
 
     lanes: int
     bytes: int
+    weight_bytes: int
     gates: int
 
     def deep(self, vectors: int) -> int:
         """The inputs of which a panel of so many vectors fills a part (kPartDepth in gemm.h)."""
-        return 64 * 1024 // (vectors * self.bytes)
+        return 64 * 1024 // (vectors * self.weight_bytes)
 
     @property
     def outer_rows(self) -> int:
@@ -172,7 +173,7 @@ BIT_KINDS = [
 ]
 
 OPTIONS: dict[str, Sequence[Any]] = {
-    "dtype": ("float32", "float64"),
+    "numbers": ({"dtype": "float32"}, {"dtype": "float64"}, {"dtype": "float32", "precision": "bfloat16"}),
     "stack": ({}, {"num_layers": 3}, {"num_layers": 3, "dropout": 0.4}),
     "bidirectional": (False, True),
     "lengths": (False, True),
@@ -226,8 +227,11 @@ class Case:
     @property
     def vectors(self) -> Vectors:
         """Of the ISA, which is in use, and the dtype."""
-        lanes = native_module().lanes(self.options["dtype"])
-        return Vectors(lanes, lanes * np.dtype(self.options["dtype"]).itemsize, len(CELLS[self.cell].gates))
+        native, dtype = native_module(), np.dtype(self.options["dtype"])
+        lanes = native.lanes(dtype)
+        in_pairs = self.options.get("precision") == "bfloat16" and native.multiplies_pairs()
+        itemsize = 2 if in_pairs else dtype.itemsize
+        return Vectors(lanes, lanes * dtype.itemsize, lanes * itemsize, len(CELLS[self.cell].gates))
 
     @contextmanager
     def begun(self) -> Iterator[Problem]:
@@ -260,7 +264,10 @@ def crossed(seed: int, on_each_isa: bool = False, **options: Sequence[Any]) -> p
     for row in found:
         if PATHS[row["path"]].one_layer:
             row["stack"] = {}
-    cases = [Case(row.pop("path"), *row.pop("kind"), row.pop("isa"), row.pop("stack") | row) for row in found]
+    cases = [
+        Case(row.pop("path"), *row.pop("kind"), row.pop("isa"), row.pop("stack") | row.pop("numbers") | row)
+        for row in found
+    ]
     return pytest.mark.parametrize("case", cases, ids=str)
 
 
@@ -297,9 +304,9 @@ def test_each_value_meets_each_value_of_other_factors() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_is_taken(path: str) -> None:
-    """With its sizes a call of every cell is divided as it says, on every ISA and in both dtypes."""
-    for isa, dtype, cell in product(config.isas(), OPTIONS["dtype"], CELLS):
-        case = Case(path, cell, False, isa, {"dtype": dtype})
+    """With its sizes a call of every cell is divided as it says, on every ISA, in both dtypes and in bfloat16."""
+    for isa, numbers, cell in product(config.isas(), OPTIONS["numbers"], CELLS):
+        case = Case(path, cell, False, isa, numbers)
         with case.begun() as problem:
             call = Call(case.vectors, problem, *planning._plan(layer_of(problem, "native"), problem.T, problem.B)[1:])
         assert call.forward.threads == call.backward.threads == PATHS[path].threads, call

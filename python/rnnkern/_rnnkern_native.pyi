@@ -74,6 +74,10 @@ def activation(name: str, x: numpy.ndarray) -> numpy.ndarray:
     """
     One of the kernels' activations, for tests.
     """
+def allow_pairs(allowed: bool) -> None:
+    """
+    Lets them be made so, or not, for what is packed from now on.
+    """
 def cells() -> list:
     """
     What the compiled module knows of each cell.
@@ -98,9 +102,9 @@ def lanes(dtype: typing.Any) -> int:
     """
 def limit_caller(count: typing.SupportsInt | typing.SupportsIndex) -> int:
     ...
-def linear_backward(x: typing.Any, weight: typing.Any, dy: typing.Any, dx: typing.Any, dweight: typing.Any, dbias: typing.Any) -> None:
+def linear_backward(x: typing.Any, weight: typing.Any, dy: typing.Any, dx: typing.Any, dweight: typing.Any, dbias: typing.Any, rounds: bool = False) -> None:
     ...
-def linear_forward(x: typing.Any, weight: typing.Any, bias: typing.Any, y: typing.Any) -> None:
+def linear_forward(x: typing.Any, weight: typing.Any, bias: typing.Any, y: typing.Any, rounds: bool = False) -> None:
     ...
 def measure(name: str, cell: str, repeats: typing.SupportsInt | typing.SupportsIndex, elements: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, runs: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, list[tuple[float, int]]]:
     """
@@ -110,17 +114,21 @@ def most_threads(siblings: collections.abc.Sequence[str], quota: typing.Supports
     """
     The threads of a process whose CPUs share cores with these, under a quota of CPUs' worth of time.
     """
+def multiplies_pairs() -> bool:
+    """
+    Whether products of bfloat16 numbers are made in pairs, by the ISA in use.
+    """
 def next_retreat(before: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
     How many calls do without helpers after a crowded one.
     """
 def num_threads() -> int:
     ...
-def pack(stack: tuple[str, str, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, training: bool) -> Packed:
+def pack(stack: tuple[str, str, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, training: bool) -> Packed:
     ...
 def reserve() -> Reserve:
     ...
-def run(stack: tuple[str, str, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, sizes: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any, reserve: typing.Any) -> tuple:
+def run(stack: tuple[str, str, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, sizes: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any, reserve: typing.Any) -> tuple:
     ...
 def scale(arrays: list, factor: typing.SupportsFloat | typing.SupportsIndex) -> None:
     """

@@ -1,4 +1,4 @@
-"""The formats that a frozen layer's weights can be stored in, beside the dtype of the layer."""
+"""What is narrower than float32: the precision of products, and formats for the weights of a frozen layer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from numpy.typing import NDArray
 
 from .arguments import describe
 
-__all__ = ["check_format", "copied", "round_to_bfloat16", "rounded"]
+__all__ = ["check_format", "check_precision", "copied", "round_to_bfloat16", "rounded"]
 
 Array = NDArray[Any]
+
+
+def check_precision(precision: object, dtype: np.dtype[Any]) -> str:
+    """The precision of the products of a layer of this dtype."""
+    if not isinstance(precision, str) or precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision: expected 'float32' or 'bfloat16', got {describe(precision)}")
+    if precision == "bfloat16" and dtype != np.float32:
+        raise ValueError(f"precision: expected 'bfloat16' with dtype float32 alone, got it with {dtype}")
+    return precision
 
 
 def check_format(weights: object, dtype: np.dtype[Any]) -> str:

@@ -32,6 +32,7 @@ from .cells import CELLS, Cell
 from .checkpoints import Checkpoints, Masks
 from .clipping import clip_grad_value, norm_of, scale_down
 from .copies import shared
+from .formats import check_precision
 from .stack import Backward, Forward, LayerSizes, Stack, State, Weights
 
 __all__ = ["Flow", "Grads", "Parameters", "Tape", "backward", "forward"]
@@ -196,6 +197,7 @@ def forward(
     resets: Any = None,
     reverse: bool = False,
     save: str = "gates",
+    precision: str = "float32",
 ) -> tuple[Any, Any, Tape]:
     """Run one layer in one direction and keep what `backward` needs.
 
@@ -219,6 +221,8 @@ def forward(
         What the tape keeps; the gradients are the same to the last bit on the backend native. `"gates"`: what backward
         needs. `"outputs"`: at most the cell state beside y; backward computes the gates of a block of steps again.
         `"checkpoint"`: states every sqrt(T) steps; backward runs the steps between them again.
+    precision
+        `"bfloat16"`: the operands of every product, in `backward` too, are rounded to it, as for the layers.
 
     Returns
     -------
@@ -243,6 +247,7 @@ def forward(
     check_save(save)
     entry = CELLS[cell]
     stack = _stack_of(entry, weights, flag("reverse", reverse))
+    stack = replace(stack, precision=check_precision(precision, stack.dtype))
     shapes = stack.layers[0].weight_shapes(True, stack.proj_size > 0)
     given = {
         name: as_parameter(f"weights[{name!r}]", weights[name], shape, stack.dtype)
@@ -254,7 +259,9 @@ def forward(
         given = {name: given[name] if name in given else np.zeros(shape, stack.dtype) for name, shape in shapes.items()}
     signature = Signature(stack)
     arguments = signature.arguments(x, state, lengths, resets, offsets)
-    return run_forward(signature, backends.pick(), [given], [names], None, arguments, None, save)
+    return run_forward(
+        signature, backends.pick(precision=stack.precision), [given], [names], None, arguments, None, save
+    )
 
 
 def backward(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,17 @@ from .stack import Backward, Forward, LayerSizes, Stack, State, Wanted, Weights,
 
 __all__ = [
     "EXACT",
+    "ROUNDED",
     "Arithmetic",
     "Saved",
+    "arithmetic_of",
     "backward_layer",
     "backward_rows",
     "backward_step",
     "bounded",
     "forward_layer",
     "gradients",
+    "nearest_bfloat16",
 ]
 
 Array = NDArray[Any]
@@ -51,20 +55,41 @@ def _matmul(a: Array, w: Array) -> Array:
     return a @ w.T
 
 
+def _as_they_are(a: Array) -> Array:
+    return a
+
+
+def nearest_bfloat16(a: Array) -> Array:
+    """The nearest numbers of 8 bits, ties to even, in the dtype of a; infinite from 2^128 on."""
+    mantissa, exponent = np.frexp(a)
+    rounded = np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+    return np.asarray(np.where(np.abs(rounded) < 2.0**128, rounded, rounded * np.inf), a.dtype)
+
+
 @dataclass(frozen=True)
 class Arithmetic:
-    """How the reference computes. `product(a, w)`: a (..., K) times w (N, K) gives (..., N)."""
+    """How the reference computes. `product(a, w)`: a (..., K) times w (N, K) gives (..., N).
+
+    `operand` is what becomes of both before: of the rows and the weights of every matrix product, not of sums that add
+    rows of gradients, as for biases.
+    """
 
     sigmoid: Callable[[Array], Array] = _sigmoid
     tanh: Callable[[Array], Array] = np.tanh
     relu: Callable[[Array], Array] = _relu
     relu_gradient: Callable[[Array], Array] = _relu_gradient
     product: Callable[[Array, Array], Array] = _matmul
+    operand: Callable[[Array], Array] = _as_they_are
     one: float = 1.0
     zero: float = 0.0
 
+    def multiply(self, a: Array, w: Array) -> Array:
+        """The product of the operands."""
+        return self.product(self.operand(a), self.operand(w))
+
 
 EXACT = Arithmetic()
+ROUNDED = Arithmetic(operand=nearest_bfloat16)
 
 
 @dataclass(frozen=True)
@@ -104,7 +129,7 @@ def forward_layer(
     b_ih, b_hh = weights.get("b_ih", no_bias), weights.get("b_hh", no_bias)
     w_hh = weights["w_hh"]
     extra = [weights[name] for name in cell.extras]
-    product = arithmetic.product
+    product = arithmetic.multiply
     input_share = (product(x, weights["w_ih"]) + b_ih).astype(y.dtype, copy=False)
     saved = Saved([[] for _ in x], [[] for _ in x], [[] for _ in x], list(x))
     current = list(state)
@@ -220,7 +245,7 @@ def backward_rows(
         if flow is not None:
             flow[:, t] = np.where(active[:, 0], _measured(cell, dnew, saved.values[t]), 0)
         dnew = [bounded(one, bound) for one in dnew]
-        dx, dr, dprev, dextra = backward_step(sizes, weights, math, saved.values[t], prev, dnew, arithmetic.product)
+        dx, dr, dprev, dextra = backward_step(sizes, weights, math, saved.values[t], prev, dnew, arithmetic.multiply)
         of_step = {"dx": _rows(dx), "dr": _rows(dr), "x": x[t], "h": prev[0]}
         of_step |= dict(zip((*of_states, *cell.extras), (*dnew, *dextra), strict=True))
         if "w_hr" in weights:
@@ -253,13 +278,11 @@ def backward_layer(
     """Gradients of one layer-direction: of x (T, B, I), of the initial state, and of the wanted weights (None: all)."""
     rows, initial = backward_rows(sizes, weights, x, saved, lengths, cut, dy, dstate, arithmetic, bound, flow)
     names = weights if wanted is None else wanted
-    dx = arithmetic.product(rows["dx"], weights["w_ih"].T) if need_x else None
-    return dx, initial, gradients(sizes.cell, names, rows, arithmetic.product)
+    dx = arithmetic.multiply(rows["dx"], weights["w_ih"].T) if need_x else None
+    return dx, initial, gradients(sizes.cell, names, rows, arithmetic)
 
 
-def gradients(
-    cell: Cell, wanted: Wanted, rows: Weights, product: Callable[[Array, Array], Array] = _matmul
-) -> dict[str, Array]:
+def gradients(cell: Cell, wanted: Wanted, rows: Weights, arithmetic: Arithmetic = EXACT) -> dict[str, Array]:
     """The gradients of the wanted weights: sums over the rows of all steps, zero where a row is inactive.
 
     rows (T, B, .): dx and dr of the gates' two shares, dh of h after a projection, x, h before each step, scaled and
@@ -271,9 +294,9 @@ def gradients(
     vectors = {"b_ih": flat["dx"], "b_hh": flat["dr"]} | {name: flat[name] for name in cell.extras}
 
     def sum_of_outer(left: Array, right: Array) -> Any:
-        return product(left.T, right.T)
+        return arithmetic.multiply(left.T, right.T)
 
-    sums = {name: sum_of_outer(one, ones)[:, 0] for name, one in vectors.items() if name in wanted}
+    sums = {name: arithmetic.product(one.T, ones.T)[:, 0] for name, one in vectors.items() if name in wanted}
     if "w_ih" in wanted:
         sums["w_ih"] = sum_of_outer(flat["dx"], flat["x"])
     if "w_hh" in wanted:
@@ -289,6 +312,7 @@ def gradients(
 
 name = "reference"
 watches = True
+rounds_operands = True
 
 
 def unavailable() -> str | None:
@@ -301,12 +325,18 @@ def pack(stack: Stack, weights: Sequence[Weights], training: bool) -> list[dict[
     return [{key: np.array(value, np.float64) for key, value in one.items()} for one in weights]
 
 
+def arithmetic_of(stack: Stack) -> Arithmetic:
+    """That of the precision of a stack."""
+    return ROUNDED if stack.rounds else EXACT
+
+
 def forward(stack: Stack, packed: Sequence[Weights], call: Forward) -> tuple[State, Any]:
     """See `backends`."""
     x, state = call.x.astype(np.float64), stack.filled(call.state, call.batch)
     exact = call._replace(x=x, state=_to_float64(state), y=np.empty(call.y.shape))
     with np.errstate(all="ignore"):
-        final, saved = forward_by_layer(forward_layer, stack, packed, exact)
+        run_layer = partial(forward_layer, arithmetic=arithmetic_of(stack))
+        final, saved = forward_by_layer(run_layer, stack, packed, exact)
         call.y[...] = exact.y
         return tuple(s.astype(stack.dtype) for s in final), saved if call.save else None
 
@@ -324,7 +354,8 @@ def backward(
     dstate = _to_float64(stack.filled(asked.dstate, call.batch))
     exact = asked._replace(dy=None if asked.dy is None else asked.dy.astype(np.float64), dstate=dstate)
     with np.errstate(all="ignore"):
-        dx, initial, gradients = backward_by_layer(backward_layer, stack, packed, saved, call, exact)
+        run_layer = partial(backward_layer, arithmetic=arithmetic_of(stack))
+        dx, initial, gradients = backward_by_layer(run_layer, stack, packed, saved, call, exact)
         return (
             None if dx is None else dx.astype(stack.dtype),
             tuple(s.astype(stack.dtype) for s in initial),
@@ -358,19 +389,19 @@ def plan(
     return packed, common | {"kept": kept, "scratch": in_forward}, common | {"kept": 0, "scratch": in_backward}
 
 
-def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> None:
+def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array, rounds: bool = False) -> None:
     """y = x W^T + b; x (rows, inputs), weight (outputs, inputs), y (rows, outputs)."""
-    exact = x.astype(np.float64) @ weight.astype(np.float64).T
-    y[...] = exact if bias is None else exact + bias
+    product = (ROUNDED if rounds else EXACT).multiply(x.astype(np.float64), weight.astype(np.float64))
+    y[...] = product if bias is None else product + bias
 
 
 def linear_backward(
-    x: Array, weight: Array, dy: Array, need_x: bool, wanted: Wanted = ("weight", "bias")
+    x: Array, weight: Array, dy: Array, need_x: bool, wanted: Wanted = ("weight", "bias"), rounds: bool = False
 ) -> tuple[Array | None, Array | None, Array | None]:
     """Gradients of x, weight and bias, None where not wanted."""
-    exact = dy.astype(np.float64)
-    dx = (exact @ weight.astype(np.float64)).astype(x.dtype) if need_x else None
-    dweight = (exact.T @ x.astype(np.float64)).astype(x.dtype) if "weight" in wanted else None
+    multiply, exact = (ROUNDED if rounds else EXACT).multiply, dy.astype(np.float64)
+    dx = multiply(exact, weight.astype(np.float64).T).astype(x.dtype) if need_x else None
+    dweight = multiply(exact.T, x.astype(np.float64).T).astype(x.dtype) if "weight" in wanted else None
     return dx, dweight, exact.sum(0).astype(x.dtype) if "bias" in wanted else None
 
 

@@ -181,17 +181,23 @@ class Stack:
     directions: tuple[bool, ...] = (False,)  # of each direction: does it run in reverse?
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))
     stored: str = ""  # what packed weights are stored in where that is not dtype: "bfloat16", whose values they are
+    precision: str = "float32"  # "bfloat16": what the operands of every product are rounded to
 
     @cached_property
     def format(self) -> str:
         """The name of the format of packed weights."""
         return self.stored or self.dtype.name
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the operands of products are rounded to bfloat16."""
+        return self.precision == "bfloat16"
+
     @cached_property
-    def description(self) -> tuple[str, str, int, int, int, int, tuple[bool, ...]]:
-        """What compiled code is told: cell, format, sizes and directions."""
+    def description(self) -> tuple[str, str, bool, int, int, int, int, tuple[bool, ...]]:
+        """What compiled code is told: cell, format, whether operands are rounded, sizes and directions."""
         sizes = self.input_size, self.hidden_size, self.proj_size, self.num_layers
-        return self.cell.name, self.format, *sizes, self.directions
+        return self.cell.name, self.format, self.rounds, *sizes, self.directions
 
     @cached_property
     def weight_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

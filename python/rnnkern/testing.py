@@ -66,6 +66,7 @@ class Problem:
     scale: float = 1.0  # of the weights, beside uniform in [-1/sqrt(H), 1/sqrt(H)]
     poison: str = ""  # "nan", "inf" or "-inf": one element of x in the middle
     seed: int = 0
+    precision: str = "float32"
 
     @property
     def stack(self) -> Stack:
@@ -78,6 +79,7 @@ class Problem:
             self.num_layers,
             (False, True) if self.bidirectional else (False,),
             np.dtype(self.dtype),
+            precision=self.precision,
         )
 
 
@@ -143,6 +145,7 @@ def layer_of(problem: Problem, backend: str = "auto") -> Recurrent:
         bidirectional=problem.bidirectional,
         proj_size=problem.proj_size,
         dtype=problem.dtype,
+        precision=problem.precision,
         backend=backend,
     )
     names = parameter_names(problem.stack, problem.bias)
@@ -281,13 +284,17 @@ def _positive(problem: Problem, results: Mapping[str, Array]) -> bytes | None:
 @lru_cache(maxsize=512)
 def exact_results(problem: Problem, positive: bytes | None = None) -> Results:
     """The reference in float64, or in longdouble for a float64 problem."""
-    return _evaluate(problem, np.float64 if problem.dtype == "float32" else np.longdouble, EXACT, positive)
+    dtype = np.float64 if problem.dtype == "float32" else np.longdouble
+    return _evaluate(problem, dtype, reference.arithmetic_of(problem.stack), positive)
 
 
 @lru_cache(maxsize=512)
 def naive_results(problem: Problem, positive: bytes | None = None) -> list[Results]:
     """y_0 to y_3: plain; activations moved at random by up to 2 ulp; the same, sums in reverse; another seed."""
-    return [_evaluate(problem, problem.dtype, one, positive) for one in naive_arithmetics(problem.seed)]
+    naive = naive_arithmetics(problem.seed)
+    if problem.stack.rounds:
+        naive = [replace(one, operand=_rounded_near(eps)) for one, eps in zip(naive, _BEFORE_ROUNDING, strict=True)]
+    return [_evaluate(problem, problem.dtype, one, positive) for one in naive]
 
 
 def naive_arithmetics(seed: int) -> list[Arithmetic]:
@@ -298,6 +305,18 @@ def naive_arithmetics(seed: int) -> list[Arithmetic]:
         _moved(seed, _sequential_reverse),
         _moved(seed + 1, _sequential),
     ]
+
+
+# By how many units of the last digit the operands of y_0 to y_3 are moved before they are rounded: those next to a tie
+# go the one way in some and the other way in others, as they may where they are computed.
+_BEFORE_ROUNDING = (0, 4, -4, 0)
+
+
+def _rounded_near(units: int) -> Callable[[Array], Array]:
+    def operand(a: Array) -> Array:
+        return reference.nearest_bfloat16(a * a.dtype.type(1 + units * np.finfo(a.dtype).eps))
+
+    return operand
 
 
 def _sequential(a: Array, w: Array, reverse: bool = False) -> Array:

@@ -29,6 +29,7 @@ from .arguments import (
 )
 from .clipping import items_of, mappings_of
 from .copies import shared
+from .formats import check_precision
 from .functional import Grads, Limits, Parameters, refuse_to_copy, uniform
 from .pieces import Piece, check_room
 
@@ -65,6 +66,8 @@ class Linear(Piece):
         Whether there is a b.
     dtype
         float32 or float64.
+    precision
+        As for the recurrent layers: `"bfloat16"` rounds the operands of products.
     backend
         As for the recurrent layers.
     seed
@@ -93,6 +96,7 @@ class Linear(Piece):
         bias: bool = True,
         *,
         dtype: DTypeLike = "float32",
+        precision: str = "float32",
         backend: str = "auto",
         seed: int | None = None,
     ) -> None:
@@ -100,8 +104,9 @@ class Linear(Piece):
         self.out_features = integer("out_features", out_features, 1)
         self.bias = flag("bias", bias)
         self.dtype = float_dtype(dtype)
+        self.precision = check_precision(precision, self.dtype)
         self._chosen_backend = backend
-        self._backend = backends.pick(backend)
+        self._backend = backends.pick(backend, self.precision)
         shapes: dict[str, tuple[int, ...]] = {"weight": (self.out_features, self.in_features)}
         if self.bias:
             shapes["bias"] = (self.out_features,)
@@ -119,6 +124,11 @@ class Linear(Piece):
         return name
 
     @property
+    def _rounds(self) -> tuple[bool, ...]:
+        """What a backend that rounds operands is told."""
+        return (True,) if self.precision == "bfloat16" else ()
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """in_features and out_features."""
         return self.in_features, self.out_features
@@ -128,7 +138,7 @@ class Linear(Piece):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._backend = backends.pick(self._chosen_backend)
+        self._backend = backends.pick(self._chosen_backend, self.precision)
 
     def __call__(self, x: Any, *, out: Array | None = None) -> Array:
         """y (..., out_features) of x (..., in_features), to `out` where given; keeps nothing."""
@@ -196,7 +206,7 @@ class Linear(Piece):
         dy = as_parameter("dy", dy, (*tape.shape, self.out_features), self.dtype).reshape(-1, self.out_features)
         x_shape = (*tape.shape, self.in_features)
         if tape.x.size:
-            dx, dweight, dbias = self._backend.linear_backward(tape.x, tape.weight, dy, need_x, wanted)
+            dx, dweight, dbias = self._backend.linear_backward(tape.x, tape.weight, dy, need_x, wanted, *self._rounds)
         else:
             dx, dweight, dbias = tape.x, np.zeros_like(tape.weight), np.zeros(self.out_features, self.dtype)
         grads = Grads(
@@ -217,7 +227,7 @@ class Linear(Piece):
         if y is None:
             y = np.empty((len(rows), self.out_features), self.dtype)
         if len(rows):
-            self._backend.linear_forward(rows, self.parameters["weight"], self.parameters.get("bias"), y)
+            self._backend.linear_forward(rows, self.parameters["weight"], self.parameters.get("bias"), y, *self._rounds)
         return y
 
 

@@ -14,6 +14,11 @@ A backend is a module with these names; arrays are time-major, C-contiguous and 
     linear_forward(x, weight, bias, y)                 x (rows, inputs), weight (outputs, inputs), y (rows, outputs)
     linear_backward(x, weight, dy, need_x, wanted=("weight", "bias")) -> (dx, dweight, dbias), None where not wanted
 
+A backend that rounds the operands of products to bfloat16, where `stack.precision` says so, also has:
+
+    rounds_operands = True
+        and `rounds=False` as the last argument of both functions of Linear
+
 A backend that runs exact arrays sooner than Python has looked at them also has:
 
     frozen_call(packed, friendly, batch_first) -> call
@@ -89,8 +94,8 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def pick(name: str = "auto") -> ModuleType:
-    """The backend to use.
+def pick(name: str = "auto", precision: str = "float32") -> ModuleType:
+    """The backend to use, which has to have the precision of its products.
 
     `auto` is the environment variable RNNKERN_BACKEND where it is not empty, else the best present of native, numba and
     reference, with one warning when it is not the first.
@@ -98,10 +103,20 @@ def pick(name: str = "auto") -> ModuleType:
     Raises
     ------
     TypeError, ValueError
-        name is not the name of a backend.
+        name is not the name of a backend, or the backend lacks the precision.
     BackendUnavailableError
         A named backend cannot run.
     """
+    module = _pick(name)
+    if precision != "float32" and not getattr(module, "rounds_operands", False):
+        raise ValueError(
+            f"precision: expected 'float32' on the backend {module.name!r}, which rounds no operands, got "
+            f"{precision!r}; the backends 'native' and 'reference' do"
+        )
+    return module
+
+
+def _pick(name: str) -> ModuleType:
     if not isinstance(name, str):
         raise TypeError(f"backend: expected a name (str), got {type(name).__name__}")
     if name == "auto":

@@ -43,6 +43,7 @@ __all__ = [
     "pack",
     "plan",
     "reserve",
+    "rounds_operands",
     "run",
     "stream",
     "unavailable",
@@ -52,6 +53,7 @@ Array = NDArray[Any]
 
 name = "native"
 watches = True
+rounds_operands = True
 
 
 def native_module() -> Any:
@@ -155,17 +157,17 @@ def stream(packed: Any, batch: int, arguments: Callable[..., Any]) -> Any:
     return _native.stream(packed, batch, arguments)
 
 
-def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array) -> None:
+def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array, rounds: bool = False) -> None:
     """See `backends`."""
-    _native.linear_forward(x, weight, bias, y)
+    _native.linear_forward(x, weight, bias, y, rounds)
 
 
 def linear_backward(
-    x: Array, weight: Array, dy: Array, need_x: bool, wanted: Wanted = ("weight", "bias")
+    x: Array, weight: Array, dy: Array, need_x: bool, wanted: Wanted = ("weight", "bias"), rounds: bool = False
 ) -> tuple[Array | None, Array | None, Array | None]:
     """See `backends`."""
     dx = np.empty_like(x) if need_x else None
     dweight = np.zeros_like(weight) if "weight" in wanted else None
     dbias = np.zeros(len(weight), weight.dtype) if "bias" in wanted else None
-    _native.linear_backward(x, weight, dy, dx, dweight, dbias)
+    _native.linear_backward(x, weight, dy, dx, dweight, dbias, rounds)
     return dx, dweight, dbias
