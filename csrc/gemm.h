@@ -320,9 +320,10 @@ RNNKERN_INLINE void product(const Arithmetic<T>& how, const Operands<T>& operand
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t panel = panels.backwards ? begin + end - 1 - i : i;
       const Tiles<T>& tiles = how.tiles[gates * Shape::template subs_of<T>(panel, units) - 1];
-      const bool deep = row_count > tiles.max_rows && depth > tiles.part_depth;
+      const int max_rows = Shape::subs == 1 ? kTileRows<gates> : tiles.max_rows;  // the divisor, where it is known
+      const bool deep = row_count > max_rows && depth > tiles.part_depth;
       const auto tile = deep ? tiles.of_parts : tiles.of_rows;
-      for_parts(row_count, deep ? kPartRows : tiles.max_rows,
+      for_parts(row_count, deep ? kPartRows : max_rows,
                 [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
                   tile(count, row + first, depth, packed + panel * panel_bytes,
                        start ? start + panel * width : kZeros<T>, 0, sums);

@@ -392,8 +392,8 @@ def test_a_wrong_option_is_named(subtests):
 
 def test_a_module_of_another_dtype_or_device_says_what_is_supported(subtests):
     """At the call, since `half()` belongs to torch; also where some of the parameters are of another."""
-    with pytest.raises(NotImplementedError, match=r"parameters: .*got torch.bfloat16 on cpu"):
-        rt.GRU(3, 4).bfloat16()(X.bfloat16())
+    with pytest.raises(NotImplementedError, match=r"parameters: .*got torch.float16 on cpu"):
+        rt.GRU(3, 4).half()(X.half())
     with pytest.raises(NotImplementedError, match=r"parameters: expected some on cpu, as input, got .* on meta"):
         rt.GRU(3, 4, device="meta")(X)
     for kind in (torch.float64, "meta"):
@@ -403,6 +403,32 @@ def test_a_module_of_another_dtype_or_device_says_what_is_supported(subtests):
             message = rf"parameters: expected all of torch.float32 on cpu, got weight_hh_l0 of .*{kind}"
             with subtests.test(str(kind)), pytest.raises(TypeError, match=message):
                 call()
+
+
+def test_a_module_in_bfloat16_has_the_bits_of_a_layer_in_that_precision():
+    """Its own dtype, autocast, frozen, converted, compiled; and the gradients, each rounded to its tensor's dtype."""
+    torch.manual_seed(0)
+    module = rt.LSTM(3, 40, num_layers=2).bfloat16()
+    layer, x = rt.to_layer(module), X.bfloat16()
+    assert layer.precision == "bfloat16"
+    y, _, tape = layer.forward(x.float().numpy())
+    expected = layer.backward(tape, np.ones_like(y))
+    found, _ = module(x.requires_grad_())
+    assert torch.equal(found, torch.from_numpy(y.copy()).bfloat16())
+    found.sum().backward()
+    assert torch.equal(x.grad, torch.from_numpy(expected.x).bfloat16())
+    for name, one in module.named_parameters():
+        assert torch.equal(one.grad, torch.from_numpy(expected.parameters[name]).bfloat16()), name
+    with pytest.raises(TypeError, match=r"hx\[1\]: expected torch.bfloat16, as the parameters are, got torch.float32"):
+        module(x, (torch.zeros(2, 2, 40, dtype=torch.bfloat16), torch.zeros(2, 2, 40)))
+    wide = rt.LSTM(3, 40, num_layers=2)
+    wide.load_state_dict(module.state_dict())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(wide(x)[0], found)
+    with torch.no_grad():
+        assert torch.equal(module.freeze()(x)[0], found)
+        assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x)[0], found)
+        assert not torch.equal(wide(x.float())[0].bfloat16(), found)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -81,7 +81,7 @@ def lefts():
     return {
         "subclass": (Own(3, 4), "subclass, Own"),
         "parametrized": (parametrized, "parametrized: weight_hh_l0"),
-        "half": (torch.nn.LSTM(3, 4, dtype=torch.bfloat16), "weight_ih_l0 is torch.bfloat16 on cpu"),
+        "half": (torch.nn.LSTM(3, 4, dtype=torch.float16), "weight_ih_l0 is torch.float16 on cpu"),
         "cell": (torch.nn.LSTMCell(3, 4), "it is a cell"),
         "quantized": (torch.ao.nn.quantized.dynamic.GRU(3, 4), "it is quantized"),
         "scripted": (torch.jit.script(torch.nn.LSTM(3, 4)), "compiled by TorchScript"),
@@ -184,6 +184,6 @@ def test_a_layer_is_made_of_torchs_own_modules_and_of_no_others():
     prune = pytest.importorskip("torch.nn.utils.prune")
     with pytest.raises(NotImplementedError, match="module: expected weight_ih_l0 as a parameter, got one that a hook"):
         rt.to_layer(prune.l1_unstructured(torch.nn.GRU(3, 4), "weight_ih_l0", 0.5))
-    for wrong in ({"dtype": torch.bfloat16}, {"device": "meta"}):
+    for wrong in ({"dtype": torch.float16}, {"device": "meta"}):
         with pytest.raises(NotImplementedError, match=r"module: expected .* got weight_ih_l0 of"):
             rt.to_layer(torch.nn.GRU(3, 4, **wrong))

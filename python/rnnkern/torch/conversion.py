@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils import parametrize
 
@@ -48,14 +49,15 @@ def to_layer(module: torch.nn.Module) -> Recurrent[Any]:
         raise TypeError(f"module: expected an RNN, LSTM or GRU of rnnkern.torch or torch.nn, got {describe(module)}")
     weights = {name: _weight(module, name) for name in module._flat_weights_names}
     for name, one in weights.items():
-        if one.dtype not in DTYPES or one.device.type != "cpu":
+        if (one.dtype not in DTYPES and one.dtype is not torch.bfloat16) or one.device.type != "cpu":
             raise NotImplementedError(f"module: expected {SUPPORTED}, got {name} of {one.dtype} on {one.device}")
     layer: Recurrent[Any] = Recurrent(
         getattr(module, "cell", module.mode.lower()), module.input_size, module.hidden_size, module.num_layers,
         module.bias, module.batch_first, module.dropout, module.bidirectional, module.proj_size,
-        dtype=DTYPES[one.dtype], backend=getattr(module, "backend", "auto"), seed=0,
+        dtype=DTYPES.get(one.dtype, np.dtype(np.float32)), backend=getattr(module, "backend", "auto"), seed=0,
+        precision="bfloat16" if one.dtype is torch.bfloat16 else "float32",
     )  # fmt: skip
-    layer.load_state_dict(weights)
+    layer.load_state_dict({name: one.float() if one.dtype is torch.bfloat16 else one for name, one in weights.items()})
     return layer
 
 

@@ -302,10 +302,12 @@ def kernels_of(
     bidirectional: bool,
     bias: bool,
     backend: str,
+    precision: str,
     dtype: torch.dtype,
 ) -> Kernels:
     """The kernels of a module of these options; the operators have them as arguments too."""
     directions: tuple[bool, ...] = (False, True) if bidirectional else (False,)
-    stack = Stack(CELLS[cell], input_size, hidden_size, proj_size, num_layers, directions, DTYPES[dtype])
+    sizes = input_size, hidden_size, proj_size, num_layers
+    stack = Stack(CELLS[cell], *sizes, directions, DTYPES[dtype], precision=precision)
     keys = tuple(stack.layers[0].weight_shapes(bias, proj_size > 0))
-    return Kernels(Signature(stack), backends.pick(backend), keys, dtype)
+    return Kernels(Signature(stack), backends.pick(backend, precision), keys, dtype)

@@ -25,7 +25,7 @@ from .packing import Packing
 
 __all__ = ["GRU", "LSTM", "OWN", "RNN", "SUPPORTED", "THEIRS", "Layers", "is_supported", "torchs"]
 
-SUPPORTED = "torch.float32 and torch.float64 on the CPU"
+SUPPORTED = "torch.float32, torch.float64 and torch.bfloat16 on the CPU"
 
 THEIRS = {"RNN_TANH": torch.nn.RNN, "RNN_RELU": torch.nn.RNN, "LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}
 OWN = ("_frozen", "_seen", "backend", "reset_after")  # attributes that torch's modules do not have
@@ -108,11 +108,19 @@ class Layers(torch.nn.RNNBase):
         if torch.is_autocast_enabled("cpu"):
             return self._run_autocast(input, hx, lengths, resets, offsets)
         weights = self._weights()
+        if weights[0].dtype is torch.bfloat16:
+            return self._run_bfloat16(weights, input, hx, lengths, resets, offsets)
+        return self._call(weights, input, hx, lengths, resets, offsets, "float32")
+
+    def _call(
+        self, weights: list[Tensor], input: Any, hx: Any, lengths: Any, resets: Any, offsets: Any, precision: str
+    ) -> tuple[Any, Any]:
+        """The call with these weights, of the dtype of input and state."""
         if isinstance(input, PackedSequence):
-            return self._run_packed(weights, input, hx, lengths, resets, offsets)
+            return self._run_packed(weights, input, hx, lengths, resets, offsets, precision)
         x = self._checked(input, weights[0])
         if offsets is not None:
-            return self._run_offsets(weights, x, hx, lengths, resets, torch.as_tensor(offsets))
+            return self._run_offsets(weights, x, hx, lengths, resets, torch.as_tensor(offsets), precision)
         shape = x.shape
         if len(shape) not in (2, 3) or shape[-1] != self.input_size:
             leading = "B, T" if self.batch_first else "T, B"
@@ -128,12 +136,13 @@ class Layers(torch.nn.RNNBase):
                 raise ArgumentError("lengths: expected None with unbatched input")
             unbatched_state = [one.unsqueeze(1) for one in self._state(hx, x, ())]
             cuts = None if resets is None else resets.unsqueeze(1)
-            y, *final = self._run(weights, x.unsqueeze(1), unbatched_state, None, cuts)
+            y, *final = self._run(weights, x.unsqueeze(1), unbatched_state, None, cuts, precision)
             return y.squeeze(1), self._as_hx([one.squeeze(1) for one in final])
         if self.batch_first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         state = self._state(hx, x, x.shape[1:-1])
-        y, *final = self._run(weights, x, state, None if lengths is None else torch.as_tensor(lengths), resets)
+        ends = None if lengths is None else torch.as_tensor(lengths)
+        y, *final = self._run(weights, x, state, ends, resets, precision)
         return y.transpose(0, 1) if self.batch_first else y, self._as_hx(final)
 
     def freeze(self) -> Self:
@@ -145,8 +154,13 @@ class Layers(torch.nn.RNNBase):
         self.eval()
         weights = self._weights()
         with torch.no_grad():
-            kernels = kernels_of(*self._stack(), weights[0].dtype)
-            self._frozen = kernels, kernels.pack(kernels.arrays(weights), False)
+            if weights[0].dtype is torch.bfloat16:
+                kernels = kernels_of(*self._stack("bfloat16"), torch.float32)
+                arrays = kernels.arrays([one.float() for one in weights])
+            else:
+                kernels = kernels_of(*self._stack("float32"), weights[0].dtype)
+                arrays = kernels.arrays(weights)
+            self._frozen = kernels, kernels.pack(arrays, False)
         return self
 
     def unfreeze(self) -> Self:
@@ -211,20 +225,20 @@ class Layers(torch.nn.RNNBase):
         except KeyError:
             return [getattr(self, name) for name in names]
 
-    def _prepared(self, weights: list[Tensor]) -> tuple[Kernels, list[dict[str, Any]]]:
+    def _prepared(self, weights: list[Tensor], precision: str) -> tuple[Kernels, list[dict[str, Any]]]:
         """The kernels and the memory of the weights, found again where one has moved."""
-        options = _options(self), weights[0].dtype
+        options = _options(self), weights[0].dtype, precision
         places = [*map(_address, weights), *map(_shape, weights)]
         seen, contiguous = self._seen, all(map(_is_contiguous, weights))
         if seen is None or not contiguous or seen[0] != options or seen[1] != places:
-            kernels = kernels_of(*self._stack(), weights[0].dtype)
+            kernels = kernels_of(*self._stack(precision), weights[0].dtype)
             arrays = kernels.arrays(weights)
             if not contiguous:  # copies
                 return kernels, arrays
             self._seen = seen = options, places, (kernels, arrays)
         return seen[2]
 
-    def _stack(self) -> tuple[Any, ...]:
+    def _stack(self, precision: str) -> tuple[Any, ...]:
         """The options that `kernels_of` and the operators take."""
         return (
             self.cell,
@@ -235,6 +249,7 @@ class Layers(torch.nn.RNNBase):
             self.bidirectional,
             self.bias,
             self.backend,
+            precision,
         )
 
     def _checked(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -289,7 +304,7 @@ class Layers(torch.nn.RNNBase):
         return final[0] if len(final) == 1 else tuple(final)
 
     def _run_offsets(
-        self, weights: list[Tensor], x: Tensor, hx: Any, lengths: Any, resets: Any, offsets: Tensor
+        self, weights: list[Tensor], x: Tensor, hx: Any, lengths: Any, resets: Any, offsets: Tensor, precision: str
     ) -> Any:
         """Sequences one behind the other."""
         if lengths is not None:
@@ -303,11 +318,18 @@ class Layers(torch.nn.RNNBase):
             if resets.shape != x.shape[:1]:
                 raise ArgumentError(f"resets: expected bool of shape {(len(x),)}, got {tuple(resets.shape)}")
         state = self._state(hx, x, (len(offsets) - 1,))
-        y, *final = self._run(weights, x, state, None, resets, Packing(offsets=offsets))
+        y, *final = self._run(weights, x, state, None, resets, precision, Packing(offsets=offsets))
         return y, self._as_hx(final)
 
     def _run_packed(
-        self, weights: list[Tensor], packed: PackedSequence, hx: Any, lengths: Any, resets: Any, offsets: Any
+        self,
+        weights: list[Tensor],
+        packed: PackedSequence,
+        hx: Any,
+        lengths: Any,
+        resets: Any,
+        offsets: Any,
+        precision: str,
     ) -> Any:
         """A PackedSequence, whose rows stay in their order, the longest first."""
         if lengths is not None or resets is not None or offsets is not None:
@@ -322,7 +344,7 @@ class Layers(torch.nn.RNNBase):
         state = self._state(hx, data, (packing.batch,))
         if order is not None:
             state = [one.index_select(1, order) for one in state]
-        y, *final = self._run(weights, data, state, None, None, packing)
+        y, *final = self._run(weights, data, state, None, None, precision, packing)
         if back is not None:
             final = [one.index_select(1, back) for one in final]
         return PackedSequence(y, sizes, order, back), self._as_hx(final)
@@ -334,6 +356,7 @@ class Layers(torch.nn.RNNBase):
         state: Sequence[Tensor],
         lengths: Tensor | None,
         resets: Tensor | None,
+        precision: str,
         packing: Packing | None = None,
     ) -> Sequence[Tensor]:
         """y (T, B, D*P) and the final state, of x (T, B, I), or (N, .) each."""
@@ -342,12 +365,12 @@ class Layers(torch.nn.RNNBase):
             x = unwrap_if_dead(x)  # torch.nn takes what a transform of torch.func has left behind
             floats = (x, *state, *weights)
             if has_torch_function(floats):  # a subclass of Tensor, or a mode, which may keep its class
-                given = (self, weights, x, state, lengths, resets, packing)
-                found = handle_torch_function(type(self)._run, floats, *given)
+                arguments = weights, x, state, lengths, resets, precision, packing
+                found = handle_torch_function(type(self)._run, floats, self, *arguments)
                 return cast("Sequence[Tensor]", found)
             if too_many_threads():
                 with threads_of_torch():
-                    return self._run(weights, x, state, lengths, resets, packing)
+                    return self._run(weights, x, state, lengths, resets, precision, packing)
         frozen, grad = self._frozen, torch.is_grad_enabled()
         dropout = self.dropout if self.training and frozen is None and self.num_layers > 1 else 0.0
         seed = torch.randint(2**63 - 1, ()) if dropout else None
@@ -357,22 +380,22 @@ class Layers(torch.nn.RNNBase):
         if packing is not None and (transformed or dispatched):
             places = packing.places()
             cuts = None if resets is None else packing.spread(resets, places)
-            y, *final = self._run(weights, packing.spread(x, places), state, places[0], cuts)
+            y, *final = self._run(weights, packing.spread(x, places), state, places[0], cuts, precision)
             return [packing.gather(y, places), *final]
         if dispatched:
             # AOTInductor knows no empty list.
             state = state or [x.new_zeros(shape) for shape in self._state_shapes((x.shape[1],))]
             call = (x, state, weights, lengths, resets, seed, dropout, grad)
-            return torch.ops.rnnkern.forward(*call, *self._stack())[:-1]
+            return torch.ops.rnnkern.forward(*call, *self._stack(precision))[:-1]
         if transformed:
-            kernels = kernels_of(*self._stack(), x.dtype)
+            kernels = kernels_of(*self._stack(precision), x.dtype)
             return run_plain(kernels, x, state, weights, lengths, resets, kernels.masks(x, seed, dropout))
         if frozen is not None:
             if grad and any(map(_requires_grad, (x, *state))):
                 raise RuntimeError("input, hx: expected none that requires its gradient, for the module is frozen")
             kernels, packed = frozen
             return kernels.run(packed, x, state, kernels.rows(x, lengths, resets, packing, None, 0.0))
-        kernels, arrays = self._prepared(weights)
+        kernels, arrays = self._prepared(weights, precision)
         if grad and any(map(_requires_grad, floats)):
             return apply(kernels, (arrays, state, lengths, resets, packing, seed, dropout), x, *state, *weights)
         return kernels.infer(arrays, x, state, kernels.rows(x, lengths, resets, packing, seed, dropout))
@@ -389,25 +412,48 @@ class Layers(torch.nn.RNNBase):
         return torchs(self).forward(input, hx)
 
     def _run_autocast(self, input: Any, hx: Any, lengths: Any, resets: Any, offsets: Any) -> Any:
-        """The call in the dtype of the weights, and its results in the one that torch.nn's have under autocast."""
-        packed, dtype = isinstance(input, PackedSequence), self._weights()[0].dtype
+        """The call in the dtype of the weights, and its results in the one that torch.nn's have under autocast.
 
-        def to(value: Any, dtype: torch.dtype) -> Any:
-            if isinstance(value, PackedSequence):
-                return value._replace(data=to(value.data, dtype))
-            if isinstance(value, tuple | list):
-                return tuple([to(one, dtype) for one in value])
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
+        Where that is bfloat16 the operands of products are rounded to it, on a backend that can.
+        """
+        packed, weights = isinstance(input, PackedSequence), self._weights()
+        dtype, asked = weights[0].dtype, torch.get_autocast_dtype("cpu")
         with torch.autocast("cpu", enabled=False):
-            y, state = Layers.forward(self, to(input, dtype), to(hx, dtype), lengths, resets, offsets)
+            if dtype is torch.bfloat16:
+                return self._run_bfloat16(weights, _to(input, dtype), _to(hx, dtype), lengths, resets, offsets)
+            can = dtype is torch.float32 and getattr(backends.pick(self.backend), "rounds_operands", False)
+            precision = "bfloat16" if can and asked is torch.bfloat16 else "float32"
+            y, state = self._call(weights, _to(input, dtype), _to(hx, dtype), lengths, resets, offsets, precision)
         if dtype is torch.float32:  # others autocast leaves alone
-            dtype = torch.get_autocast_dtype("cpu")
+            dtype = asked
             low = self.mode.startswith("RNN") or (self.mode == "LSTM" and not packed and not self.proj_size)
             if not low:  # torch.nn adds to the state, at first to zeros like the input
                 first = hx[0] if isinstance(hx, tuple | list) else input.data if hx is None else hx
                 dtype = torch.promote_types(dtype, first.dtype)
-        return to(y, dtype), to(state, dtype)
+        return _to(y, dtype), _to(state, dtype)
+
+    def _run_bfloat16(self, weights: list[Tensor], input: Any, hx: Any, lengths: Any, resets: Any, offsets: Any) -> Any:
+        """The call of a module in bfloat16: what comes and goes is, states and sums in between are float32."""
+        for name, one in (("input", input), *((f"hx[{i}]", one) for i, one in enumerate(_states(hx)))):
+            tensor = one.data if isinstance(one, PackedSequence) else one
+            if isinstance(tensor, Tensor) and tensor.dtype is not torch.bfloat16:
+                raise TypeError(f"{name}: expected torch.bfloat16, as the parameters are, got {tensor.dtype}")
+        wide = [_to(one, torch.float32) for one in weights]
+        call = wide, _to(input, torch.float32), _to(hx, torch.float32), lengths, resets, offsets, "bfloat16"
+        return _to(self._call(*call), torch.bfloat16)
+
+
+def _states(hx: Any) -> Sequence[Any]:
+    return () if hx is None else hx if isinstance(hx, tuple | list) else (hx,)
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    """Tensors of floats in a dtype, however they are put together."""
+    if isinstance(value, PackedSequence):
+        return value._replace(data=_to(value.data, dtype))
+    if isinstance(value, tuple | list):
+        return tuple([_to(one, dtype) for one in value])
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def torchs(module: Layers) -> Any:
@@ -440,7 +486,7 @@ _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
 def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
     """The kernels take tensors of this device and dtype; those on meta have no values yet."""
-    return device.type in ("cpu", "meta") and dtype in DTYPES
+    return device.type in ("cpu", "meta") and (dtype in DTYPES or dtype is torch.bfloat16)
 
 
 def _check_kind(name: str, device: torch.device, dtype: torch.dtype) -> None:
