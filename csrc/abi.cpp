@@ -31,9 +31,11 @@ Network network_of(const rnnkern_stack& stack) {
   if (stack.cell == nullptr) throw std::invalid_argument("cell: expected a name, got null");
   if (stack.element_bytes != 4 && stack.element_bytes != 8)
     throw std::invalid_argument("element_bytes: expected 4 or 8, got " + std::to_string(stack.element_bytes));
+  if (stack.rounds && stack.element_bytes != 4)
+    throw std::invalid_argument("rounds: expected false with element_bytes 8");
   if (stack.directions < 1 || stack.directions > 2) throw std::invalid_argument("directions: expected one or two");
-  return Network(*isa, {stack.cell, stack.element_bytes == 8 ? WeightFormat::float64 : WeightFormat::float32, false,
-                        stack.input_size, stack.hidden_size, stack.proj_size, stack.num_layers,
+  return Network(*isa, {stack.cell, stack.element_bytes == 8 ? WeightFormat::float64 : WeightFormat::float32,
+                        stack.rounds, stack.input_size, stack.hidden_size, stack.proj_size, stack.num_layers,
                         std::vector<bool>(stack.reverse, stack.reverse + stack.directions)});
 }
 

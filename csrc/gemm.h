@@ -297,26 +297,27 @@ RNNKERN_INLINE void product(const Arithmetic<T>& how, const Operands<T>& operand
   Vec<T> sums[kPartRows * Shape::vectors];
   const std::int64_t begin = panels.begin, end = panels.end;
   if (begin == end) return;
+  if (rows == 1) {
+    const T* const row = how.operand ? *operands.make(how, 1, inputs, depth) : *inputs;
+    const int last_subs = Shape::template subs_of<T>(end - 1, units);
+    const std::int64_t tail_subs = last_subs < Shape::subs ? last_subs : 0, whole = end - begin - (tail_subs ? 1 : 0);
+    const int parts = whole ? static_cast<int>(divide_up(whole, kSingleRowPanels<Shape::vectors>)) : 1;
+    for (int i = 0; i < parts; ++i) {
+      const int part = panels.backwards ? parts - 1 - i : i;
+      const Range own = share(whole, part, parts);
+      const std::int64_t panel = begin + own.begin, count = own.end - own.begin;
+      const std::int64_t tail = part == parts - 1 ? tail_subs : 0;
+      how.of_panels[gates - 1](count, tail, row, depth, packed + panel * panel_bytes,
+                               start ? start + panel * width : kZeros<T>, sums);
+      const std::int64_t visited = count + (tail > 0);
+      for (std::int64_t p = 0; p < visited; ++p) done(0, panel + p, sums + p * Shape::vectors);
+    }
+    return;
+  }
   const std::int64_t most = how.operand ? operands.rows_at_a_time(how, depth) : rows;
   for (std::int64_t row0 = 0; row0 < rows; row0 += most, inputs += most) {
     const std::int64_t row_count = smaller(most, rows - row0);
     const T* const* const row = how.operand ? operands.make(how, row_count, inputs, depth) : inputs;
-    if (row_count == 1) {
-      const int last_subs = Shape::template subs_of<T>(end - 1, units);
-      const std::int64_t tail_subs = last_subs < Shape::subs ? last_subs : 0, whole = end - begin - (tail_subs ? 1 : 0);
-      const int parts = whole ? static_cast<int>(divide_up(whole, kSingleRowPanels<Shape::vectors>)) : 1;
-      for (int i = 0; i < parts; ++i) {
-        const int part = panels.backwards ? parts - 1 - i : i;
-        const Range own = share(whole, part, parts);
-        const std::int64_t panel = begin + own.begin, count = own.end - own.begin;
-        const std::int64_t tail = part == parts - 1 ? tail_subs : 0;
-        how.of_panels[gates - 1](count, tail, row[0], depth, packed + panel * panel_bytes,
-                                 start ? start + panel * width : kZeros<T>, sums);
-        const std::int64_t visited = count + (tail > 0);
-        for (std::int64_t p = 0; p < visited; ++p) done(row0, panel + p, sums + p * Shape::vectors);
-      }
-      continue;
-    }
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t panel = panels.backwards ? begin + end - 1 - i : i;
       const Tiles<T>& tiles = how.tiles[gates * Shape::template subs_of<T>(panel, units) - 1];

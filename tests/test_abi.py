@@ -24,14 +24,14 @@ pytestmark = pytest.mark.skipif(native is None, reason="the compiled module is m
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_layer.c"
 INCLUDE = Path(rk.__file__).parent / "include"
-VERSION = 2
+VERSION = 3
 
 
 class Stack(ctypes.Structure):
     _fields_ = [
         *[("isa", c_char_p), ("cell", c_char_p), ("element_bytes", c_int64), ("input_size", c_int64)],
         *[("hidden_size", c_int64), ("proj_size", c_int64), ("num_layers", c_int64), ("directions", c_int64)],
-        *[("reverse", c_bool * 2), ("biased", c_bool)],
+        *[("reverse", c_bool * 2), ("biased", c_bool), ("rounds", c_bool)],
     ]
 
 

@@ -84,7 +84,7 @@ def results_of(problem, function):
 def ours(problem):
     """Our function with the options of a problem."""
     *_, rows = arguments_of(problem)
-    return lambda params, x, state: rj.recurrent(problem.cell, params, x, state, **rows)
+    return lambda params, x, state: rj.recurrent(problem.cell, params, x, state, precision=problem.precision, **rows)
 
 
 def scan(problem):
@@ -157,7 +157,10 @@ def name_of(problem):
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 def test_results_and_gradients_are_those_of_the_layer_to_the_bit(problem):
-    """Every cell, with every option, under jit."""
+    """Every cell, with every option, under jit; the first options in bfloat16 too."""
+    if problem.dtype == "float32" and name_of(problem).endswith("plain-float32"):
+        rounded = replace(problem, precision="bfloat16", H=40)
+        assert_equal(results_of(rounded, ours(rounded)), run(rounded, "native"))
     theirs, results = run(problem, "native"), results_of(problem, ours(problem))
     assert set(results) == set(theirs)
     for name, array in results.items():

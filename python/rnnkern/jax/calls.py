@@ -100,7 +100,7 @@ def _bytes(call: Call, x: Any) -> tuple[int, int, int]:
     stack = call.stack
     assert call.isa is not None
     reverse = (*stack.directions, False)[:2]
-    numbers = stack.dtype.itemsize, *_sizes(call), len(stack.directions), *reverse, *x.shape[:2]
+    numbers = stack.dtype.itemsize, *_sizes(call), len(stack.directions), *reverse, stack.rounds, *x.shape[:2]
     inference, training, kept = find_bytes(call.isa, stack.cell.name, numbers)
     return inference, training, kept
 
@@ -115,6 +115,7 @@ def _handler(call: Call, name: str, results: Sequence[jax.ShapeDtypeStruct], **o
         sizes=np.array(_sizes(call), np.int64),
         reverse=np.array(call.stack.directions, np.int64),
         biased=call.bias,
+        rounds=call.stack.rounds,
         **options,
     )
 
@@ -172,7 +173,7 @@ def _run(
     call: Call, training: bool, x: Any, state: Any, lengths: Any, resets: Any, weights: Any
 ) -> tuple[Array, State, Any]:
     """y, the final state, and the backward of this forward."""
-    backend, stack, x = backends.pick(), call.stack, _numpy(x)
+    backend, stack, x = backends.pick(precision=call.stack.precision), call.stack, _numpy(x)
     steps, batch, _ = x.shape
     if lengths is not None:
         lengths = _numpy(lengths).astype(np.int64)

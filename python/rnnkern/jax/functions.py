@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from ..arguments import as_array, check_names, describe, flag
 from ..backends.native import native_module
 from ..cells import CELLS, Cell, cell_of_nonlinearity
+from ..formats import check_precision
 from ..functional import Parameters
 from ..layers import parameter_names
 from ..stack import Stack
@@ -33,10 +35,11 @@ def rnn(
     lengths: Any = None,
     resets: Any = None,
     reverse: bool = False,
+    precision: str = "float32",
 ) -> tuple[Array, Array]:
     """`rnnkern.RNN` as a function; see `recurrent`. `nonlinearity` is tanh, relu or sigmoid."""
     cell = cell_of_nonlinearity(nonlinearity)
-    return recurrent(cell, params, x, state, lengths=lengths, resets=resets, reverse=reverse)
+    return recurrent(cell, params, x, state, lengths=lengths, resets=resets, reverse=reverse, precision=precision)
 
 
 def lstm(
@@ -47,9 +50,10 @@ def lstm(
     lengths: Any = None,
     resets: Any = None,
     reverse: bool = False,
+    precision: str = "float32",
 ) -> tuple[Array, tuple[Array, Array]]:
     """`rnnkern.LSTM` as a function; see `recurrent`. The state is (h, c)."""
-    return recurrent("lstm", params, x, state, lengths=lengths, resets=resets, reverse=reverse)
+    return recurrent("lstm", params, x, state, lengths=lengths, resets=resets, reverse=reverse, precision=precision)
 
 
 def gru(
@@ -61,10 +65,11 @@ def gru(
     lengths: Any = None,
     resets: Any = None,
     reverse: bool = False,
+    precision: str = "float32",
 ) -> tuple[Array, Array]:
     """`rnnkern.GRU` as a function; see `recurrent`. `reset_after` as there."""
     cell = "gru" if flag("reset_after", reset_after) else "gru_reset_before"
-    return recurrent(cell, params, x, state, lengths=lengths, resets=resets, reverse=reverse)
+    return recurrent(cell, params, x, state, lengths=lengths, resets=resets, reverse=reverse, precision=precision)
 
 
 def recurrent(
@@ -76,6 +81,7 @@ def recurrent(
     lengths: Any = None,
     resets: Any = None,
     reverse: bool = False,
+    precision: str = "float32",
 ) -> tuple[Array, Any]:
     """A stack of layers of any cell of the registry.
 
@@ -95,6 +101,8 @@ def recurrent(
         As for the layers: integers (B,) and bool (T, B), unbatched no lengths and (T,). They have no gradient.
     reverse
         Run one direction from the last step to the first.
+    precision
+        As for the layers: `"bfloat16"` rounds the operands of products, forward and backward, with params in float32.
 
     Returns
     -------
@@ -124,6 +132,7 @@ def recurrent(
     ((6, 5, 8), (6, 2, 4))
     """
     stack, bias, names = _structure(CELLS[cell], params, flag("reverse", reverse))
+    stack = replace(stack, precision=check_precision(precision, stack.dtype))
     weights = _weights(stack, bias, names, params)
     x = _floats("x", x, stack.dtype)
     unbatched = x.ndim == 2
