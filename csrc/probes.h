@@ -20,8 +20,9 @@ RNNKERN_INLINE void begin(Probe& probe, const Worker& worker) noexcept {
   if (worker.count > 1) worker.wait(worker.team);
 }
 
-// `chains` multiply-adds a repeat, independent of each other; each waits for its own of the repeat before.
-template <int chains>
+// `chains` multiply-adds a repeat, or sums of products of pairs, independent of each other; each waits for its own of
+// the repeat before.
+template <int chains, bool pairs = false>
 void multiply_add(void* context, Worker& worker) noexcept {
   Probe& probe = *static_cast<Probe*>(context);
   begin(probe, worker);
@@ -30,7 +31,8 @@ void multiply_add(void* context, Worker& worker) noexcept {
   for (int chain = 0; chain < chains; ++chain) sums[chain] = set<F32>(static_cast<const float*>(probe.data)[chain]);
   for (std::int64_t repeat = 0; repeat < probe.repeats; ++repeat)
 #pragma GCC unroll 24
-    for (int chain = 0; chain < chains; ++chain) sums[chain] = fma(sums[chain], half, one);
+    for (int chain = 0; chain < chains; ++chain)
+      sums[chain] = pairs ? add_pairs(half, one, sums[chain]) : fma(sums[chain], half, one);
 #pragma GCC unroll 24
   for (int chain = 0; chain < chains; ++chain) use(sums[chain]);
 }
@@ -145,6 +147,7 @@ template <class... Cell>
 struct Probes<CellList<Cell...>> {
   static constexpr ProbeKernel all[] = {
       {"multiply_add", "", multiply_add<kChains>, kChains * kLanes<float>, kChains},
+      {"multiply_pairs", "", multiply_add<kChains, true>, 2 * kChains * kLanes<float>, kChains},
       {"multiply_add_latency", "", multiply_add<1>, 1, 1},
       {"read", "", read<false>, 1, 0},
       {"read_same", "", read<true>, 1, 1},

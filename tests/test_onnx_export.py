@@ -78,6 +78,9 @@ def test_a_model_without_a_state_starts_from_zeros(runtime, cell):
 
 def test_what_the_standard_cannot_say_is_refused_by_name(monkeypatch):
     """And what is no layer, or no flag."""
+    with pytest.warns(UserWarning, match="precision: the model computes in float32"):
+        rounding = writer.to_model(rk.GRU(3, 4, precision="bfloat16", seed=0))
+    assert rounding == writer.to_model(rk.GRU(3, 4, seed=0))
     with pytest.raises(ValueError, match=r"^layer: expected proj_size=0, .*, got LSTM\(3, 4, proj_size=2\)$"):
         bridge.to_model(rk.LSTM(3, 4, proj_size=2))
     with pytest.raises(TypeError, match=r"^layer: expected a layer of rnnkern or a module of PyTorch, got Frozen$"):

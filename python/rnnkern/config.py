@@ -105,9 +105,9 @@ def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
 def show_config(mode: str = "text") -> dict[str, Any] | None:
     """Print the configuration, or return it as a dict.
 
-    Keys: compiler (None without kernels), isas_built, isa (in use), threads, threads_now (a sentence: how many of them
-    a long call would take at this moment, beside what else runs), backends (name -> None, or why it cannot run),
-    optional (package -> present?).
+    Keys: compiler (None without kernels), isas_built, isa (in use), bfloat16 (whether `precision="bfloat16"` has an
+    instruction of this CPU), threads, threads_now (a sentence: how many of them a long call would take at this moment,
+    beside what else runs), backends (name -> None, or why it cannot run), optional (package -> present?).
 
     Raises
     ------
@@ -126,6 +126,7 @@ def show_config(mode: str = "text") -> dict[str, Any] | None:
         "compiler": None if native is None else native.compiler,
         "isas_built": [] if native is None else [name for name, _ in native.isas()],
         "isa": None if native is None else native.isa(),
+        "bfloat16": native is not None and native.multiplies_pairs(),
         "threads": num_threads(),
         "threads_now": _threads_now(),
         "backends": {name: backends.get(name).unavailable() for name in backends.backend_names()},

@@ -69,6 +69,7 @@ class Limits:
     forward: Mapping[str, Step]  # by cell
     backward: Mapping[str, Step]
     unsteady: tuple[str, ...] = ()  # what two measurements disagreed about by more than a twentieth
+    bfloat16_flops: float = 0.0  # as `flops`, of products of bfloat16 numbers; 0: there is no instruction for them
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def limit(work: Work, limits: Limits, threads: int, training: bool) -> Limit:
       cell has two products a step.
     - bytes: each step of each layer-direction reads its recurrent weights, G H H numbers, as fast as a working set of
       that size is read, and the input's weights are read once. Traffic of x, y and saved gates is left out.
-    - arithmetic: `flops` at the rate of multiply-adds, plus the elementwise parts.
+    - arithmetic: `flops` at the rate of multiply-adds, of bfloat16 numbers where the stack rounds to them and the CPU
+      multiplies them, plus the elementwise parts.
 
     Training adds the same for backward.
 
@@ -134,13 +136,15 @@ def _plan(work: Work, limits: Limits, training: bool, cores: int, by_rows: bool)
     meeting = 0.0 if by_rows else limits.barrier * (2 if cell.late_gates else 1)
     latency = (T + stack.num_layers - 1) * sum(one.latency + chain + meeting for one in passes)
 
-    recurrent = FLOAT * gates * H * H
-    inputs = FLOAT * sum(gates * H * (sizes.input_size + 2) for sizes in stack.layers)
+    in_pairs = stack.rounds and limits.bfloat16_flops > 0
+    rate, size = (limits.bfloat16_flops, FLOAT // 2) if in_pairs else (limits.flops, FLOAT)
+    recurrent = size * gates * H * H
+    inputs = size * sum(gates * H * (sizes.input_size + 2) for sizes in stack.layers)
     step = _read(limits, recurrent, cores, same=True) if by_rows else _read(limits, recurrent / cores, cores)
     stream = len(passes) * (T * count * step + _read(limits, inputs / cores, cores))
 
     elementwise = work.rows_and_steps * count * H * sum(one.unit for one in passes)
-    arithmetic = share * (flops(work, training) / limits.flops + elementwise)
+    arithmetic = share * (flops(work, training) / rate + elementwise)
 
     bounds = {"latency": latency, "bytes": stream, "arithmetic": arithmetic}
     bound = max(bounds, key=bounds.__getitem__)
@@ -187,7 +191,8 @@ def measure(threads: int) -> Limits:
 
     arithmetic, latency = (_Probe(name, lanes) for name in ("multiply_add", "multiply_add_latency"))
     barrier = _Probe("barrier", lanes, threads)
-    probes = [arithmetic, latency, *[barrier] * (threads > 1)]
+    pairs = [_Probe("multiply_pairs", lanes)] * native.multiplies_pairs()
+    probes = [arithmetic, latency, *pairs, *[barrier] * (threads > 1)]
     probes += [
         _Probe(way, size, 1, cell) for way in ("forward", "backward") for cell in CELLS for size in (lanes, many)
     ]
@@ -221,6 +226,7 @@ def measure(threads: int) -> Limits:
         step("forward"),
         step("backward"),
         tuple(str(probe) for probe in first if abs(log(first[probe] / second[probe])) > log(1 + STEADY)),
+        2 / best[pairs[0]] if pairs else 0.0,
     )
 
 

@@ -11,7 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .. import convert
-from ..arguments import describe, flag
+from ..arguments import describe, flag, warn_the_caller
 from ..layers import Recurrent
 from .standard import OPERATORS
 
@@ -42,7 +42,8 @@ def export(layer: Recurrent, path: str | os.PathLike[str], *, state: bool = Fals
     layer
         An `RNN`, `LSTM`, `GRU` or `Recurrent` of a cell that the standard has, without projection. What holds for its
         calls holds for the model: shapes (with `batch_first` too), zeros past a row's end, no dropout. Also a module of
-        PyTorch that `rnnkern.torch.to_layer` takes.
+        PyTorch that `rnnkern.torch.to_layer` takes. Of `precision="bfloat16"` the model has the parameters but not the
+        rounding, which operators of ONNX do not say, and a UserWarning that.
     path
         File to write; no suffix is added.
     state
@@ -80,6 +81,8 @@ def to_model(layer: Recurrent, *, state: bool = False, lengths: bool = False) ->
         raise ValueError(f"layer: expected a cell that ONNX has, {', '.join(CELL_OPERATORS)}, got {layer.cell!r}")
     if layer.proj_size:
         raise ValueError(f"layer: expected proj_size=0, since no operator of ONNX has a projection, got {layer!r}")
+    if layer.precision != "float32":
+        warn_the_caller(f"precision: the model computes in float32, since ONNX has no word for {layer.precision!r}")
     graph = _layer_graph(layer, flag("state", state), flag("lengths", lengths))
     opset = helper.make_opsetid("", OPSET)
     return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="rnnkern")

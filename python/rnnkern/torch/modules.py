@@ -154,13 +154,11 @@ class Layers(torch.nn.RNNBase):
         self.eval()
         weights = self._weights()
         with torch.no_grad():
+            precision = "float32"
             if weights[0].dtype is torch.bfloat16:
-                kernels = kernels_of(*self._stack("bfloat16"), torch.float32)
-                arrays = kernels.arrays([one.float() for one in weights])
-            else:
-                kernels = kernels_of(*self._stack("float32"), weights[0].dtype)
-                arrays = kernels.arrays(weights)
-            self._frozen = kernels, kernels.pack(arrays, False)
+                weights, precision = self._widened(weights), "bfloat16"
+            kernels = kernels_of(*self._stack(precision), weights[0].dtype)
+            self._frozen = kernels, kernels.pack(kernels.arrays(weights), False)
         return self
 
     def unfreeze(self) -> Self:
@@ -438,9 +436,16 @@ class Layers(torch.nn.RNNBase):
             tensor = one.data if isinstance(one, PackedSequence) else one
             if isinstance(tensor, Tensor) and tensor.dtype is not torch.bfloat16:
                 raise TypeError(f"{name}: expected torch.bfloat16, as the parameters are, got {tensor.dtype}")
-        wide = [_to(one, torch.float32) for one in weights]
+        wide = self._widened(weights)
         call = wide, _to(input, torch.float32), _to(hx, torch.float32), lengths, resets, offsets, "bfloat16"
         return _to(self._call(*call), torch.bfloat16)
+
+    def _widened(self, weights: list[Tensor]) -> list[Tensor]:
+        """Those of a module in bfloat16, in float32."""
+        for name, one in zip(self._flat_weights_names, weights, strict=True):
+            if one.dtype is not torch.bfloat16:
+                raise TypeError(f"parameters: expected all of torch.bfloat16, got {name} of {one.dtype}")
+        return [one.float() for one in weights]
 
 
 def _states(hx: Any) -> Sequence[Any]:
@@ -501,7 +506,7 @@ class RNN(Layers):
 
     Parameters are those of `torch.nn.RNN`, and `backend`, a name of `rnnkern.backend_names()` or `"auto"`. The call is
     `forward`. Raises ValueError or TypeError for an argument that is not as there, NotImplementedError for a device or
-    dtype other than float32 and float64 on the CPU, BackendUnavailableError for a backend that cannot run.
+    dtype other than float32, float64 and bfloat16 on the CPU, BackendUnavailableError for a backend that cannot run.
 
     Examples
     --------

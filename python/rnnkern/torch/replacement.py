@@ -53,7 +53,8 @@ def replace(model: torch.nn.Module, *, fullgraph: bool = False) -> Replaced:
     -------
     Replaced
         `swapped` and `left` by name. Left, with the reason, are cells (`LSTMCell`), subclasses, parametrized, quantized
-        and scripted modules, and those of another device or dtype than float32 and float64 on the CPU (or on meta).
+        and scripted modules, and those of another device or dtype than float32, float64 and bfloat16 on the CPU (or on
+        meta).
 
     Raises
     ------
