@@ -1,7 +1,7 @@
 """Trains the demo and three examples in float32 and in bfloat16, and draws their losses side by side.
 
-The programs are those of `examples/` as they are; layers are made with `precision` and what `rk.fit` returns is read. The
-loss is that of validation, of the demo that of its text's held-out end. Medians of three seeds.
+The programs are those of `examples/` as they are; layers are made with `precision` and what `rk.fit` returns is read.
+The loss is that of validation, of the demo that of its text's held-out end. Medians of three seeds.
 
     python -m pip install --no-deps pmdarima==2.1.1 sktime==1.2.0
     python lab/2026_11_27_precision.py precision.svg

@@ -26,7 +26,8 @@ def run(asked: str, say: Callable[[str], object]) -> int:
     say(f"rnnkern      {__version__}, Python {platform.python_version()}, NumPy {np.__version__}")
     say(f"platform     {platform.platform()}")
     say(f"compiler     {config['compiler'] or 'none: the kernels are not compiled'}")
-    say(f"ISAs         built: {', '.join(config['isas_built']) or 'none'}; in use: {config['isa'] or 'none'}{', with bfloat16' * config['bfloat16']}")
+    in_use = (config["isa"] or "none") + ", with bfloat16" * config["bfloat16"]
+    say(f"ISAs         built: {', '.join(config['isas_built']) or 'none'}; in use: {in_use}")
     say(f"threads      {config['threads_now']}")
     say(f"optional     {', '.join(name for name, present in config['optional'].items() if present) or 'none'}")
     if BUILD_FAILURE.exists():

@@ -70,7 +70,7 @@ typedef struct {
   rnnkern_arrays dlast;           /* only read; null in place of one: zeros */
   void* dx;                       /* null: not wanted */
   rnnkern_arrays dinitial;        /* null in place of all: not wanted */
-  rnnkern_arrays gradients; /* of the weights; null in place of one: not wanted; else zeroed by the caller */
+  rnnkern_arrays gradients;       /* of the weights; null in place of one: not wanted; else zeroed by the caller */
 } rnnkern_backward;
 
 /* Why a call did nothing. */
