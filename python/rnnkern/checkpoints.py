@@ -23,6 +23,10 @@ Array = NDArray[Any]
 Masks = Callable[[int, int | None], Sequence[Array]]  # of the steps [first, last), of each layer but the last
 
 
+# Of a segment, whatever the steps: a sum of outer products over fewer rows takes its time for loading the sums.
+FEWEST_ROWS = 64
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoints:
     """What `forward` leaves for `backward`."""
@@ -53,9 +57,9 @@ def chains_of(stack: Stack) -> list[list[Chain]]:
     return [chains[i : i + of_layers] for i in range(0, len(chains), of_layers)]
 
 
-def segment_steps(steps: int) -> int:
+def segment_steps(steps: int, batch: int) -> int:
     """The steps of a segment, of which the last may have fewer."""
-    return max(math.isqrt(steps), 1)
+    return max(min(max(math.isqrt(steps), -(-FEWEST_ROWS // max(batch, 1))), steps), 1)
 
 
 def forward(
@@ -89,7 +93,7 @@ def _forward(
     """The final state of a chain, and those before its segments; fills y."""
     states: list[GivenState | None] = []
     state: GivenState | None = call.state
-    for first, last in _segments(chain.stack, call.steps):
+    for first, last in _segments(chain.stack, call):
         state = _cut(chain.stack, call, state, last)
         states.append(state)
         # A backend that applies masks keeps what it has made with them, here until the next segment.
@@ -145,7 +149,7 @@ def _backward(
 ) -> tuple[State, Any]:
     """The gradients of the initial state and of the weights of a chain; fills dx, or adds to it."""
     stack, dstate, sums = chain.stack, asked.dstate, None
-    segments = list(_segments(stack, call.steps))
+    segments = list(_segments(stack, call))
     for (first, last), state in zip(reversed(segments), reversed(states), strict=True):
         part = _part(call, first, last, state, masks, "gates")
         rows = _rows(call, first, last)
@@ -197,15 +201,16 @@ def _drop_out(call: Forward, y: Array, masks: Masks | None, layer: int) -> None:
     """Multiply, in place, what is between two layers, or its gradient, with its mask, which is never there at once."""
     if masks is None:
         return
-    size = segment_steps(call.steps)
+    size = segment_steps(call.steps, call.batch)
     for first in range(0, call.steps, size):
         last = min(first + size, call.steps)
         y[_rows(call, first, last)] *= masks(first, last)[layer]
 
 
-def _segments(stack: Stack, steps: int) -> Iterator[tuple[int, int]]:
+def _segments(stack: Stack, call: Forward) -> Iterator[tuple[int, int]]:
     """The first step of each segment and the one behind its last, in the order in which they run."""
-    size = segment_steps(steps)
+    steps = call.steps
+    size = segment_steps(steps, call.batch)
     firsts = range(0, steps, size)
     for first in reversed(firsts) if stack.directions[0] else firsts:
         yield first, min(first + size, steps)

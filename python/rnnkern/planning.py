@@ -311,7 +311,7 @@ def _plan_of_segments(
     layer: Recurrent, steps: int, batch: int, offsets: Array | None
 ) -> tuple[int, Division, Division]:
     """With checkpoints: the most that `checkpoints.forward` and `backward` hold, which run a chain after the other."""
-    stack, segment = layer._signature.stack, segment_steps(steps)
+    stack, segment = layer._signature.stack, segment_steps(steps, batch)
     layers, element = chains_of(stack), _rows(steps, batch, offsets) * layer.dtype.itemsize
     alone, between = len(layers[0]) == 1, element * stack.output_size  # one chain; y between two layers
     inputs = [element * of_layer[0].stack.input_size for of_layer in layers]  # x of each layer
