@@ -16,7 +16,6 @@ struct Call {
   std::int64_t element_bytes, input_size, hidden_size, proj_size, num_layers, directions, biased, steps, batch;
 };
 
-// Alone, without what the program waits for: the message says what was wrong.
 [[noreturn]] void fail(const char* what, const char* why) {
   std::fprintf(stderr, "%s: %s\n", what, why);
   std::exit(1);
