@@ -576,7 +576,7 @@ class Native:
             "saturated": self.rng.choice((None, stack.cell.saturated)),
             "flow": self.flow(stack, lead),
         }
-        return packed.backward, arguments, ("sums",)
+        return packed.backward, arguments, ("sums", "flow")
 
     def flow(self, stack: Stack, lead: tuple[int, ...]) -> list[Any]:
         """Arrays for what is measured of each layer-direction in a call of these rows."""
