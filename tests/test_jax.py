@@ -78,7 +78,7 @@ def results_of(problem, function):
         return y, final, pull((drawn.dy, state_of(drawn.dstate)))
 
     y, final, (dparams, dx, dstate) = jax.tree.map(np.asarray, forward_and_backward(params, x, state))
-    grads = SimpleNamespace(x=dx, state=dstate, parameters=dparams)
+    grads = SimpleNamespace(x=dx, state=dstate, parameters=dparams, flow=None)
     return {"y": y} | named_states(problem, final) | named_gradients(problem, grads)
 
 
