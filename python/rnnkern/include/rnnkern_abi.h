@@ -52,7 +52,7 @@ typedef struct {
 
 typedef struct {
   int64_t steps, batch;
-  const int64_t* lengths;   /* [B], from 0 to T; null: none */
+  const int64_t* lengths;   /* [B], from 0 to T; null: none. Sequences without padding are not taken here */
   const uint8_t* resets;    /* [T, B], 0 or 1; null: none */
   const void* const* masks; /* [L-1] of [T, B, D*P], the scaled dropout of each output; null: none; training only */
   const void* x;            /* [T, B, I] */
