@@ -20,6 +20,7 @@ from rnnkern.testing import assert_accurate
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import rnnkern.torch as rt  # noqa: E402
+from rnnkern.torch.packing import Packing  # noqa: E402
 from torch_modules import (  # noqa: E402
     COMMON,
     MODULES,
@@ -130,6 +131,32 @@ def test_a_packed_sequence_comes_back_as_torch_packs_it(cell, lengths, given_sta
     for one, other in zip(y[1:], expected[1:], strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
     torch.testing.assert_close([y.data, *ours_rest], [expected.data, *theirs_rest])
+
+
+def test_rows_without_padding_are_read_where_they_are(monkeypatch):
+    """Offsets and a PackedSequence have the bits of lengths; only second derivatives are taken with padding."""
+    lengths, offsets = [2, 5, 1, 4], torch.tensor([0, 2, 7, 8, 12])
+    rows = rows_of(lengths)
+    x = torch.cat(rows).detach().requires_grad_()
+    for cell, options in (("lstm", {"bidirectional": True, "num_layers": 2}), ("gru", {})):
+        kind, own = MODULES[cell]
+        module = kind(3, 4, **own, **options, dtype=torch.float64)
+        padded, final = module(torch.nn.utils.rnn.pad_sequence(rows), lengths=lengths)
+        expected = torch.cat([padded[:length, b] for b, length in enumerate(lengths)])
+        wanted = [*module.parameters()]
+        gradients = torch.autograd.grad(expected.square().sum(), wanted)
+        with monkeypatch.context() as patch:
+            patch.setattr(Packing, "spread", None)
+            y, last = module(x, offsets=offsets)
+            packed = module(pack_sequence(rows, enforce_sorted=False))
+            found = torch.autograd.grad(y.square().sum(), [*wanted, x])
+        of_packed = torch.cat(torch.nn.utils.rnn.unpack_sequence(packed[0]))
+        for state in (last, packed[1]):
+            assert torch.equal(torch.cat(tuple(state)), torch.cat(tuple(final)))
+        assert all(map(torch.equal, [y, of_packed, *found[:-1]], [expected, expected, *gradients]))
+        assert torch.autograd.gradgradcheck(lambda x, run=module: run(x, offsets=offsets)[0], x)
+    with pytest.raises(ValueError, match="lengths: expected None with offsets"):
+        module(x, lengths=lengths, offsets=offsets)
 
 
 def test_a_negated_view_is_read_with_its_sign():
