@@ -39,11 +39,11 @@ struct BackwardScratch {
 
   BackwardScratch(Arena& arena, const KernelCall& call, const Arithmetic<T>& how, int worker_index) noexcept {
     const LayerSizes& sizes = call.layers[0].sizes;  // inputs apart those of all
-    const StateShape<Cell, T> shape(sizes);
+    const StateShape<Cell, T> shape(sizes, call);
     const std::int64_t H = sizes.hidden, padded_h = padded<T>(H);
     const std::int64_t B = call.batch, rows = call.block_steps * B;
     gate_stride = scratch_stride<T>(Cell::gates * H);
-    for (int s = 0; s < Cell::states; ++s) carry[s] = arena.take<T>(B * shape.stride[s]);
+    for (int s = 0; s < Cell::states; ++s) carry[s] = arena.take<T>(shape.elements(s, B));
     dx_gates = arena.take<T>(rows * gate_stride);
     dr_gates = Cell::separate_recurrent ? arena.take<T>(rows * gate_stride) : dx_gates;
     dextra = arena.take<T>(rows * Cell::extras * H);
@@ -487,7 +487,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   T* terms(std::int64_t i) const noexcept {
     return s_.terms + s_.batch_index[i] * PhaseOf<Cell, p>::means * padded_h_;
   }
-  T* carry(int state, std::int64_t b) const noexcept { return s_.carry[state] + b * shape_.stride[state]; }
+  T* carry(int state, std::int64_t b) const noexcept { return s_.carry[state] + shape_.row(state, b); }
   T* gate_row(T* gates, std::int64_t i) const noexcept { return gates + (row0_ + s_.batch_index[i]) * s_.gate_stride; }
 
   // dh of a row: what the later steps and the output ask of h.

@@ -97,8 +97,9 @@ struct KernelCall {
   std::int64_t block_steps;  // steps whose gates are worked on while they are in cache
   std::int64_t part_steps;   // of a block of backward: steps after which dx is there for the layer below
   int max_threads;
-  void* scratch;        // scratch_bytes() of this struct, 64-byte aligned
-  bool (*poll)(void*);  // called by worker 0 between blocks; true: give up, the results are not wanted
+  std::int64_t rows_together;  // of the batch, which stand together in working memory: those of one thread
+  void* scratch;               // scratch_bytes() of this struct, 64-byte aligned
+  bool (*poll)(void*);         // called by worker 0 between blocks; true: give up, the results are not wanted
   void* poll_context;
   std::int64_t* stop;      // 0 on entry; the number of the first block that is not worked on once poll says so
   std::int64_t* progress;  // where layers are divided, zeros on entry: the steps that each layer-direction has done,

@@ -63,7 +63,7 @@ void run_layers(const KernelCall& call, Worker& worker, const Arithmetic<T>& how
 // A call whose layer-directions are divided, as one of its workers runs its own of them: alone.
 KernelCall alone_in(const KernelCall& call) noexcept {
   KernelCall one = call;
-  one.split = Split::rows, one.max_threads = 1;
+  one.split = Split::rows, one.max_threads = 1, one.rows_together = call.batch;
   return one;
 }
 

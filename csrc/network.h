@@ -176,6 +176,7 @@ class Network {
     call.block_steps = plan.block_steps;
     call.part_steps = plan.part_steps;
     call.max_threads = plan.threads;
+    call.rows_together = plan.rows_together;
     return plan;
   }
 

@@ -42,6 +42,7 @@ struct Plan {
   std::int64_t block_steps, part_steps;  // part_steps: of a block, after which backward hands on what it has of dx
   std::int64_t expected_ns;
   BlockReason reason;
+  std::int64_t rows_together = 0;  // those of one thread once all have come; all where threads do not divide them
 };
 
 struct PlanInput {
@@ -134,6 +135,8 @@ inline Plan make_plan(const PlanInput& in) {
       plan.block_steps = plan.part_steps, plan.reason = BlockReason::layers;
   }
   if (plan.block_steps >= in.steps) plan.reason = BlockReason::call;
+  const bool divides = plan.split == Split::rows && plan.threads > 1 && in.row_grain == 1;
+  plan.rows_together = divides ? (in.batch + plan.threads - 1) / plan.threads : in.batch;
   return plan;
 }
 

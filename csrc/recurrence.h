@@ -179,17 +179,29 @@ void copy_row(T* to, const T* from, std::int64_t count, std::int64_t padded_coun
   std::memset(to + count, 0, static_cast<std::size_t>(padded_count - count) * sizeof(T));
 }
 
+// Rows that a thread works on stand together, two pages from those of the next thread: a prefetcher that runs on past
+// the last of them would take lines away that the other is writing, which costs most where the two cores are far apart.
+constexpr std::int64_t kApart = 8192;  // bytes
+
 // The states of a row: h, of as many units as y has, and others of H units.
 template <class Cell, class T>
 struct StateShape {
   std::int64_t units[Cell::states], stride[Cell::states];  // stride: between rows of working memory
+  std::int64_t together;                                   // rows, see KernelCall
 
-  explicit StateShape(const LayerSizes& sizes) noexcept {
+  StateShape(const LayerSizes& sizes, const KernelCall& call) noexcept : together(call.rows_together) {
     for (int s = 0; s < Cell::states; ++s) {
       units[s] = s == 0 ? sizes.outputs : sizes.hidden;
       stride[s] = scratch_stride<T>(units[s]);
     }
   }
+
+  // Where row b of a state begins, and what `rows` of them take.
+  std::int64_t row(int s, std::int64_t b) const noexcept {
+    constexpr auto apart = kApart / static_cast<std::int64_t>(sizeof(T));
+    return b * stride[s] + (b < together ? 0 : b / together * apart);
+  }
+  std::int64_t elements(int s, std::int64_t rows) const noexcept { return rows > 0 ? row(s, rows - 1) + stride[s] : 0; }
 };
 
 // Vectors that phase p gives to the one behind it, if this layer has that.
@@ -243,7 +255,7 @@ struct ForwardScratch {
   Operands<T> operands;
 
   ForwardScratch(Arena& arena, const KernelCall& call, const Arithmetic<T>& how, int worker_index) noexcept {
-    const StateShape<Cell, T> shape(call.layers[0].sizes);
+    const StateShape<Cell, T> shape(call.layers[0].sizes, call);
     const std::int64_t padded_h = padded<T>(call.layers[0].sizes.hidden);
     bool own_gates = false;
     std::int64_t widest = call.layers[0].sizes.hidden;
@@ -253,8 +265,8 @@ struct ForwardScratch {
     }
     const std::int64_t B = call.batch, rows = call.block_steps * B;
     for (int s = 0; s < Cell::states; ++s) {
-      state[0][s] = arena.take<T>(B * shape.stride[s]);
-      state[1][s] = s == 0 ? arena.take<T>(B * shape.stride[s]) : state[0][s];
+      state[0][s] = arena.take<T>(shape.elements(s, B));
+      state[1][s] = s == 0 ? arena.take<T>(shape.elements(s, B)) : state[0][s];
     }
     for_each_phase<Cell>(
         [&]<int p>() { given[p] = arena.take<T>(B * given_in<Cell, p>(call.layers[0].sizes) * padded_h); });
@@ -356,25 +368,25 @@ class LayerContext : protected Context<Cell, T> {
     this->wait();
   }
   void copy_states(const void* const* given, T* const* states) const noexcept {
-    for_state_rows([&](int s, std::int64_t b, std::int64_t units, std::int64_t stride) {
+    for_state_rows([&](int s, std::int64_t b, std::int64_t units) {
       const T* from = static_cast<const T*>(given[s]);
-      copy_row(states[s] + b * stride, from ? from + state_row(b) * units : nullptr, units, stride);
+      copy_row(states[s] + shape_.row(s, b), from ? from + state_row(b) * units : nullptr, units, shape_.stride[s]);
     });
   }
   void leave_states(const T* const* states, void* const* to) const noexcept {
-    for_state_rows([&](int s, std::int64_t b, std::int64_t units, std::int64_t stride) {
-      if (to[s]) copy_row(static_cast<T*>(to[s]) + state_row(b) * units, states[s] + b * stride, units, units);
+    for_state_rows([&](int s, std::int64_t b, std::int64_t units) {
+      if (to[s]) copy_row(static_cast<T*>(to[s]) + state_row(b) * units, states[s] + shape_.row(s, b), units, units);
     });
   }
   template <class Body>
   RNNKERN_INLINE void for_state_rows(Body&& body) const noexcept {
     for (int s = 0; s < Cell::states; ++s)
-      for (std::int64_t b = own_.begin; b < own_.end; ++b) body(s, b, shape_.units[s], shape_.stride[s]);
+      for (std::int64_t b = own_.begin; b < own_.end; ++b) body(s, b, shape_.units[s]);
   }
 
   const Layer& layer_;
   const std::int64_t H_ = layer_.sizes.hidden, P_ = layer_.sizes.outputs, padded_h_ = padded<T>(H_);
-  const StateShape<Cell, T> shape_{layer_.sizes};
+  const StateShape<Cell, T> shape_{layer_.sizes, call};
   Range own_{0, 0};               // rows of the batch
   int divided_among_ = 0;         // workers
   std::int64_t block_first_ = 0;  // steps before the block at hand
@@ -451,9 +463,16 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
 
   T* gates(std::int64_t t, std::int64_t b) const noexcept {
     if (keep_) return this->saved_row(t, b);
-    // No two rows of the batch take turns in a place: nobody waits before the next block.
-    const std::int64_t step = time(t) - block_first_;
-    return s_.gates + (step * call.batch + b) * slots * padded_h_;
+    return s_.gates + place_in_block(time(t) - block_first_, b) * slots * padded_h_;
+  }
+
+  // Counts the rows before row b of a step of the block, where the steps of the rows of one thread stand together. No
+  // two rows of the batch take turns in a place: nobody waits before the next block.
+  std::int64_t place_in_block(std::int64_t step, std::int64_t b) const noexcept {
+    const std::int64_t together = shape_.together;
+    if (together == call.batch) return step * call.batch + b;
+    const std::int64_t first = b < together ? 0 : b / together * together;
+    return first * call.block_steps + step * smaller(together, call.batch - first) + b - first;
   }
 
   // gates = x W_ih^T + b_ih for the active rows of `count` steps, in one product.
@@ -525,14 +544,13 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
   std::int64_t list_rows(std::int64_t t) noexcept {
     const Range own = this->active_rows(t), ended = this->rows_ended(t);
     for (std::int64_t b = ended.begin; b < ended.end; ++b) {
-      const std::int64_t row = b * shape_.stride[0];
+      const std::int64_t row = shape_.row(0, b);
       std::memcpy(s_.state[1 - now_][0] + row, s_.state[now_][0] + row, static_cast<std::size_t>(P_) * sizeof(T));
     }
     std::int64_t rows = 0;
     for (std::int64_t b = own.begin; b < own.end; ++b) {
       const bool cut = this->cut(layer_.reverse, t, b);
-      for (int s = 0; s < Cell::states; ++s)
-        s_.prev[s][rows] = cut ? s_.zeros : s_.state[now_][s] + b * shape_.stride[s];
+      for (int s = 0; s < Cell::states; ++s) s_.prev[s][rows] = cut ? s_.zeros : s_.state[now_][s] + shape_.row(s, b);
       s_.step_gates[rows] = gates(t, b);
       s_.batch_index[rows++] = b;
     }
@@ -558,7 +576,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
     if constexpr (Phase::is_last) {
       for (int s = 1; s < Cell::states; ++s) {
         const std::int64_t b = s_.batch_index[i];
-        store(s_.state[1 - now_][s] + b * shape_.stride[s] + unit, next[s]);
+        store(s_.state[1 - now_][s] + shape_.row(s, b) + unit, next[s]);
         if (call.save == Save::outputs) store(this->saved_state(s, t, b) + unit, next[s]);
       }
       if (Cell::Step::projects && layer_.sizes.projected)
@@ -572,7 +590,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
 
   RNNKERN_INLINE void store_h(std::int64_t t, std::int64_t i, std::int64_t unit, int count, V h) const noexcept {
     const std::int64_t b = s_.batch_index[i];
-    store(s_.state[1 - now_][0] + b * shape_.stride[0] + unit, h);
+    store(s_.state[1 - now_][0] + shape_.row(0, b) + unit, h);
     store_some<V>(output(t, b) + unit, h, count);
   }
 
