@@ -216,7 +216,11 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
         for (std::int64_t i = 0; i < steps; ++i) {
           const T* rows[lanes];
           const std::int64_t t = time(block_first_ + first + i);
-          this->list_rows(vector, t, rows, [&](std::int64_t b) { return this->x_row(t, b); });
+          const T* const x = this->x_row(t, 0);
+          if (layer_.x_rows.rows)
+            this->list_rows(vector, t, rows, [&](std::int64_t b) { return this->x_row(t, b); });
+          else  // one after the other
+            this->list_rows(vector, t, rows, [&](std::int64_t b) { return x + b * layer_.x_stride; });
           rows_to_lanes(rows, layer_.sizes.inputs, s_.x + i * lanes, steps * lanes);
         }
         if (how.operand) how.operand(s_.x, layer_.sizes.inputs * steps * lanes, s_.x);
@@ -248,11 +252,8 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   }
 
   void step(std::int64_t t) noexcept {
-    const Range own = this->active_vectors(t), ended = this->rows_ended(t);
-    const std::int64_t size = H_ * lanes;
-    for (std::int64_t vector = divide_up(ended.begin, lanes); vector < divide_up(ended.end, lanes); ++vector)
-      std::memcpy(state(s_.state[1 - now_][0], vector), state(s_.state[now_][0], vector),
-                  static_cast<std::size_t>(size) * sizeof(T));
+    const Range own = this->active_vectors(t);
+    if (call.lengths) keep_ended(t);
     for (std::int64_t vector = own.begin; vector < own.end; ++vector) {
       if (call.resets) cut_rows(vector, t);
       const T* x = gates_of(vector, time(t) - block_first_);
@@ -260,6 +261,14 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
       step_units(x, vector, saved, this->active_lanes(vector, t));
       store_outputs(state(s_.state[1 - now_][0], vector), t, vector);
     }
+  }
+
+  // Copies h of vectors that have ended before step t into both places, where it stays.
+  __attribute__((noinline)) void keep_ended(std::int64_t t) const noexcept {
+    const Range ended = this->rows_ended(t);
+    for (std::int64_t vector = divide_up(ended.begin, lanes); vector < divide_up(ended.end, lanes); ++vector)
+      std::memcpy(state(s_.state[1 - now_][0], vector), state(s_.state[now_][0], vector),
+                  static_cast<std::size_t>(H_ * lanes) * sizeof(T));
   }
 
   void store_outputs(const T* h, std::int64_t t, std::int64_t vector) const noexcept {
