@@ -23,6 +23,7 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any], bool, str]] = {
     "few units, other saved values": ("rnn_relu", 2, 3, {}, True, "gates"),
     "two products": ("gru_reset_before", 4, 9, {"num_layers": 2}, True, "outputs"),
     "segments": ("lstm_peephole", 4, 7, {"num_layers": 2}, True, "checkpoint"),
+    "segments both ways": ("lstm", 4, 7, {"num_layers": 2, "bidirectional": True}, True, "checkpoint"),
 }
 
 
@@ -99,13 +100,14 @@ def test_what_is_kept_follows_the_rows_that_sequences_have() -> None:
 
 def test_dropout_without_padding_draws_a_number_for_each_row() -> None:
     """The same numbers whatever is kept of the steps."""
-    layer = rk.GRU(4, 8, num_layers=3, dropout=0.5, seed=0)
-    x, _, _, dy, _ = drawn(layer, False)
-    results = []
-    for save in ("gates", "checkpoint"):
-        y, final, tape = layer.forward(rows(x), offsets=OFFSETS, seed=7, save=save)
-        results.append((y, final, [*layer.backward(tape, rows(dy)).parameters.values()]))
-    same(results[0], results[1])
+    for bidirectional in (True, False):
+        layer = rk.GRU(4, 8, num_layers=3, dropout=0.5, bidirectional=bidirectional, seed=0)
+        x, _, _, dy, _ = drawn(layer, False)
+        results = []
+        for save in ("gates", "checkpoint"):
+            y, final, tape = layer.forward(rows(x), offsets=OFFSETS, seed=7, save=save)
+            results.append((y, final, [*layer.backward(tape, rows(dy)).parameters.values()]))
+        same(results[0], results[1])
     twin = rk.GRU(4, 8, num_layers=3, seed=0)
     assert not np.array_equal(twin(rows(x), offsets=OFFSETS)[0], results[0][0])
 
