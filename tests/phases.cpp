@@ -130,7 +130,8 @@ extern "C" void run(int cell, const std::int64_t* sizes, double* const* arrays, 
   const Sequences rows = Sequences::padded(lengths, T, B, 1);
   rows.describe(call);
   call.resets = resets, call.layer_count = call.directions = 1, call.save = Save::gates, call.split = Split::units;
-  call.block_steps = call.part_steps = 2, call.max_threads = threads, call.stop = &stop;
+  call.block_steps = call.part_steps = 2, call.max_threads = threads, call.rows_together = call.batch,
+  call.stop = &stop;
   Layer layer{{I, H, H, false},
               reverse,
               nullptr,
