@@ -112,7 +112,8 @@ STYLE = """<style>
 
 
 def main() -> None:
-    """Trains everything, prints the last and best losses, and draws them."""
+    """Trains everything, prints the best losses, and draws them."""
+    picture = Path(sys.argv[1] if len(sys.argv) > 1 else "precision.svg")
     runs = {"demo, bits a character": of_demo} | {
         title: partial(of_example, name)
         for name, title in (
@@ -132,7 +133,7 @@ def main() -> None:
         '<path class="float32" d="M50 260h40"/><text x="98" y="264">float32</text>',
         '<path class="bfloat16" d="M180 260h40"/><text x="228" y="264">bfloat16, three seeds of each</text>',
     ]
-    Path(sys.argv[1] if len(sys.argv) > 1 else "precision.svg").write_text(
+    picture.write_text(
         "\n".join(
             [
                 '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1110 280" width="1110" height="280" role="img">',
