@@ -49,7 +49,7 @@ RNNKERN_INLINE F32 round_to_bfloat16(F32 v) noexcept {
 }
 
 // to = the nearest bfloat16 numbers; writes whole vectors. to may be from.
-inline void round_row(const float* from, std::int64_t count, float* to) noexcept {
+__attribute__((noinline)) void round_row(const float* from, std::int64_t count, float* to) noexcept {
   constexpr int lanes = kLanes<float>;
   for (std::int64_t i = 0; i < count; i += lanes)
     store(to + i, round_to_bfloat16(load_some<F32>(from + i, static_cast<int>(count - i < lanes ? count - i : lanes))));

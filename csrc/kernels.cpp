@@ -179,8 +179,8 @@ struct LinearScratch {
   // Packs the weights that this worker's part of the panels holds.
   void pack(const Worker& worker, const void* weight, std::int64_t units, std::int64_t depth, std::int64_t unit_stride,
             std::int64_t k_stride) const noexcept {
-    pack_panels<Format, 1>(worker, static_cast<const T*>(weight), units, depth, 0, unit_stride, k_stride,
-                           reinterpret_cast<typename Format::W*>(packed));
+    pack_panels<typename Format::PackedAs, 1>(worker, static_cast<const T*>(weight), units, depth, 0, unit_stride,
+                                              k_stride, reinterpret_cast<typename Format::W*>(packed));
   }
 };
 

@@ -102,6 +102,12 @@ void pack_panels(const Worker& worker, const T* source, std::int64_t units, std:
   using Shape = PanelShape<gates>;
   constexpr int lanes = kLanes<T>, group = Format::group;
   const Range own = share(Shape::template panels<T>(units), worker.index, worker.count);
+  if constexpr (std::is_same_v<Format, Rounded>) {  // behind the ordinary packing, which is compiled once
+    pack_panels<AsStates<T>, gates>(worker, source, units, depth, gate_stride, unit_stride, k_stride, target);
+    const std::int64_t first = own.begin * Shape::subs, last = smaller(own.end * Shape::subs, divide_up(units, lanes));
+    T* const begin = target + first * lanes * gates * depth;
+    return round_row(begin, (last - first) * lanes * gates * depth, begin);
+  }
   const auto for_vectors = [&](auto&& body) {
     for (std::int64_t panel = own.begin; panel < own.end; ++panel) {
       const int subs = Shape::template subs_of<T>(panel, units);
