@@ -374,7 +374,7 @@ BAD_CALLS = {
     "rank": (rt.GRU, (X[None],), {}, ValueError, r"input: expected shape \(T, B, 3\) or \(T, 3\), got \(1, 5, 2, 3\)"),
     "size": (rt.GRU, (X[..., :2],), {}, ValueError, r"input: expected shape"),
     "dtype": (rt.GRU, (X.double(),), {}, TypeError, r"input: expected torch.float32, .* got torch.float64"),
-    "integers": (rt.GRU, (X.long(),), {}, NotImplementedError, r"input: expected one of torch.float32 and .*int64"),
+    "integers": (rt.GRU, (X.long(),), {}, NotImplementedError, r"input: expected one of torch.float32.*int64"),
     "sparse": (rt.GRU, (X.to_sparse(),), {}, NotImplementedError, r"input: expected a dense .* torch.sparse_coo"),
     "nested": (rt.GRU, (RAGGED,), {}, NotImplementedError, r"input: expected a dense Tensor, with lengths .* a nested"),
     "device": (rt.GRU, (X.to("meta"),), {}, NotImplementedError, r"input: expected one on cpu, .* got meta"),
@@ -389,7 +389,7 @@ BAD_CALLS = {
     "lengths_rank": (rt.GRU, (X[:, 0],), {"lengths": [5]}, ValueError, r"lengths: expected None with unbatched input"),
     "resets": (rt.GRU, (X,), {"resets": X[..., 0]}, TypeError, r"resets: expected bool of shape \(5, 2\), got float32"),
     "resets_shape": (rt.GRU, (X,), {"resets": X > 0}, ValueError, r"resets: expected bool of shape \(5, 2\), got"),
-    "packed": (rt.GRU, (pack_padded(X, [5, 4]),), {"lengths": [5, 4]}, ValueError, r"lengths, resets: expected None"),
+    "packed": (rt.GRU, (pack_padded(X, [5, 4]),), {"lengths": [5, 4]}, ValueError, r"lengths, resets, offsets: expected None"),
     "packed_size": (rt.GRU, (pack_padded(X[..., :2], [5, 4]),), {}, ValueError, r"input: expected data of 3 columns"),
 }  # fmt: skip
 

@@ -155,7 +155,7 @@ def test_the_operators_pass_opcheck(cell, name):
     arguments = (x, state, module._weights(), *rows, None, 0.0)
     for training in (True, False):
         with torch.set_grad_enabled(training):
-            torch.library.opcheck(torch.ops.rnnkern.forward, (*arguments, training, *module._stack()))
+            torch.library.opcheck(torch.ops.rnnkern.forward, (*arguments, training, *module._stack("float32")))
 
 
 @pytest.mark.parametrize("need_x", [False, True])
@@ -166,8 +166,8 @@ def test_backward_passes_opcheck(cell, need_x):
     module, x = kind(3, 4, num_layers=2, bidirectional=True, **own), torch.rand(5, 2, 3)
     state = [torch.rand(4, 2, 4) for _ in CELLS[cell].states]
     call = (x, state, [one.detach() for one in module._weights()], *[None] * 3, 0.0)
-    y, *final, tape = torch.ops.rnnkern.forward(*call, True, *module._stack())
-    given = (*call, tape, y, y, [None, *final[1:]], need_x, need_x, [need_x, True] * 8, *module._stack())
+    y, *final, tape = torch.ops.rnnkern.forward(*call, True, *module._stack("float32"))
+    given = (*call, tape, y, y, [None, *final[1:]], need_x, need_x, [need_x, True] * 8, *module._stack("float32"))
     torch.library.opcheck(torch.ops.rnnkern.backward, given)
 
 
