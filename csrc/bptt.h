@@ -293,7 +293,8 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   }
 
   // The same for rows that are `stride` apart in working memory.
-  std::int64_t list(Range steps, const T** rows, const T* first, std::int64_t stride) const noexcept {
+  __attribute__((noinline)) std::int64_t list(Range steps, const T** rows, const T* first,
+                                              std::int64_t stride) const noexcept {
     return list(steps, rows, [&](std::int64_t, std::int64_t, std::int64_t row) { return first + row * stride; });
   }
 

@@ -43,14 +43,10 @@ RNNKERN_INLINE void rows_to_lanes(const T* const* rows, std::int64_t columns, T*
 
 // to[row * stride + k] = from[k * lanes + row] for k in [0, columns)
 template <class T>
-RNNKERN_INLINE void lanes_to_rows(const T* from, std::int64_t columns, int rows, T* to, std::int64_t stride) noexcept {
+__attribute__((noinline)) void blocks_to_rows(const T* from, std::int64_t columns, int rows, T* to,
+                                              std::int64_t stride) noexcept {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  if (columns <= kFewColumns) {
-    for (int row = 0; row < rows; ++row)
-      for (std::int64_t k = 0; k < columns; ++k) to[row * stride + k] = from[k * lanes + row];
-    return;
-  }
   for (std::int64_t first = 0; first < columns; first += lanes, from += lanes * lanes) {
     const int some = static_cast<int>(smaller(columns - first, lanes));
     V block[lanes];
@@ -58,6 +54,12 @@ RNNKERN_INLINE void lanes_to_rows(const T* from, std::int64_t columns, int rows,
     transpose(block);
     for (int row = 0; row < rows; ++row) store_some<V>(to + row * stride + first, block[row], some);
   }
+}
+template <class T>
+RNNKERN_INLINE void lanes_to_rows(const T* from, std::int64_t columns, int rows, T* to, std::int64_t stride) noexcept {
+  if (columns > kFewColumns) return blocks_to_rows(from, columns, rows, to, stride);
+  for (int row = 0; row < rows; ++row)
+    for (std::int64_t k = 0; k < columns; ++k) to[row * stride + k] = from[k * kLanes<T> + row];
 }
 
 // What both directions of time need of rows in lanes; on top of either loop.
