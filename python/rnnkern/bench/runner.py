@@ -179,7 +179,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": num_threads(),
         "isa": config["isa"],
         "compiler": config["compiler"],
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "load_before": os.getloadavg()[0],
     }
