@@ -72,9 +72,11 @@ void write(const Arrays& arrays) {
 }
 
 void run(const rnnkern_functions& kernels, const Call& given) {
-  const rnnkern_stack stack{nullptr,           given.cell,       given.element_bytes, given.input_size,
-                            given.hidden_size, given.proj_size,  given.num_layers,    given.directions,
-                            {false, true},     given.biased != 0};
+  rnnkern_stack stack{};
+  stack.cell = given.cell, stack.element_bytes = given.element_bytes;
+  stack.input_size = given.input_size, stack.hidden_size = given.hidden_size, stack.proj_size = given.proj_size;
+  stack.num_layers = given.num_layers, stack.directions = given.directions;
+  stack.reverse[1] = true, stack.bias = given.biased != 0;
   rnnkern_message why;
   rnnkern_sizes sizes;
   if (!kernels.sizes(&stack, given.steps, given.batch, &sizes, &why)) fail("sizes", why.text);
