@@ -76,7 +76,7 @@ void run(const rnnkern_functions& kernels, const Call& given) {
   stack.cell = given.cell, stack.element_bytes = given.element_bytes;
   stack.input_size = given.input_size, stack.hidden_size = given.hidden_size, stack.proj_size = given.proj_size;
   stack.num_layers = given.num_layers, stack.directions = given.directions;
-  stack.reverse[1] = true, stack.bias = given.biased != 0;
+  stack.reverse[1] = true, stack.biased = given.biased != 0;
   rnnkern_message why;
   rnnkern_sizes sizes;
   if (!kernels.sizes(&stack, given.steps, given.batch, &sizes, &why)) fail("sizes", why.text);
