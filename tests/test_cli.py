@@ -426,7 +426,8 @@ def flow_page(*arguments: str, out: Path) -> str:
         assert cli.main(["flow", *arguments, "--out", str(out)]) == 0
     page = out.read_text(encoding="utf-8")
     assert not re.search(r"(?:src|href)=|url\(|https?:", page)
-    assert "nan" not in page.lower().replace("nanos", "")
+    # As a word: base64 may have these letters anywhere.
+    assert not re.search(r"(?i)(?<![a-z0-9+/])nan(?![a-z0-9+/])", page)
     return page
 
 
