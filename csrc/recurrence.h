@@ -72,7 +72,7 @@ RNNKERN_INLINE std::int64_t active_rows_of(const KernelCall& call, std::int64_t 
     if (owner > worker.index && b < own.end) own.end = b;
     before += rows;
   }
-  return own;
+  return own.begin < own.end ? own : Range{0, 0};  // {batch, batch} would be a vector, rounded up to whole ones
 }
 
 // Returns how many steps from t on, or in the other direction, have as many rows as there is room for in a block.

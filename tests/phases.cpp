@@ -155,3 +155,18 @@ extern "C" void run(int cell, const std::int64_t* sizes, double* const* arrays, 
   const LayerWeights<const void*> weights{in[2], in[3], in[4], in[5], nullptr, {in[6], in[7]}};
   (cell == 0 ? run_cell<NormRnn> : run_cell<MinGru>)(call, layer, weights, threads);
 }
+
+// The rows of the batch that each of some threads gets of the steps [first, last), `grain` of them together; bounds:
+// [threads, 2].
+extern "C" void divide_rows(const std::int64_t* lengths, std::int64_t T, std::int64_t B, std::int64_t grain,
+                            std::int64_t first, std::int64_t last, int threads, std::int64_t* bounds) {
+  using namespace rnnkern;
+  KernelCall call{};
+  const Sequences rows = Sequences::padded(lengths, T, B, 1);
+  rows.describe(call);
+  for (int i = 0; i < threads; ++i) {
+    const Worker worker{i, threads, nullptr, nullptr, -1, nullptr};
+    const Range own = share_of_rows(call, worker, grain, {first, last});
+    *bounds++ = own.begin, *bounds++ = own.end;
+  }
+}

@@ -76,8 +76,8 @@ def _results(step: Any, given: Arrays, rows: Arrays, dtype: Any, seed: int | Non
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`run` of phases.cpp, with the widest vectors of this machine."""
+def phases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The functions of phases.cpp, with the widest vectors of this machine."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("c++ is not installed")
@@ -85,13 +85,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-march=native", "-ffp-contract=off", "-Wno-psabi"]
     source = str(ROOT / "tests" / "phases.cpp")
     subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", source, "-o", str(module)], check=True)
-    return ctypes.CDLL(str(module)).run
+    return ctypes.CDLL(str(module))
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("H", [5, 21])
 @pytest.mark.parametrize("cell", CELLS)
-def test_cells_of_other_phases_have_their_outputs_and_gradients(run: Any, cell: str, H: int, reverse: bool) -> None:
+def test_cells_of_other_phases_have_their_outputs_and_gradients(phases: Any, cell: str, H: int, reverse: bool) -> None:
     """Among threads that share the units as alone, to the bit; with rows that end early and resets."""
     number, gates, step = CELLS[cell]
     drawn = np.random.default_rng(H)
@@ -110,7 +110,7 @@ def test_cells_of_other_phases_have_their_outputs_and_gradients(run: Any, cell: 
         results |= {"d" + name: np.full(shapes[name], np.nan if name in ("x", "initial") else 0.0) for name in NAMES}
         arrays = [np.ascontiguousarray(array) for array in given.values()]
         pointers = [array.ctypes.data for array in (*arrays, *results.values())]
-        run(
+        phases.run(
             number, (ctypes.c_int64 * 4)(T, B, I, H), (ctypes.c_void_p * len(pointers))(*pointers),
             rows["lengths"].ctypes.data_as(ctypes.c_void_p), rows["resets"].ctypes.data_as(ctypes.c_void_p),
             ctypes.c_bool(reverse), threads,
@@ -121,6 +121,23 @@ def test_cells_of_other_phases_have_their_outputs_and_gradients(run: Any, cell: 
     for name, array in tested[0].items():
         assert np.array_equal(array, tested[1][name]), name
         assert_within_rounding(name, array, exact[name], [one[name] for one in naive], (cell, H, reverse))
+
+
+def test_each_row_is_one_threads_whatever_the_lengths(phases: Any) -> None:
+    """In whole vectors of rows, where there are fewer of those than threads and where some have no step left too."""
+    drawn = np.random.default_rng(0)
+    for B, grain, threads in ((5, 8, 4), (20, 8, 3), (20, 16, 8), (7, 1, 3), (3, 1, 8), (33, 4, 5)):
+        for first, last in ((0, T), (2, 4), (T - 1, T)):
+            lengths = np.where(drawn.random(B) < 0.5, drawn.integers(0, T + 1, B), 0)
+            lengths[0] = max(lengths[0], 1)
+            bounds = np.zeros((threads, 2), np.int64)
+            phases.divide_rows(
+                lengths.ctypes.data_as(ctypes.c_void_p), *(ctypes.c_int64(one) for one in (lengths.max(), B, grain)),
+                *(ctypes.c_int64(min(one, lengths.max())) for one in (first, last)), threads,
+                bounds.ctypes.data_as(ctypes.c_void_p),
+            )  # fmt: skip
+            vectors = [one for begin, end in bounds for one in range(begin // grain, -(-end // grain))]
+            assert vectors == list(range(-(-B // grain))), (B, grain, threads, first, last, lengths, bounds)
 
 
 # A text of phases.cpp, what takes its place, and what the compiler says.
