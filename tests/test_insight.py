@@ -44,14 +44,15 @@ def test_a_tape_gives_the_gates(backend):
         problem = Problem(cell, num_layers=2, bidirectional=True, lengths=True, resets=True, dropout=0.3)
         drawn, layer = inputs(problem), layer_of(problem, backend)
         options = {"lengths": drawn.lengths, "resets": drawn.resets, "seed": problem.seed}
-        gates = layer.forward(drawn.x, state_of(drawn.state), **options)[2].gates
         exact = gates_by_hand(problem, np.float64, EXACT)
         naive = [gates_by_hand(problem, np.float32, one) for one in naive_arithmetics(problem.seed)]
-        assert list(gates) == list(exact)
-        for name, gate in gates.items():
-            assert gate.dtype == np.float32
-            assert not gate.flags.writeable
-            assert_within_rounding(name, gate, exact[name], [one[name] for one in naive], problem)
+        for save in ("gates", "checkpoint"):
+            gates = layer.forward(drawn.x, state_of(drawn.state), **options, save=save)[2].gates
+            assert list(gates) == list(exact)
+            for name, gate in gates.items():
+                assert gate.dtype == np.float32
+                assert not gate.flags.writeable
+                assert_within_rounding(name, gate, exact[name], [one[name] for one in naive], problem)
 
 
 def test_gates_are_those_of_the_forward_or_none():

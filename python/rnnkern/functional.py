@@ -594,14 +594,19 @@ def _padded_values(tape: Tape) -> Sequence[Sequence[Array]]:
     if hasattr(tape.backend, "saved_values") and not isinstance(tape.saved, Checkpoints):
         values: Sequence[Sequence[Array]] = tape.backend.saved_values(stack, tape.saved, call)
         return values
-    again = call._replace(y=np.empty_like(call.y), save="gates")
-    run(tape.backend, stack, tape.weights, again)
+    again = call._replace(y=np.empty_like(call.y))
+    if isinstance(tape.saved, Checkpoints):
+        masks = tape.saved.masks
+        checkpoints.forward(tape.backend, stack, tape.weights, again, masks)
+        again = again._replace(masks=None if masks is None else masks(0, None))
+    else:
+        run(tape.backend, stack, tape.weights, again)
     if not np.array_equal(again.y, call.y, equal_nan=True):  # the same bits come out of the same numbers
         raise ValueError(
             "gates: expected the parameters and x of the forward, since gates are recomputed from them, got others; "
             "read the gates before the optimizer's step"
         )
-    return exact_values(stack, tape.weights, call._replace(y=again.y))
+    return exact_values(stack, tape.weights, again)
 
 
 def exact_values(stack: Stack, weights: Sequence[Weights], call: Forward) -> Sequence[Sequence[Array]]:
