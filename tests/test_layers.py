@@ -231,14 +231,16 @@ def test_backward_belongs_to_the_parameters_of_its_forward(cell, backend):
 
 
 def test_a_tape_keeps_lengths_and_resets_as_they_were(backend):
-    """Both are copied: the caller may write into them before backward."""
+    """They are copied, as offsets are: the caller may write into them before backward."""
     layer = rk.GRU(3, 4, backend=backend, seed=0)
     x, _ = given(layer)
-    lengths, resets = np.array([5, 2, 4]), np.eye(5, 3, -1, bool)
-    y, _, tape = layer.forward(x, lengths=lengths, resets=resets)
-    expected = layer.backward(tape, np.ones_like(y))
-    lengths[...], resets[...] = 5, False
-    same(layer.backward(tape, np.ones_like(y)), expected)
+    for rows, ends in ((x, {"lengths": np.array([5, 2, 4])}), (x[:, 0], {"offsets": np.array([0, 3, 5])})):
+        resets = np.eye(5, 3, -1, bool) if rows.ndim == 3 else (np.arange(10) == 2)[::2]  # with gaps
+        y, _, tape = layer.forward(rows, **ends, resets=resets)
+        expected = layer.backward(tape, np.ones_like(y))
+        for array in (*ends.values(), resets):
+            array[...] = 1
+        same(layer.backward(tape, np.ones_like(y)), expected)
 
 
 def test_backward_may_run_from_several_threads(cell, backend):

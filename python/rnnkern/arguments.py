@@ -384,7 +384,7 @@ class Signature:
             if [len(one) for one in resets] != lengths:
                 raise ValueError(f"resets: expected arrays of {lengths} steps, got {[len(one) for one in resets]}")
             resets = np.concatenate([as_array("resets", one) for one in resets])
-        return _resets_of_shape(resets, (int(form.offsets[-1]),))
+        return np.array(_resets_of_shape(resets, (int(form.offsets[-1]),)), order="C")
 
     def step(self, batch: int, x_t: object, out: object) -> tuple[Array, Array]:
         """x_t (B, I) of a stream as backends take it, and the array for y_t (B, P): `out`, or a new one for None."""
