@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -149,8 +150,11 @@ WRONG: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
 
 
 def test_wrong_offsets_and_lists_are_refused_by_name() -> None:
-    """And nested numbers stay an array-like."""
-    layer = rk.GRU(3, 2, seed=0)
+    """By what stacks arrays too, which a list of sequences is not; and nested numbers stay an array-like."""
+    layer, listed = rk.GRU(3, 2, seed=0), [np.ones((4, 3)), np.ones((4, 3))]
+    for call in (rk.Sequential(layer), partial(rk.tbptt, layer, k1=2), partial(rk.diagnose, layer)):
+        with pytest.raises(ValueError, match=r"^x: expected one array, with lengths .*, got a list of sequences"):
+            call(listed)
     for x, options, error, message in WRONG.values():
         with pytest.raises(error, match=f"^{message}"):
             layer(x, **options)

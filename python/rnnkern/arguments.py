@@ -314,6 +314,12 @@ def _is_list_of_arrays(value: object, dimensions: int) -> bool:
     return True
 
 
+def refuse_sequences(x: object) -> None:
+    """x is no list of sequences, which layers take, and whose arrays would be stacked else."""
+    if _is_list_of_arrays(x, 2) and not _is_result(x):
+        raise ValueError("x: expected one array, with lengths for rows that end early, got a list of sequences")
+
+
 class Signature:
     """The shapes of a stack's arguments and results, and the way between them and the layout of the backends.
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import reference
-from .arguments import describe, integer, seed_or_none
+from .arguments import describe, integer, refuse_sequences, seed_or_none
 from .cells import CELLS, Cell
 from .layers import Recurrent
 from .reference import EXACT, Saved
@@ -208,9 +208,8 @@ def diagnose(
         raise TypeError(f"layer: expected an RNN, LSTM, GRU or Recurrent, got {describe(layer)}")
     k, generator = integer("exponents", exponents, 1), np.random.default_rng(seed_or_none(seed))
     signature = layer._signature
+    refuse_sequences(x)
     inputs, states, rows, cut, form = signature.arguments(x, state, lengths, resets)
-    if form.offsets is not None:
-        raise ValueError("x: expected one array, with lengths for rows that end early, got a list of sequences")
     T, B, _ = inputs.shape
     rows = np.full(B, T) if rows is None else rows
     if not rows.any():

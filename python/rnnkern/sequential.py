@@ -22,6 +22,7 @@ from .arguments import (
     chosen_names,
     describe,
     flag,
+    refuse_sequences,
     row_lengths,
     seed_or_none,
 )
@@ -82,6 +83,7 @@ class _Chain:
         """y, the final states, what else the method of each piece returned, and which steps of y count."""
         recurrent = self.recurrent
         given = self.states("state", state)
+        refuse_sequences(x)
         x = as_array("x", x) if self.symbols else as_floats("x", x, self.dtype)
         valid = None if lengths is None else self._valid_steps(x, lengths)
         if resets is not None and not any(recurrent):

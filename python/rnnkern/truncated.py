@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import describe, integer
+from .arguments import describe, integer, refuse_sequences
 from .functional import Grads, Limits, Tape
 from .layers import Recurrent
 
@@ -86,6 +86,7 @@ def tbptt(
     k2 = k1 if k2 is None else integer("k2", k2, k1)
     if k2 % k1:
         raise ValueError(f"k2: expected a multiple of k1={k1}, got {k2}")
+    refuse_sequences(x)
     return _chunks(layer, x, state, k1, k2 // k1, lengths, resets, save, seed)
 
 
