@@ -70,11 +70,13 @@ inline SideBySide side_by_side(const PlanInput& in) noexcept {
   const std::int64_t threads = std::min<std::int64_t>(in.max_threads, at_once);
   if (threads < 2 || in.masked) return {1, 1, 1};
   if (in.directions > 1) return {static_cast<int>(threads), 1, static_cast<double>(threads)};
-  const std::int64_t parts = std::clamp<std::int64_t>(in.steps * in.batch / 12, 1, 8);
+  const std::int64_t parts = std::clamp<std::int64_t>(std::min(in.steps, in.steps * in.batch / 12), 1, 8);
   const std::int64_t rounds = (in.layer_count + threads - 1) / threads;
-  const double until_all_work = static_cast<double>(threads - 1) / static_cast<double>(parts);  // rounds
-  return {static_cast<int>(threads), parts,
-          static_cast<double>(in.layer_count) / (static_cast<double>(rounds) + until_all_work)};
+  // In times of a layer. Each begins a part behind the one below it: in a single part, as the step of a stream is, one
+  // comes after the other.
+  const auto behind = [&](std::int64_t layers) { return static_cast<double>(layers) / static_cast<double>(parts); };
+  const double took = std::max(static_cast<double>(rounds) + behind(threads - 1), 1 + behind(in.layer_count - 1));
+  return {static_cast<int>(threads), parts, static_cast<double>(in.layer_count) / took};
 }
 
 inline Plan make_plan(const PlanInput& in) {

@@ -113,19 +113,20 @@ def test_a_stream_has_the_bits_of_the_sequence(cell, native, dtype, B, H):
 
 @pytest.mark.parametrize("B", [1, 33])
 def test_a_stream_goes_on_with_another_number_of_threads(cell, native, B):
-    """Its steps keep their bits when that changes on the way."""
-    problem = Problem(cell, T=9, B=B, I=200, H=300)
-    x, frozen = inputs(problem).x, layer_of(problem, native).freeze()
-    expected, _ = frozen(x)
-    stream, steps = frozen.stream(B), []
-    before = rk.num_threads()
-    try:
-        for step, x_t in enumerate(x):
-            rk.set_num_threads(1 + step % 3)
-            steps.append(stream.step(x_t))
-    finally:
-        rk.set_num_threads(before)
-    same({"y": np.stack(steps)}, {"y": expected})
+    """Its steps keep their bits when that changes on the way; of many layers too, whose steps nobody can share."""
+    for sizes in ({"B": B, "I": 200, "H": 300}, {"B": 1, "I": 20, "H": 100, "num_layers": 12}):
+        problem = Problem(cell, T=9, **sizes)
+        x, frozen = inputs(problem).x, layer_of(problem, native).freeze()
+        expected, _ = frozen(x)
+        stream, steps = frozen.stream(problem.B), []
+        before = rk.num_threads()
+        try:
+            for step, x_t in enumerate(x):
+                rk.set_num_threads(1 + step % 3)
+                steps.append(stream.step(x_t))
+        finally:
+            rk.set_num_threads(before)
+        same({"y": np.stack(steps)}, {"y": expected})
 
 
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
