@@ -6,15 +6,16 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from rnnkern import config
-from rnnkern.bench.peers import PEERS, Missing
+from rnnkern.bench.peers import OF_BFLOAT16, PEERS, Missing
 from rnnkern.bench.workloads import SMALL, Workload, assert_right, numbers
 
 # The one runs in the simulator, on a GPU its tests time it; the other compiles for minutes.
 SLOW = ("numba_cuda", "torch_compile")
+NAMES = [name for name in PEERS if name not in (*SLOW, *OF_BFLOAT16)]
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "forward_backward"])
-@pytest.mark.parametrize("peer", [name for name in PEERS if name not in SLOW])
+@pytest.mark.parametrize("peer", NAMES)
 @pytest.mark.parametrize("workload", SMALL.values(), ids=SMALL.keys())
 def bench_layer(benchmark: BenchmarkFixture, workload: Workload, peer: str, training: bool) -> None:
     """A whole call with all threads: inference on frozen weights, or one training step without the optimiser."""
@@ -27,7 +28,7 @@ def bench_layer(benchmark: BenchmarkFixture, workload: Workload, peer: str, trai
         pytest.skip(f"{peer} has no training")
     given = numbers(workload)
     results = prepared.results(prepared.run(prepared.place(given.dy_checked) if training else None))
-    assert_right(workload, results)
+    assert_right(workload, results, prepared.eps)
     benchmark.group = f"{workload.name} {'forward_backward' if training else 'forward'}"
     isa = config.show_config(mode="dicts")["isa"]
     benchmark.extra_info.update(peer=peer, threads=threads, isa=isa, settings=prepared.settings)

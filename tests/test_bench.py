@@ -137,12 +137,13 @@ def test_names_are_stable() -> None:
     for name, workload in WORKLOADS.items():
         assert named(name) == workload
         assert workload.name == name
-    assert [len(suite.workloads) for suite in SUITES.values()] == [29, 11, 21]
-    assert len(WORKLOADS) == 61  # none is in two suites
+    assert [len(suite.workloads) for suite in SUITES.values()] == [29, 11, 21, 8]
+    assert len(WORKLOADS) == 69  # none is in two suites
     assert len(set(QUICK) & SUITES["core"].workloads.keys()) == 6
     assert {workload.cell for workload in SMALL.values()} == CELLS.keys()
     assert named("lstm-i3-h5-b2-t7-l2-d2") == Workload("lstm", 3, 5, 2, 7, layers=2, directions=2)
     assert named("gru-i3-h5-b2-t7-ragged-resets") == Workload("gru", 3, 5, 2, 7, ragged=True, resets=True)
+    assert named("lstm-i3-h5-b2-t7-bfloat16") == Workload("lstm", 3, 5, 2, 7, precision="bfloat16")
     for wrong in ("lstm", "lstm-i3-h5-b2-t0", "nothing-i3-h5-b2-t7", "lstm-i3-h5-b2-t7-d3", "lstm-i3-h5-b1-t7-ragged"):
         with pytest.raises(ValueError, match="workload: expected"):
             named(wrong)
@@ -151,14 +152,15 @@ def test_names_are_stable() -> None:
 @pytest.mark.parametrize("peer", ["torch", "onnxruntime"])
 def test_a_peer_computes_a_cell_or_has_none_of_its_name(cell: str, peer: str) -> None:
     """A cell that others do not know is a dash in the report, not a failure."""
-    workload = named(f"{cell}-i3-h5-b2-t7")
-    reason = ""
-    try:
-        prepared = peers.PEERS[peer](workload, 1)
-        assert_right(workload, prepared.results(prepared.run(None)))
-    except peers.Missing as missing:
-        reason = str(missing)
-    assert reason in ("", f"torch.nn has no {cell}", f"ONNX has no {cell}") or "is not installed" in reason
+    known = ("", f"torch.nn has no {cell}", f"ONNX has no {cell}", "its operators have no bfloat16 on the CPU")
+    for name in (f"{cell}-i3-h5-b2-t7", f"{cell}-i3-h5-b2-t7-bfloat16"):
+        workload, reason = named(name), ""
+        try:
+            prepared = peers.PEERS[peer](workload, 1)
+            assert_right(workload, prepared.results(prepared.run(None)), prepared.eps)
+        except peers.Missing as missing:
+            reason = str(missing)
+        assert reason in known or "is not installed" in reason
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_times_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_peers_compute_what_the_reference_computes() -> None:
     """Those that are installed, in a process of their own: some start threads, or change what importing means."""
     worker = runner.Worker(1)
-    expected = ("it has no training", "its operators have no resets")
+    expected = ("it has no training", "its operators have no resets", "its operators have no bfloat16 on the CPU")
     try:
         for name in (
             "lstm-i3-h5-b3-t12-l2-d2",
@@ -233,8 +235,10 @@ def test_peers_compute_what_the_reference_computes() -> None:
             "rnn_tanh-i3-h5-b1-t12",
             "lstm-i3-h5-b4-t12-d2-ragged",
             "gru-i3-h5-b4-t12-resets",
+            "lstm-i3-h5-b3-t12-bfloat16",
         ):
-            answer = worker.ask(lambda _: None, "time", named(name), ("torch", "jax", "onnxruntime"), 0.01)
+            some = ("torch", *["torch_autocast"] * name.endswith("bfloat16"), "jax", "onnxruntime")
+            answer = worker.ask(lambda _: None, "time", named(name), some, 0.01)
             for one in (one for mode in runner.MODES for one in answer[mode].values()):
                 assert "median" in one or "not installed" in one["missing"] or one["missing"] in expected
     finally:
@@ -308,12 +312,15 @@ def test_rows_compare_with_the_best_peer() -> None:
 
 def test_report_has_dashes_with_reasons(tmp_path: Path) -> None:
     """A peer that is missing is a dash, and its reason stands below, in Markdown and in HTML."""
-    results = some_results()
+    results = some_results(native_float32=entry(2e-4))
+    results["limits"]["bfloat16_flops"] = 2e9
     paths = report.write(results, tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["report.json", "report.md", "report.html"]
     markdown, page = (path.read_text(encoding="utf-8") for path in paths[1:])
     assert "| gru-i4-h8-b2-t10 | 6.00x torch on 1 | " in markdown
-    assert "| 50.0 µs ±15% | - | 400 µs ±15% |" in markdown
+    assert "| native ours | native_float32 ours | torch | numba ours |" in markdown
+    assert "| 50.0 µs ±15% | 200 µs ±15% | - | 400 µs ±15% |" in markdown
+    assert "- the same of bfloat16: 2.0 GFLOP/s" in markdown
     assert "- torch: torch is not <installed> (every workload)" in markdown
     assert "torch is not &lt;installed&gt;" in page
     assert "<installed>" not in page
@@ -389,11 +396,14 @@ def test_results_survive_a_file(tmp_path: Path) -> None:
     for row in loaded["rows"]:
         assert row.keys() == {
             "suite", "label", "workload", "cell", "I", "H", "B", "T", "layers", "directions", "ragged", "resets",
-            "mode", "threads", "flops", "limit", "peers", "best", "against_best", "of_limit",
+            "precision", "mode", "threads", "flops", "limit", "peers", "best", "against_best", "of_limit",
         }  # fmt: skip
     assert report.render_markdown(loaded) == report.render_markdown(results)
+    older = [{key: value for key, value in row.items() if key != "precision"} for row in loaded["rows"]]
+    path.write_text(json.dumps(loaded | {"schema": 2, "rows": older}))
+    assert report.load(path) == loaded
     path.write_text(json.dumps(loaded | {"schema": 0}))
-    with pytest.raises(ValueError, match="schema 2, got 0"):
+    with pytest.raises(ValueError, match="schema 3, got 0"):
         report.load(path)
 
 
@@ -425,16 +435,18 @@ def test_report_of_nothing() -> None:
 
 @needs_native
 def test_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two workloads on one thread: a line for each, and the report."""
-    arguments = ["bench", "--workload", "gru-i4-h8-b2-t10", "lstm-i4-h8-b2-t10", "--peer", "native", "--threads", "1"]
+    """Two workloads on one thread: a line for each, and the report; our own float32 beside bfloat16 alone."""
+    names = ["gru-i4-h8-b2-t10", "lstm-i4-h8-b2-t10-bfloat16"]
+    arguments = ["bench", "--workload", *names, "--peer", "native", "native_float32", "--threads", "1"]
     assert cli.main([*arguments, "--seconds-per-peer", "0.02", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("training  1 thr") == 2
     results = report.load(tmp_path / "report.json")
     assert not results["interrupted"]
-    assert [row["workload"] for row in results["rows"][::2]] == ["gru-i4-h8-b2-t10", "lstm-i4-h8-b2-t10"]
+    assert [row["workload"] for row in results["rows"][::2]] == names
+    assert [len(row["peers"]) for row in results["rows"]] == [1, 1, 2, 2]
     for row in results["rows"]:
-        assert row["peers"]["native"]["error"] < 1
+        assert all(one["error"] < 1 for one in row["peers"].values())
         assert row["best"] is None
     if "missing" not in results["limits"]:  # other programs may keep it from being measured
         assert results["limits"]["one_core"]["sizes"][0] == 1 << 14

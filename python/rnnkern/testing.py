@@ -201,7 +201,9 @@ def named_gradients(problem: Problem, grads: Grads) -> Results:
     return x | named_states(problem, grads.state, "d") | gradients | flow
 
 
-def assert_accurate(problem: Problem, results: Mapping[str, Array], exact: Mapping[str, Array] | None = None) -> float:
+def assert_accurate(
+    problem: Problem, results: Mapping[str, Array], exact: Mapping[str, Array] | None = None, eps: float | None = None
+) -> float:
     """The accuracy rule for every tensor of the results.
 
     Parameters
@@ -212,6 +214,8 @@ def assert_accurate(problem: Problem, results: Mapping[str, Array], exact: Mappi
         What `run` or `infer` gave, or a part of it.
     exact
         Used in place of the reference's results, such as `numerical_gradients`.
+    eps
+        Of the numbers that were computed with, where those have fewer digits than the dtype of the results.
 
     Returns
     -------
@@ -233,15 +237,18 @@ def assert_accurate(problem: Problem, results: Mapping[str, Array], exact: Mappi
     references = exact_results(problem, positive) if exact is None else exact
     naive = naive_results(problem, positive)
     return max(
-        assert_within_rounding(name, tested, references[name], [one[name] for one in naive], problem)
+        assert_within_rounding(name, tested, references[name], [one[name] for one in naive], problem, eps)
         for name, tested in results.items()
     )
 
 
-def assert_within_rounding(name: str, tested: Any, exact: Any, naive: Sequence[Any], context: object) -> float:
+def assert_within_rounding(
+    name: str, tested: Any, exact: Any, naive: Sequence[Any], context: object, eps: float | None = None
+) -> float:
     """The accuracy rule for one tensor; `exact` has more digits than `tested`, the naive results have its dtype.
 
-    Returns the error as a fraction of its bound. `context` ends the message of the AssertionError.
+    Returns the error as a fraction of its bound. `context` ends the message of the AssertionError, `eps` is that of
+    `assert_accurate`.
     """
     tested, exact = np.asarray(tested), np.asarray(exact)
     where = f"{name} of {context!r}"
@@ -262,7 +269,7 @@ def assert_within_rounding(name: str, tested: Any, exact: Any, naive: Sequence[A
         return np.abs(np.where(finite & np.isfinite(values), values, exact) - exact)
 
     spread = max(distance(np.asarray(values)).max() for values in naive)
-    bound = 4 * (spread + 4 * limits.eps * np.abs(exact).max() + 1000 * limits.tiny)
+    bound = 4 * (spread + 4 * (eps or limits.eps) * np.abs(exact).max() + 1000 * limits.tiny)
     error = distance(tested)
     worst = np.unravel_index(error.argmax(), error.shape)
     assert error[worst] <= bound, (

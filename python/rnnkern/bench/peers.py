@@ -2,7 +2,8 @@
 
 Each is a function of a workload and a number of threads that makes the workload ready and returns it as `Prepared`,
 or raises `Missing`. Each runs at the best settings found for it, which `Prepared.settings` tells; lengths and resets as
-the users of a package run them, in the way that was found to be the fastest.
+the users of a package run them, in the way that was found to be the fastest. A workload in bfloat16 runs in what a
+package has for that: ours rounds the operands of products, in the others all numbers are bfloat16.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -26,9 +27,11 @@ from ..layers import parameter_names
 from ..testing import Results, named_gradients, named_states, state_of
 from .workloads import Workload, layer, numbers
 
-__all__ = ["ENTRANTS", "OWN", "PACKAGES", "PEERS", "Missing", "Peer", "Prepared"]
+__all__ = ["ENTRANTS", "OF_BFLOAT16", "OWN", "PACKAGES", "PEERS", "Missing", "Peer", "Prepared"]
 
 Array = NDArray[Any]
+
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7}  # by precision
 
 
 class Missing(Exception):
@@ -45,6 +48,7 @@ class Prepared:
     place: Callable[[Array], Any] = lambda array: array  # an array of NumPy as `run` takes it
     trains: bool = True
     unrolled: int = 0  # steps that its compiler writes out one by one
+    eps: float = EPS["float32"]  # of the numbers it computes with, as the accuracy rule takes it
 
 
 Peer = Callable[[Workload, int], Prepared]
@@ -85,6 +89,13 @@ def torch_eager(workload: Workload, threads: int) -> Prepared:
     return _torch(workload, threads, lambda module: module, "eager, torch.inference_mode() in inference")
 
 
+def torch_autocast(workload: Workload, threads: int) -> Prepared:
+    """The same module, its parameters in float32, under autocast: GRU keeps its states so, LSTM and RNN do not."""
+    torch = _import("torch")
+    settings = "eager, torch.autocast of a module in float32, torch.inference_mode() in inference"
+    return _torch(workload, threads, torch.autocast("cpu", torch.bfloat16), settings)
+
+
 def torch_compiled(workload: Workload, threads: int) -> Prepared:
     """The same module compiled. Only `allow_rnn` makes the compiler look into it; it then unrolls all steps."""
     torch = _import("torch")
@@ -111,11 +122,17 @@ def _torch(workload: Workload, threads: int, wrap: Callable[[Any], Any], setting
     if workload.cell not in modules:
         raise Missing(f"torch.nn has no {workload.cell}")
     torch.set_num_threads(threads)
+    dtype = getattr(torch, workload.precision)
+
+    def place(array: Array) -> Any:
+        return _tensor(array).to(dtype)
+
     module = modules[workload.cell](workload.I, workload.H, workload.layers, bidirectional=workload.directions == 2)
     module.load_state_dict({name: _tensor(value) for name, value in layer(workload).state_dict().items()})
+    module.to(dtype)
     problem, given = workload.checked, numbers(workload)
-    x, initial = _tensor(given.x), state_of(tuple(_tensor(one) for one in given.state))
-    leaf, states = x.clone().requires_grad_(), tuple(_tensor(one).requires_grad_() for one in given.state)
+    x, initial = place(given.x), state_of(tuple(place(one) for one in given.state))
+    leaf, states = x.clone().requires_grad_(), tuple(place(one).requires_grad_() for one in given.state)
     call, how = _torch_call(wrap(module), workload)
 
     def run(dy: Any) -> Any:
@@ -139,7 +156,8 @@ def _torch(workload: Workload, threads: int, wrap: Callable[[Any], Any], setting
         dstate = state_of(tuple(_numpy(one.grad) for one in states))
         return named | {"dx": _numpy(leaf.grad)} | named_states(problem, dstate, "d") | gradients
 
-    return Prepared(run, results, f"{settings}, set_num_threads({threads}){how}", _tensor, unrolled=unrolled)
+    settings += f", set_num_threads({threads}){how}"
+    return Prepared(run, results, settings, place, unrolled=unrolled, eps=EPS[workload.precision])
 
 
 def _torch_call(module: Any, workload: Workload) -> tuple[Callable[..., Any], str]:
@@ -157,7 +175,8 @@ def _torch_call(module: Any, workload: Workload) -> tuple[Callable[..., Any], st
         return packed, ", PackedSequence"
     if given.resets is not None:
         starts = [0, *(np.flatnonzero(given.resets[1:].any(1)) + 1).tolist(), workload.T]
-        keep = _tensor(~given.resets).to(torch.float32)[:, None, :, None]  # of the state, (T, 1, B, 1)
+        # Of the state, (T, 1, B, 1).
+        keep = _tensor(~given.resets).to(getattr(torch, workload.precision))[:, None, :, None]
 
         def between_resets(x: Any, state: Any) -> Any:
             parts = []
@@ -176,24 +195,25 @@ def _tensor(array: Array) -> Any:
 
 
 def _numpy(tensor: Any) -> Array:
-    return np.asarray(tensor.detach().numpy())
+    return np.asarray(tensor.detach().float().numpy())
 
 
 def _jax_results(workload: Workload, names: Sequence[Mapping[str, str]], returned: Any) -> Results:
     """What a scan returned, by name."""
+    array = partial(np.asarray, dtype=np.float32)
     y, state, *pulled = returned
     problem = workload.checked
-    named = {"y": np.asarray(y)} | named_states(problem, state_of(tuple(np.asarray(one) for one in state)))
+    named = {"y": array(y)} | named_states(problem, state_of(tuple(array(one) for one in state)))
     if not pulled:
         return named
     of_weights, dx, dstate = pulled[0]
     gradients = {
-        f"d{name}": np.asarray(value[key]).T
+        f"d{name}": array(value[key]).T
         for value, one in zip(of_weights, names, strict=True)
         for key, name in one.items()
     }
-    states = named_states(problem, state_of(tuple(np.asarray(one) for one in dstate)), "d")
-    return named | {"dx": np.asarray(dx)} | states | gradients
+    states = named_states(problem, state_of(tuple(array(one) for one in dstate)), "d")
+    return named | {"dx": array(dx)} | states | gradients
 
 
 def jax_scan(workload: Workload, threads: int) -> Prepared:
@@ -221,8 +241,9 @@ def jax_scan(workload: Workload, threads: int) -> Prepared:
 
     names, weights = parameter_names(stack, True), layer(workload).state_dict()
     # Matrices are kept transposed, as the products take them.
-    parameters = [{key: jnp.asarray(weights[name].T.copy()) for key, name in one.items()} for one in names]
-    x, initial = jnp.asarray(given.x), tuple(jnp.asarray(one) for one in given.state)
+    place = partial(jnp.asarray, dtype=workload.precision)
+    parameters = [{key: place(weights[name].T.copy()) for key, name in one.items()} for one in names]
+    x, initial = place(given.x), tuple(place(one) for one in given.state)
     infer, train = jax.jit(forward), jax.jit(train)
 
     def run(dy: Any) -> Any:
@@ -233,7 +254,8 @@ def jax_scan(workload: Workload, threads: int) -> Prepared:
         run,
         partial(_jax_results, workload, names),
         f"jit, lax.scan, input product before the scan, {cores} cores",
-        jnp.asarray,
+        place,
+        eps=EPS[workload.precision],
     )
 
 
@@ -307,6 +329,8 @@ def onnxruntime(workload: Workload, threads: int) -> Prepared:
         raise Missing(f"ONNX has no {workload.cell}")
     if workload.resets:
         raise Missing("its operators have no resets")
+    if workload.precision != "float32":
+        raise Missing(f"its operators have no {workload.precision} on the CPU")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors
@@ -336,6 +360,15 @@ def onnxruntime(workload: Workload, threads: int) -> Prepared:
     return Prepared(run, results, settings, trains=False)
 
 
+def _in_float32(peer: Peer) -> Peer:
+    """A peer that is given a workload in bfloat16 in float32, and is held to it within the digits of bfloat16."""
+
+    def prepare(workload: Workload, threads: int) -> Prepared:
+        return replace(peer(replace(workload, precision="float32"), threads), eps=EPS[workload.precision])
+
+    return prepare
+
+
 def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -343,17 +376,22 @@ def _import(name: str) -> Any:
         raise Missing(f"{name} is not installed: pip install {name}") from error
 
 
-OWN = tuple(backends.backend_names())  # the first is ours, the others its fallbacks, and none is a peer
+BACKENDS = tuple(backends.backend_names())  # the first is ours, the others its fallbacks
+IN_FLOAT32 = f"{BACKENDS[0]}_float32"
+OWN = (*BACKENDS, IN_FLOAT32)  # none of them is a peer
 PEERS: dict[str, Peer] = {
-    **{name: partial(ours, backend=name) for name in OWN},
+    **{name: partial(ours, backend=name) for name in BACKENDS},
+    IN_FLOAT32: _in_float32(partial(ours, backend=BACKENDS[0])),
     "torch": torch_eager,
+    "torch_autocast": _in_float32(torch_autocast),
     "torch_compile": torch_compiled,
     "jax": jax_scan,
     "onnxruntime": onnxruntime,
 }
 
 # Who runs when nobody is named: torch.compile takes minutes, and our fallbacks are for machines without a compiler.
-ENTRANTS = tuple(name for name in PEERS if name not in (*OWN[1:], "torch_compile"))
+ENTRANTS = tuple(name for name in PEERS if name not in (*BACKENDS[1:], "torch_compile"))
+OF_BFLOAT16 = (IN_FLOAT32, "torch_autocast")  # in float32 they would be others once more
 
 # Whose versions a report tells.
 PACKAGES = ("numpy", "numba", "torch", "jax", "jaxlib", "onnxruntime", "onnx")

@@ -42,6 +42,7 @@ def _options(one: Row) -> tuple[str, ...]:
         ", both directions" * (one["directions"] > 1),
         ", ragged" * one["ragged"],
         ", resets" * one["resets"],
+        ", bfloat16" * (one["precision"] == "bfloat16"),
     )
 
 

@@ -7,11 +7,14 @@ The form, `SCHEMA`, changes only with its number, so that runs can be compared:
     left_out   workload -> why it was not run
     rows       one for each workload, mode ("inference" or "training") and number of threads:
                suite and label (its name there; both empty where no suite has it), workload, cell, I, H, B, T, layers,
-               directions, ragged, resets, mode, threads, flops, limit {seconds, bound} or null, best {peer, threads,
-               seconds}, the peer that was the fastest on no more threads in rounds of its own, against_best (its time
-               over ours), of_limit (the limit over our time), each null where there is none, and peers, our fallbacks
-               among them: name -> {median, quartiles, fastest (seconds), calls, error (a fraction of the bound of the
-               accuracy rule), settings, and for a peer choice, the median of the rounds that chose} or {missing: why}
+               directions, ragged, resets, precision, mode, threads, flops, limit {seconds, bound} or null, best {peer,
+               threads, seconds}, the peer that was the fastest on no more threads in rounds of its own, against_best
+               (its time over ours), of_limit (the limit over our time), each null where there is none, and peers, our
+               fallbacks and our own float32 among them: name -> {median, quartiles, fastest (seconds), calls, error (a
+               fraction of the bound of the accuracy rule), settings, and for a peer choice, the median of the rounds
+               that chose} or {missing: why}
+
+Schema 2 had no precision, and is read as float32.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from typing import Any
 from ..limits import Limit, flops
 from . import page, plots
 from .page import Table
-from .peers import OWN
+from .peers import IN_FLOAT32, OWN
 from .workloads import Workload, place_of
 
 __all__ = [
@@ -45,7 +48,7 @@ __all__ = [
     "write",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
 OURS = OWN[0]
 DASH = "-"
 REQUIRED = ("torch", "jax", "onnxruntime")  # without a time of each, nothing is published
@@ -167,9 +170,10 @@ def load(path: Path | str) -> Results:
     """
     results = json.loads(Path(path).read_text(encoding="utf-8"))
     found = results.get("schema") if isinstance(results, dict) else None
-    if found != SCHEMA:
+    if found not in (2, SCHEMA):
         raise ValueError(f"{path}: expected the report.json of a run, schema {SCHEMA}, got {found!r}")
-    return dict(results)
+    rows = [{"precision": "float32"} | one for one in results["rows"]]
+    return {**results, "schema": SCHEMA, "rows": rows}
 
 
 def publish(results: Results, folder: Path) -> list[Path]:
@@ -251,9 +255,9 @@ def _mean(rows: Iterable[Row], key: str) -> float | None:
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
-    """Of all that were run: ours, then the peers, then our fallbacks."""
+    """Of all that were run: ours, also in float32, then the peers, then our fallbacks."""
     names = dict.fromkeys(name for one in rows for name in one["peers"])
-    return sorted(names, key=lambda name: (name != OURS, name in OWN))
+    return sorted(names, key=lambda name: (name not in (OURS, IN_FLOAT32), name in OWN))
 
 
 def _means(results: Results) -> Table:
@@ -410,14 +414,16 @@ def _describe(results: Results) -> str:
 
 
 EXPLANATION = (
-    "Medians of whole calls, float32, taken in turns in rounds; ± is half the distance of the quartiles. Which peer is "
+    "Medians of whole calls, taken in turns in rounds; ± is half the distance of the quartiles. Which peer is "
     "the best, maybe on fewer threads, was decided in other rounds than those that are timed; one that took more than "
     "twice as long there was not timed again.",
     "Each result was first held to the float64 reference: y and all gradients of a loss on the first and last row, "
     "of their first 8 steps where there is one direction, of ragged rows the first.",
     "Inference is on frozen weights; training is forward and backward with all gradients, without an optimizer. "
     "The limit is the shortest time that the measured rates of the machine allow with as many threads.",
-    "Names say I, H, B, T, layers (l) and directions (d).",
+    "Names say I, H, B, T, layers (l), directions (d) and a precision of bfloat16, without which all is float32. Ours "
+    "then rounds the operands of products, peers compute everything in bfloat16 and are held to its digits; "
+    f"{IN_FLOAT32}, our own float32, is no peer.",
 )
 
 
@@ -425,9 +431,11 @@ def _limit_lines(results: Results) -> list[str]:
     found = results["limits"]
     if "missing" in found:
         return [f"not measured: {found['missing']}"]
+    pairs = found.get("bfloat16_flops", 0.0)
     lines = [
         f"multiply-adds of one core: {found['flops'] / 1e9:.1f} GFLOP/s, "
         f"latency {found['multiply_add_latency'] * 1e9:.2f} ns",
+        *[f"the same of bfloat16: {pairs / 1e9:.1f} GFLOP/s"] * (pairs > 0),
         f"barrier of {found['cores']} cores: {found['barrier'] * 1e9:.0f} ns",
     ]
     for title, curve in _curves(found).items():

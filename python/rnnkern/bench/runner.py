@@ -29,7 +29,7 @@ import numpy as np
 from .. import __version__, limits
 from ..config import num_threads, set_num_threads, show_config
 from . import report
-from .peers import ENTRANTS, OWN, PACKAGES, PEERS, Missing, Prepared
+from .peers import ENTRANTS, OF_BFLOAT16, OWN, PACKAGES, PEERS, Missing, Prepared
 from .workloads import QUICK, SUITES, Workload, assert_right, named, numbers
 
 __all__ = ["DEFAULT_SUITE", "MODES", "Options", "of_suites", "quick", "run"]
@@ -126,12 +126,13 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a workload, fewest threads first; a process that it ends is replaced."""
     fewer: dict[str, dict[str, Any]] = {}
+    peers = [name for name in options.peers if name not in OF_BFLOAT16 or workload.precision == "bfloat16"]
     for threads in sorted(workers):
         try:
-            times = workers[threads].ask(tell, "time", workload, options.peers, options.seconds)
+            times = workers[threads].ask(tell, "time", workload, peers, options.seconds)
         except EOFError:
             why = f"the process ended with {workers[threads].exit_code()} during this workload"
-            times = {mode: {name: {"missing": why} for name in options.peers} for mode in MODES}
+            times = {mode: {name: {"missing": why} for name in peers} for mode in MODES}
             workers[threads] = Worker(threads)
         for mode in MODES:
             limit = limits.limit(workload.work, machine, threads, mode == "training") if machine else None
@@ -379,7 +380,7 @@ def _checked(prepared: Prepared, workload: Workload, mode: str) -> Outcome:
     try:
         with _at_most(COMPILE_SECONDS):
             returned = prepared.run(None if dy is None else prepared.place(given.dy_checked))
-        error = assert_right(workload, prepared.results(returned))
+        error = assert_right(workload, prepared.results(returned), prepared.eps)
     except TooLongError as reason:
         return {"missing": str(reason)}, None
     except AssertionError as wrong:

@@ -25,15 +25,16 @@ RESETS = 0.01  # of the steps of a row that begin anew: episodes of 100 steps
 
 _NAME = re.compile(
     r"(?P<cell>\w+)-i(?P<I>\d+)-h(?P<H>\d+)-b(?P<B>\d+)-t(?P<T>\d+)(-l(?P<L>\d+))?(-d(?P<D>[12]))?"
-    r"(?P<ragged>-ragged)?(?P<resets>-resets)?"
+    r"(?P<ragged>-ragged)?(?P<resets>-resets)?(?P<bfloat16>-bfloat16)?"
 )
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A cell and its sizes: I inputs, H hidden units, B rows, T steps, L layers, D directions; float32.
+    """A cell and its sizes: I inputs, H hidden units, B rows, T steps, L layers, D directions.
 
-    Ragged rows have T / 10 to T steps, with resets the state of a row is zero again before some of its steps.
+    Ragged rows have T / 10 to T steps, with resets the state of a row is zero again before some of its steps. The
+    precision is that of products; peers that know no such thing compute everything in it.
     """
 
     cell: str
@@ -45,12 +46,13 @@ class Workload:
     directions: int = 1
     ragged: bool = False
     resets: bool = False
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
         """A name that stays the same from run to run, such as `lstm-i128-h128-b32-t100`."""
         stacked = f"-l{self.layers}" * (self.layers > 1) + f"-d{self.directions}" * (self.directions > 1)
-        options = "-ragged" * self.ragged + "-resets" * self.resets
+        options = "-ragged" * self.ragged + "-resets" * self.resets + "-bfloat16" * (self.precision == "bfloat16")
         return f"{self.cell}-i{self.I}-h{self.H}-b{self.B}-t{self.T}{stacked}{options}"
 
     @property
@@ -74,6 +76,7 @@ class Workload:
             lengths=self.ragged,
             resets=self.resets,
             loss="steps",
+            precision=self.precision,
         )
 
     @property
@@ -98,7 +101,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What every peer gets: x (T, B, I), states (L*D, B, H), dy (T, B, D*H), all float32; and options."""
+    """What every peer gets: x (T, B, I), states (L*D, B, H), dy (T, B, D*H), all float32; and options.
+
+    The same in every precision; peers that take bfloat16 round them before the clock starts.
+    """
 
     x: Array
     state: tuple[Array, ...]
@@ -108,7 +114,7 @@ class Numbers:
     resets: Array | None  # bool (T, B)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # of a workload in bfloat16 and the same one in float32
 def numbers(workload: Workload) -> Numbers:
     """Draw the numbers around those of the checked problem."""
     problem, generator = workload.checked, np.random.default_rng(1)
@@ -140,10 +146,10 @@ def layer(workload: Workload, backend: str = "reference") -> Recurrent:
     return layer_of(workload.checked, backend)
 
 
-def assert_right(workload: Workload, results: Mapping[str, Array]) -> float:
+def assert_right(workload: Workload, results: Mapping[str, Array], eps: float | None = None) -> float:
     """The accuracy rule on the checked part of what a whole call gave, with `dy_checked` where it went backward.
 
-    Returns the largest error as a fraction of its bound; AssertionError as `testing.assert_accurate`.
+    Returns the largest error as a fraction of its bound; `eps` and AssertionError as of `testing.assert_accurate`.
     """
     problem, part = workload.checked, dict[str, Array]()
     for name, whole in results.items():
@@ -157,7 +163,7 @@ def assert_right(workload: Workload, results: Mapping[str, Array]) -> float:
                 part[name] = whole[:, workload.rows]
         else:
             part[name] = whole
-    return assert_accurate(problem, part)
+    return assert_accurate(problem, part, eps=eps)
 
 
 def _named(problem: Problem, prefix: str) -> list[str]:
@@ -175,7 +181,7 @@ def named(name: str) -> Workload:
     >>> named("lstm-i64-h64-b1-t100") is WORKLOADS["lstm-i64-h64-b1-t100"]
     True
     >>> named("gru-i8-h16-b4-t50")
-    Workload(cell='gru', I=8, H=16, B=4, T=50, layers=1, directions=1, ragged=False, resets=False)
+    Workload(cell='gru', I=8, H=16, B=4, T=50, layers=1, directions=1, ragged=False, resets=False, precision='float32')
     """
     if name in WORKLOADS:
         return WORKLOADS[name]
@@ -187,10 +193,11 @@ def named(name: str) -> Workload:
     if min(sizes) < 1:
         raise ValueError(f"workload: expected sizes of at least 1, got {name!r}")
     I, H, B, T, L, D = sizes
-    options = {"ragged": match["ragged"] is not None, "resets": match["resets"] is not None}
-    if options["ragged"] and B < 2:
+    ragged, resets = match["ragged"] is not None, match["resets"] is not None
+    if ragged and B < 2:
         raise ValueError(f"workload: expected at least 2 ragged rows, got {name!r}")
-    return Workload(match["cell"], I, H, B, T, L, D, **options)
+    precision = "bfloat16" if match["bfloat16"] else "float32"
+    return Workload(match["cell"], I, H, B, T, L, D, ragged, resets, precision)
 
 
 @dataclass(frozen=True)
@@ -263,12 +270,27 @@ _WHOLE = (
 )
 _RAGGED = [one for whole in _WHOLE for one in (whole, replace(whole, ragged=True), replace(whole, resets=True))]
 
+# A row that waits for its weights, and products that are arithmetic.
+_PRECISION = (
+    Workload("gru", 256, 256, 1, 100, precision="bfloat16"),
+    Workload("lstm", 512, 512, 1, 100, precision="bfloat16"),
+    Workload("lstm", 256, 256, 32, 100, precision="bfloat16"),
+    Workload("gru", 256, 256, 32, 100, precision="bfloat16"),
+    Workload("lstm", 512, 512, 64, 50, precision="bfloat16"),
+    Workload("gru", 512, 512, 64, 50, precision="bfloat16"),
+    Workload("lstm", 1024, 1024, 32, 25, precision="bfloat16"),
+    Workload("rnn_tanh", 1024, 1024, 64, 50, precision="bfloat16"),
+)
+
 # Of `rnnkern bench --suite`; the first is the default.
 SUITES = {
     "core": Suite("sizes from a vector to the caches' end", {workload.name: workload for workload in _CORE}),
     "shipped": Suite("the recurrent parts of real models", _SHIPPED),
     "ragged": Suite(
         "rows that end early, and resets, against whole rows", {workload.name: workload for workload in _RAGGED}
+    ),
+    "precision": Suite(
+        "products in bfloat16, against peers in bfloat16", {workload.name: workload for workload in _PRECISION}
     ),
 }
 WORKLOADS = {workload.name: workload for suite in SUITES.values() for workload in suite.workloads.values()}
