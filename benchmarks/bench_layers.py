@@ -9,9 +9,8 @@ from rnnkern import config
 from rnnkern.bench.peers import OF_BFLOAT16, PEERS, Missing
 from rnnkern.bench.workloads import SMALL, Workload, assert_right, numbers
 
-# The one runs in the simulator, on a GPU its tests time it; the other compiles for minutes.
-SLOW = ("numba_cuda", "torch_compile")
-NAMES = [name for name in PEERS if name not in (*SLOW, *OF_BFLOAT16)]
+LEFT_OUT = ("numba_cuda", "torch_cudnn", "torch_compile")  # two want a GPU, the other compiles for minutes
+NAMES = [name for name in PEERS if name not in (*LEFT_OUT, *OF_BFLOAT16)]
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "forward_backward"])

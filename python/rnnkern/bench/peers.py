@@ -79,6 +79,7 @@ def ours(workload: Workload, threads: int, backend: str) -> Prepared:
     settings = {
         "native": f"{show_config(mode='dicts')['isa']}, {threads} threads",
         "numba": "compiled before the clock starts",
+        "numba_cuda": "compiled before the clock starts, arrays are copied to the GPU and back",
         "reference": "NumPy, computes in float64",
     }
     return Prepared(run, results, settings.get(backend, "") + "; inference on a frozen layer")
@@ -111,7 +112,27 @@ def torch_compiled(workload: Workload, threads: int) -> Prepared:
     )
 
 
-def _torch(workload: Workload, threads: int, wrap: Callable[[Any], Any], settings: str, unrolled: int = 0) -> Prepared:
+def torch_cudnn(workload: Workload, threads: int) -> Prepared:
+    """The same module on a GPU, where PyTorch calls cuDNN; all arrays are there before the clock starts.
+
+    Products are in float32: TF32, which keeps 11 bits of each factor, is what cuDNN would take.
+    """
+    torch = _import("torch")
+    if not torch.cuda.is_available():
+        raise Missing("PyTorch finds no CUDA GPU")
+    torch.backends.cudnn.allow_tf32 = False
+    settings = f"eager on {torch.cuda.get_device_name()}, arrays on the GPU, no TF32"
+    return _torch(workload, threads, lambda module: module, settings, device="cuda")
+
+
+def _torch(
+    workload: Workload,
+    threads: int,
+    wrap: Callable[[Any], Any],
+    settings: str,
+    unrolled: int = 0,
+    device: str = "cpu",
+) -> Prepared:
     torch = _import("torch")
     modules: dict[str, Callable[..., Any]] = {
         "lstm": torch.nn.LSTM,
@@ -125,25 +146,29 @@ def _torch(workload: Workload, threads: int, wrap: Callable[[Any], Any], setting
     dtype = getattr(torch, workload.precision)
 
     def place(array: Array) -> Any:
-        return _tensor(array).to(dtype)
+        return _tensor(array).to(device, dtype)
 
     module = modules[workload.cell](workload.I, workload.H, workload.layers, bidirectional=workload.directions == 2)
     module.load_state_dict({name: _tensor(value) for name, value in layer(workload).state_dict().items()})
-    module.to(dtype)
+    module.to(device, dtype)
     problem, given = workload.checked, numbers(workload)
     x, initial = place(given.x), state_of(tuple(place(one) for one in given.state))
     leaf, states = x.clone().requires_grad_(), tuple(place(one).requires_grad_() for one in given.state)
-    call, how = _torch_call(wrap(module), workload)
+    call, how = _torch_call(wrap(module), workload, place)
+    wait = torch.cuda.synchronize if device == "cuda" else torch.cpu.synchronize
 
     def run(dy: Any) -> Any:
         if dy is None:
             with torch.inference_mode():
-                return call(x, initial)
+                returned = call(x, initial)
+            wait()
+            return returned
         module.zero_grad()
         for one in (leaf, *states):
             one.grad = None
         y, state = call(leaf, state_of(states))
         y.backward(dy)
+        wait()
         return y, state
 
     def results(returned: Any) -> Results:
@@ -160,7 +185,7 @@ def _torch(workload: Workload, threads: int, wrap: Callable[[Any], Any], setting
     return Prepared(run, results, settings, place, unrolled=unrolled, eps=EPS[workload.precision])
 
 
-def _torch_call(module: Any, workload: Workload) -> tuple[Callable[..., Any], str]:
+def _torch_call(module: Any, workload: Workload, place: Callable[[Array], Any]) -> tuple[Callable[..., Any], str]:
     """The call of a module with lengths or resets, for which torch.nn has no argument, and a word about it."""
     torch, given = _import("torch"), numbers(workload)
     if given.resets is not None and (workload.directions == 2 or given.lengths is not None):
@@ -175,8 +200,7 @@ def _torch_call(module: Any, workload: Workload) -> tuple[Callable[..., Any], st
         return packed, ", PackedSequence"
     if given.resets is not None:
         starts = [0, *(np.flatnonzero(given.resets[1:].any(1)) + 1).tolist(), workload.T]
-        # Of the state, (T, 1, B, 1).
-        keep = _tensor(~given.resets).to(getattr(torch, workload.precision))[:, None, :, None]
+        keep = place(~given.resets)[:, None, :, None]  # of the state, (T, 1, B, 1)
 
         def between_resets(x: Any, state: Any) -> Any:
             parts = []
@@ -195,7 +219,7 @@ def _tensor(array: Array) -> Any:
 
 
 def _numpy(tensor: Any) -> Array:
-    return np.asarray(tensor.detach().float().numpy())
+    return np.asarray(tensor.detach().float().cpu().numpy())
 
 
 def _jax_results(workload: Workload, names: Sequence[Mapping[str, str]], returned: Any) -> Results:
@@ -385,14 +409,16 @@ PEERS: dict[str, Peer] = {
     "torch": torch_eager,
     "torch_autocast": _in_float32(torch_autocast),
     "torch_compile": torch_compiled,
+    "torch_cudnn": torch_cudnn,
     "jax": jax_scan,
     "onnxruntime": onnxruntime,
 }
 
-# Who runs when nobody is named: torch.compile takes minutes, as an LSTM under autocast can, of which a single call of
-# 512 units and 64 rows in inference took over 45 s where a module in bfloat16 took 0.13 s; and our fallbacks are for
-# machines without a compiler.
-ENTRANTS = tuple(name for name in PEERS if name not in (*BACKENDS[1:], "torch_compile", "torch_autocast"))
+# Who runs only when named: torch.compile takes minutes, as an LSTM under autocast can, of which a single call of 512
+# units and 64 rows in inference took over 45 s where a module in bfloat16 took 0.13 s; a GPU is another machine; and
+# our fallbacks are for machines without a compiler.
+WHEN_NAMED = (*BACKENDS[1:], "torch_autocast", "torch_compile", "torch_cudnn")
+ENTRANTS = tuple(name for name in PEERS if name not in WHEN_NAMED)
 OF_BFLOAT16 = (IN_FLOAT32, "torch_autocast")  # in float32 they would be others once more
 
 # Whose versions a report tells.
