@@ -11,7 +11,6 @@ from typing import Any
 import numba
 import numpy as np
 from numba import cuda
-from numba.core.errors import NumbaPerformanceWarning
 from numpy.typing import NDArray
 
 from ..cells import Cell
@@ -108,5 +107,5 @@ def run(cell: Cell, dtype: np.dtype[Any], forward: bool, H: int, steps: Any, arr
     T, B = arrays.active.shape
     if T and B:
         with warnings.catch_warnings():  # of a launch that does not fill the device, as that of a small layer cannot
-            warnings.simplefilter("ignore", NumbaPerformanceWarning)
+            warnings.filterwarnings("ignore", ".*Grid size")
             _kernel(cell, dtype, forward)[B, THREADS](H, steps, arrays)
