@@ -325,6 +325,8 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def(
       "supply", [] { return std::pair(online_cpus(), runnable_threads()); },
       "The CPUs of this machine, and the threads on it that have one or wait for one now, 0 where that is not known.");
+  m.def("wait_at_start", &wait_at_start, py::arg("helpers"), py::arg("woken"), py::arg("expected_ns"),
+        "How many ns a call waits at its start for its helpers, some of which had to be woken.");
   m.def("next_retreat", &next_retreat, py::arg("before"), "How many calls do without helpers after a crowded one.");
   m.attr("compiler") = RNNKERN_COMPILER;
 }

@@ -24,6 +24,12 @@ inline int most_threads(const std::vector<std::string>& siblings, double quota) 
 // Of one core, within a factor of two: they only weigh work against the cost of waking and waiting.
 constexpr double kFlopsPerNs = 30, kWakeNs = 15'000;
 
+// Where W_hh exceeds the private cache, each thread that has rows of its own streams all of it in every step; threads
+// that share the units stream it once in all. With fewer rows than this to a thread that costs more than the barrier:
+// on two cores of a Zen 4 server units take 0.81 to 0.93 of the time of rows for LSTM 1024 and 4 to 24 rows to a
+// thread, and 0.95 to 1.02 for LSTM and GRU of 512 units.
+constexpr std::int64_t kRowsToStream = 32;
+
 // Why a block has so many steps.
 enum class BlockReason : int {
   cache,      // the gates of a thread's part stay in its private cache
@@ -89,11 +95,13 @@ inline Plan make_plan(const PlanInput& in) {
 
   Plan plan{Split::rows, in.max_threads, 1, 1, 0, BlockReason::cache};
   SideBySide side{};
+  const std::int64_t recurrent_bytes = in.gates * in.hidden * in.outputs * in.element_bytes;
+  const std::int64_t fewest_rows = recurrent_bytes > in.private_cache ? kRowsToStream : 1;  // of a step and a thread
   if (in.row_grain > 1) {
     // Backward divides its sums over rows whatever the steps divide.
     if (!in.backward)
       plan.threads = static_cast<int>(std::clamp<std::int64_t>(in.batch / in.row_grain, 1, plan.threads));
-  } else if (in.rows < in.steps * plan.threads) {
+  } else if (in.rows < in.steps * plan.threads * fewest_rows) {
     // Sharing units costs a barrier a step and the other half of h from another core. Measured on two cores of a Zen 4
     // server, B = 1, AVX2 and AVX-512, against one thread, by the step of this estimate: RNN 64 loses a tenth (0.6 us
     // forward, 1.1 backward), GRU 32 a fifth (0.4); GRU 64 gains 1.15x to 1.7x (1.7, 3.3), LSTM 64 1.2x to 1.6x (2.2,
@@ -204,6 +212,14 @@ inline Decision decide(const Demand& call, const Supply& supply) noexcept {
   if (supply.runnable == 0) return {wanted, false};
   const int room = std::max(0, supply.cpus - supply.runnable + supply.awake);
   return {std::min(wanted, room), wanted > 0 && room == 0};
+}
+
+// How long, in ns, a call waits at its start for its helpers, of which `woken` slept. Those that are awake come within
+// a microsecond or two each. Those that sleep take 10 to 50 us, on a virtual core up to 300; without them one thread
+// does the first block, an eighth of all work, so that it pays to wait for several of them, and not for one.
+inline std::int64_t wait_at_start(int helpers, int woken, std::int64_t expected_ns) noexcept {
+  const std::int64_t awake = std::clamp<std::int64_t>(expected_ns / 20, 2'000, 2'000 * std::max(helpers, 1));
+  return woken < 2 ? awake : std::clamp<std::int64_t>((helpers - 1) * expected_ns / 32, awake, 300'000);
 }
 
 constexpr unsigned kLongestRetreat = 63;        // calls, and

@@ -27,7 +27,6 @@ using std::chrono::microseconds;
 using std::chrono::nanoseconds;
 
 constexpr int kMaxThreads = 1024;
-constexpr microseconds kAwakeCheckIn{2};           // a helper that spins is there within a fraction of that
 constexpr microseconds kLook{200};                 // free CPUs are asked for again this often while there are none
 constexpr microseconds kOthersCheckIn{30};         // between the first of several woken helpers and the last
 constexpr nanoseconds kLongestCheckIn{2'000'000};  // a woken one takes 10 to 50 us, on a virtual core up to 300
@@ -87,8 +86,8 @@ class Team {
     first_came_ = {};
     const int helpers = ask();
     const Clock::time_point start = Clock::now();
-    open_seats(helpers);
-    if (helpers > 0) await_helpers(start);
+    const int woken = open_seats(helpers);
+    if (helpers > 0) await_helpers(start, helpers, woken);
     Worker worker{0, 1, this, barrier, kStart, nullptr, yield};
     if (!demand.at_places || (seats().closed() && !looks_again_))
       worker.count = let_in(kStart);
@@ -152,21 +151,24 @@ class Team {
     return std::min(decision.helpers, hired_);
   }
 
-  void open_seats(int helpers) noexcept {
-    int spinning = awake();
+  // Returns how many of the helpers it had to wake.
+  int open_seats(int helpers) noexcept {
+    const int woken = std::max(0, helpers - awake());
     seats_.store(Seats::of(static_cast<std::uint32_t>(helpers), 0).packed);
-    if (spinning >= helpers) return;
+    if (woken == 0) return 0;
     for (Helper& helper : helpers_) helper.exclude_callers();
-    for (; spinning < helpers; ++spinning) seats_.notify_one();
+    for (int i = 0; i < woken; ++i) seats_.notify_one();
+    return woken;
   }
 
   // Waits a little for helpers to take the seats. Those asleep are woken if the call is long, or if calls come so close
   // together that a helper once awake stays so.
-  void await_helpers(Clock::time_point start) noexcept {
+  void await_helpers(Clock::time_point start, int helpers, int woken) noexcept {
     // A quarter of the call is well spent on a helper that comes, a twentieth is not much lost on one that does not.
     const nanoseconds for_sleepers =
         std::min(kLongestCheckIn, nanoseconds(demand_.expected_ns) / (missed_ % 8 == 0 ? 4 : 20));
-    const Clock::time_point deadline = start + (demand_.at_places ? kAwakeCheckIn : for_sleepers);
+    const nanoseconds for_place{wait_at_start(helpers, woken, demand_.expected_ns)};
+    const Clock::time_point deadline = start + (demand_.at_places ? for_place : for_sleepers);
     for (Patience patience(yield); !seats().closed() && Clock::now() < deadline;) patience.wait();
     if (!demand_.at_places) missed_ = seats().closed() ? 0 : missed_ + 1;
   }

@@ -412,6 +412,14 @@ def test_the_number_of_helpers_that_a_call_asks_for(monkeypatch):
             threads=threads, expected_ns=expected_ns, since_last=since_last, cpus=cpus, runnable=runnable, awake=awake
         )
         assert list(asked) == decision, (threads, expected_ns, since_last, cpus, runnable, awake)
+    waits = [
+        # helpers, woken, expected -> at most, all in ns
+        *[(1, 0, long, 2_000), (1, 1, long, 2_000), (15, 0, long, 30_000), (15, 1, long, 30_000)],
+        *[(2, 2, long, 31_250), (3, 2, long, 62_500), (15, 15, long, 300_000)],
+        *[(15, 0, short, 3_000), (15, 15, short, 26_250)],
+    ]
+    for helpers, woken, expected_ns, longest in waits:
+        assert native.wait_at_start(helpers, woken, expected_ns) == longest, (helpers, woken, expected_ns)
     monkeypatch.setattr(native, "supply", lambda: (16, 16))
     monkeypatch.setattr(native, "num_threads", lambda: 16)
     assert config.show_config("dicts")["threads_now"].endswith("a long call would ask 0 helpers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'activation', 'allow_pairs', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'multiplies_pairs', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'scale', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_isa']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'activation', 'allow_pairs', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'multiplies_pairs', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'scale', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_isa', 'wait_at_start']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -149,5 +149,9 @@ def supply() -> tuple[int, int]:
 def use_isa(name: str) -> None:
     """
     Packs weights for another ISA from now on.
+    """
+def wait_at_start(helpers: typing.SupportsInt | typing.SupportsIndex, woken: typing.SupportsInt | typing.SupportsIndex, expected_ns: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    How many ns a call waits at its start for its helpers, some of which had to be woken.
     """
 compiler: str = 'GCC 12.2.0'
