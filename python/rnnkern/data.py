@@ -21,9 +21,9 @@ _POOL = 64  # batches whose sequences are sorted together: like lengths in each,
 class Batch(NamedTuple):
     """Some sequences side by side."""
 
-    x: Array  # (T, B, ...), (B, T, ...) with batch_first
-    lengths: Array  # int64 (B,)
-    indices: Array  # int64 (B,), which of the sequences these are
+    x: Array  #: (T, B, ...), (B, T, ...) with batch_first
+    lengths: Array  #: int64 (B,)
+    indices: Array  #: int64 (B,), which of the sequences these are
 
 
 def pad(sequences: Sequence[ArrayLike], *, batch_first: bool = False, value: float = 0) -> tuple[Array, Array]:

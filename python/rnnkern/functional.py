@@ -103,8 +103,8 @@ class Tape:
 
     @property
     def gates(self) -> Mapping[str, Array]:
-        """What the gates and the states beside h were at every step: fresh, read-only copies (T, B, H), or (N, H) of
-        sequences without padding.
+        """The gates and the states beside h at every step, as fresh, read-only copies (T, B, H), or (N, H) of sequences
+        without padding.
 
         The keys are like those of the parameters, such as `f_l0` and `c_l1_reverse`; those of the functional pair are
         `f` and `c`. An RNN has `h_l0`. Time comes first whatever `batch_first`, (T, H) unbatched; past a row's end
@@ -141,10 +141,10 @@ class Flow:
     Time comes first whatever `batch_first`; past a row's end there are zeros.
     """
 
-    # Of dL/dh_t, and of an LSTM dL/dc_t, by `h_l0`, `c_l1_reverse`, ...: the gradients of the state with which later
-    # steps go on, as `grads.state` is that of the initial one; with dy_t added, and before `clip_state` bounds them.
+    #: Of dL/dh_t, and of an LSTM dL/dc_t, by `h_l0`, `c_l1_reverse`, ...: the gradients of the state with which later
+    #: steps go on, as `grads.state` is that of the initial one; with dy_t added, and before `clip_state` bounds them.
     norms: Mapping[str, Array]
-    # By `f_l0`, ...: the share of the units where a gate is at most 0.1 or above 0.9, tanh beyond 0.9, relu at 0.
+    #: By `f_l0`, ...: the share of the units where a gate is at most 0.1 or above 0.9, tanh beyond 0.9, relu at 0.
     saturation: Mapping[str, Array]
 
 
@@ -152,11 +152,11 @@ class Flow:
 class Grads:
     """Gradients: of x and of the parameters, as asked for, and of the initial state (structured like it)."""
 
-    x: Any  # an array, or a list of one for each sequence where x was one; None with `need_x=False`
-    state: Any  # an array, or a tuple of one for each state of the cell; of a Sequential a tuple of these
-    parameters: Mapping[str, Array]
-    norm: float | None = None  # 2-norm of all parameters' gradients, before `max_norm` scaled them; None without it
-    flow: Any = None  # a `Flow` with `diagnostics=True`, else None; of a Sequential a tuple like `state`
+    x: Any  #: an array, or a list of one for each sequence where x was one; None with `need_x=False`
+    state: Any  #: an array, or a tuple of one for each state of the cell; of a Sequential a tuple of these
+    parameters: Mapping[str, Array]  #: by the names of the layer's, those that were asked for
+    norm: float | None = None  #: 2-norm of all parameters' gradients, before `max_norm` scaled them; None without it
+    flow: Any = None  #: a `Flow` with `diagnostics=True`, else None; of a Sequential a tuple like `state`
     known_norm: float | None = field(default=None, init=False)  # the norm now, for whoever clips next
 
     def remember_norm(self, norm: float | None) -> None:

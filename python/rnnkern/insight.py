@@ -72,19 +72,18 @@ class Steps:
 class LayerDiagnosis:
     """The seven numbers of a layer-direction, and what they are made of."""
 
-    name: str  # l0, l0_reverse, ...
-    cell: str
-    half_life: (
-        float  # steps; negative where the gradient grows: minus the steps in which it doubles; inf where it stays
-    )
-    exponents: Array  # (k,) leading Lyapunov exponents per step, the largest first; the first is the number
-    conditioning: float  # log10 of how much farther than the last of the k directions the first grows in a row's steps
-    saturation: Mapping[str, float]  # of each gate, the share of (step, row, unit) where it is saturated
-    memory: Array | None  # (H,) steps 1 / (1 - f) of each unit, f the mean of the gate that keeps; None without one
-    sensitivity: float  # norm of the gradient of the parameters of this layer-direction, root mean square over rows
-    reach: int  # steps
-    flow: Array  # (T,) norm of the gradient of the state at each lag, root mean square over the rows that are so long
-    flow_of_h: Array  # (T,) of h alone; as `flow` but for cells with more states
+    name: str  #: l0, l0_reverse, ...
+    cell: str  #: its name in the registry
+    #: steps; negative where the gradient grows, then minus the steps in which it doubles; inf where it stays
+    half_life: float
+    exponents: Array  #: (k,) leading Lyapunov exponents per step, the largest first; the first is the number
+    conditioning: float  #: log10 of how much farther than the last of the k directions the first grows in a row's steps
+    saturation: Mapping[str, float]  #: of each gate, the share of (step, row, unit) where it is saturated
+    memory: Array | None  #: (H,) steps 1 / (1 - f) of each unit, f the mean of the gate that keeps; None without one
+    sensitivity: float  #: norm of the gradient of the parameters of this layer-direction, root mean square over rows
+    reach: int  #: steps, the largest lag whose gradient is above 1 % of that of lag 0
+    flow: Array  #: (T,) norm of the gradient of the state at each lag, root mean square over the rows that are so long
+    flow_of_h: Array  #: (T,) of h alone; as `flow` but for cells with more states
 
     def numbers(self) -> dict[str, str]:
         """The seven numbers as text, by name."""

@@ -99,7 +99,7 @@ class Recurrent(Piece, Generic[StateT]):
     cell
         Name of the cell, such as `"lstm"`.
     input_size, hidden_size
-        I and H, positive.
+        I, the features of x, and H, the units; positive.
     num_layers
         L; layer l > 0 reads the output of the layer below.
     bias
@@ -207,17 +207,17 @@ class Recurrent(Piece, Generic[StateT]):
 
     @property
     def input_size(self) -> int:
-        """I."""
+        """I, the features of x."""
         return self._signature.stack.input_size
 
     @property
     def hidden_size(self) -> int:
-        """H."""
+        """H, the units."""
         return self._signature.stack.hidden_size
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """L, the layers one above the other."""
         return self._signature.stack.num_layers
 
     @property
@@ -247,7 +247,7 @@ class Recurrent(Piece, Generic[StateT]):
 
     @property
     def precision(self) -> str:
-        """What the operands of products are rounded to; `"float32"`: nothing is rounded."""
+        """What the operands of products are rounded to, `"float32"` where they are not."""
         return self._signature.stack.precision
 
     @property
@@ -784,7 +784,7 @@ class Stream(Generic[StateT]):
 
     @property
     def gates(self) -> Mapping[str, Array]:
-        """What the gates and the states beside h were at the last step: fresh, read-only copies (B, H).
+        """The gates and the states beside h at the last step, as fresh, read-only copies (B, H).
 
         The keys are those of `tape.gates`, such as `f_l0`. They are recomputed from the x_t of that step, the state
         before it and the frozen parameters, in float64 and NumPy. A copy of a stream has none before its own first

@@ -42,12 +42,12 @@ class Division:
     """How one call, forward or backward, is divided among threads and in time, and the bytes it works in."""
 
     threads: int
-    split: str  # what the threads divide among them: "rows", "units" or "layers" and directions
-    block_steps: int  # steps that are worked on while their gates are in cache
-    kept: int  # bytes that forward keeps for backward beside y and the states
-    scratch: int  # bytes of arrays that go when the call returns
-    estimated: bool = False  # kept and scratch are about that, not to the byte
-    block_reason: str = "call"  # why blocks have so many steps: a key of `BLOCK_REASONS`
+    split: str  #: what the threads divide among them: "rows", "units" or "layers" and directions
+    block_steps: int  #: steps that are worked on while their gates are in cache
+    kept: int  #: bytes that forward keeps for backward beside y and the states
+    scratch: int  #: bytes of arrays that go when the call returns
+    estimated: bool = False  #: kept and scratch are about that, not to the byte
+    block_reason: str = "call"  #: why blocks have so many steps: a key of `BLOCK_REASONS`
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,14 @@ class MemoryPlan:
 class Explanation:
     """What `explain` found; its text is for reading, its fields for programs."""
 
-    call: str  # the layer and the shape
+    call: str  #: the layer and the shape
     forward: Division
     backward: Division
-    flops: int  # of the products of forward; those of backward are twice as many
-    weights: int  # bytes of the parameters
+    flops: int  #: of the products of forward; those of backward are twice as many
+    weights: int  #: bytes of the parameters
     memory: MemoryPlan
-    limits: tuple[Limit, Limit] | None  # of forward alone, and of both calls
-    without_limits: str = ""  # why there are none
+    limits: tuple[Limit, Limit] | None  #: of forward alone, and of both calls
+    without_limits: str = ""  #: why there are none
 
     def __str__(self) -> str:
         kept, peak = sum(self.memory.kept.values()), self.memory.peak

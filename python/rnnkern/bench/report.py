@@ -474,7 +474,7 @@ def _lists(results: Results) -> list[tuple[str, list[str]]]:
         ("How it was measured", list(EXPLANATION)),
         ("Limits of the machine", _limit_lines(results)),
         ("Settings", _settings(results)),
-        ("Dashes", _reasons(results)),
+        ("What a dash stands for", _reasons(results)),
     ]
     return [(title, items) for title, items in lists if items]
 
