@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rnnkern.backends import native
 from rnnkern.cells import CELLS
+from rnnkern.testing import assert_accurate
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import rnnkern.torch as rt  # noqa: E402
-from torch_modules import MODULES, X, alive, one_or_tuple  # noqa: E402
+from rnnkern.torch.autograd import run_plain  # noqa: E402
+from rnnkern.torch.kernels import kernels_of  # noqa: E402
+from torch_modules import MODULES, OPTIONS, X, alive, made, one_or_tuple, problem_of, results_of  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -145,6 +150,41 @@ def test_torch_func_transforms(transform):
             torch.testing.assert_close(each[name].sum(0), parameter.grad)
     else:
         torch.testing.assert_close(getattr(torch.func, transform)(loss)(x), expected)
+
+
+def plainly(module):
+    """The call of a module in torch's own operations, in bfloat16."""
+    kernels, weights = kernels_of(*module._stack("bfloat16"), torch.float32), list(module.parameters())
+
+    def call(x, hx, lengths, resets):
+        y, *final = run_plain(kernels, x, hx if isinstance(hx, tuple) else (hx,), weights, lengths, resets, None)
+        return y, tuple(final)
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of forward mode
+def test_torchs_own_operations_round_the_operands_of_products_as_the_kernels_do():
+    """Forward and backward of every cell are those of the reference in bfloat16, and transforms go that way."""
+    for cell in MODULES:
+        projection = {"proj_size": 3} if CELLS[cell].projects else {}
+        problem = replace(problem_of(cell, OPTIONS["all"] | projection, "float32"), precision="bfloat16")
+        module = made(problem)
+        assert_accurate(problem, results_of(problem, "time_first", plainly(module), module.named_parameters()))
+    torch.manual_seed(0)
+    module, x = rt.GRU(3, 4).bfloat16(), X.bfloat16()
+
+    def loss(x):
+        return module(x)[0].float().square().sum()
+
+    (expected,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    x = x.detach()
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss), in_dims=1, out_dims=1)(x), expected)
+    once = torch.func.jacfwd(loss)(x), expected.float()  # forward mode multiplies, and rounds, other numbers
+    twice = torch.func.hessian(loss)(x), torch.autograd.functional.hessian(loss, x)
+    for found, other in (once, twice):
+        torch.testing.assert_close(found, other, atol=0.03, rtol=0.03)
 
 
 def test_what_a_transform_left_behind_is_taken_as_torch_takes_it():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,56 @@ from ..stack import LayerSizes, Stack
 __all__ = ["forward"]
 
 MATH = Arithmetic(sigmoid=torch.sigmoid, tanh=torch.tanh, relu=torch.relu)
+
+
+class _Operand(torch.autograd.Function):
+    """The nearest bfloat16 numbers; what comes back is the result of a product, and stays as it is."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor) -> Tensor:
+        return a.bfloat16().to(a.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Any:
+        return _Result.apply(gradient)
+
+    @staticmethod
+    def jvp(_: Any, tangent: Tensor) -> Any:
+        return _Operand.apply(tangent)
+
+
+class _Result(torch.autograd.Function):
+    """What a product gives, as it is; what comes back is an operand of two products, and is rounded."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor) -> Tensor:
+        return a.view_as(a)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Any:
+        return _Operand.apply(gradient)
+
+    @staticmethod
+    def jvp(_: Any, tangent: Tensor) -> Any:
+        return tangent.view_as(tangent)
+
+
+def _rounded_linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` of rounded operands, those of its derivatives of every order too; a bias is not multiplied."""
+    product: Tensor = _Result.apply(linear(_Operand.apply(a), _Operand.apply(weight)))
+    return product if bias is None else product + bias
 
 
 def forward(
@@ -28,6 +79,7 @@ def forward(
     """y (T, B, D*P) and the final state; weights of each layer-direction, x (T, B, I), no state is zeros."""
     states = state or [x.new_zeros(shape) for shape in stack.state_shapes(x.shape[1])]
     final: list[list[Tensor]] = [[] for _ in states]
+    product = _rounded_linear if stack.rounds else linear
     index = 0
     for layer in range(stack.num_layers):
         if masks is not None and layer > 0:
@@ -36,7 +88,8 @@ def forward(
             x = torch.where((torch.arange(len(x))[:, None] < lengths)[..., None], x, 0)
         outputs = []
         for _ in stack.directions:
-            y, last = _layer(stack.layers[index], weights[index], x, [s[index] for s in states], lengths, resets)
+            initial = [one[index] for one in states]
+            y, last = _layer(stack.layers[index], weights[index], x, initial, lengths, resets, product)
             outputs.append(y)
             for all_layers, one in zip(final, last, strict=True):
                 all_layers.append(one)
@@ -52,6 +105,7 @@ def _layer(
     state: Sequence[Tensor],
     lengths: Tensor | None,
     resets: Tensor | None,
+    product: Callable[..., Tensor],
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """One layer-direction; y (T, B, P) and the final state."""
     cell, size, steps = sizes.cell, sizes.hidden_size, len(x)
@@ -60,9 +114,9 @@ def _layer(
     w_hh, b_hh = weights["w_hh"], weights.get("b_hh")
 
     def recurrent(h: Tensor, rows: slice) -> list[Tensor]:
-        return list(linear(h, w_hh[rows], None if b_hh is None else b_hh[rows]).split(size, dim=-1))
+        return list(product(h, w_hh[rows], None if b_hh is None else b_hh[rows]).split(size, dim=-1))
 
-    share = linear(x, weights["w_ih"], weights.get("b_ih"))
+    share = product(x, weights["w_ih"], weights.get("b_ih"))
     outputs = [x] * steps
     for t in reversed(range(steps)) if sizes.reverse else range(steps):
         cut = None
@@ -79,7 +133,7 @@ def _layer(
             products += recurrent(scaled[0], slice(early, None))
         math.forward(inputs, products, (), prev, new, saved)
         if "w_hr" in weights:
-            new[0] = linear(new[0], weights["w_hr"])
+            new[0] = product(new[0], weights["w_hr"])
         active = None if lengths is None else (t < lengths)[:, None]
         outputs[t] = new[0] if active is None else torch.where(active, new[0], 0)
         state = new if active is None else [torch.where(active, *pair) for pair in zip(new, state, strict=True)]
