@@ -169,12 +169,5 @@ def functions_of(module: str) -> list[Callable[..., Any]]:
 
         return bound
 
-    functions: tuple[Callable[..., Any], ...] = (
-        _pack,
-        _forward,
-        _saved_values,
-        _backward,
-        _linear_forward,
-        _linear_backward,
-    )
-    return [bind(function) for function in functions]
+    functions: list[Callable[..., Any]] = [_pack, _forward, _saved_values, _backward, _linear_forward, _linear_backward]
+    return [bind(one) for one in functions]
