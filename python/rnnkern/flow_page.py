@@ -325,7 +325,7 @@ p, dl { max-width: 52em; }
   overflow-wrap: anywhere; white-space: pre-wrap; cursor: crosshair; }
 #passage span { --level: 0; padding: .15em 0; border-radius: 2px; background: rgba(var(--heat), var(--level)); }
 #passage span.here { outline: 2px solid var(--ink); }
-#passage span.later { opacity: .45; }
+#passage span.later { opacity: .6; }
 #chosen { min-height: 3em; color: var(--soft); }
 dt { margin-top: .5em; } dd { margin: 0 0 0 1.2em; color: var(--soft); }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17em), 1fr)); gap: 1em; }
@@ -345,6 +345,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: 
 th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th:first-child { text-align: left; font-weight: 400; }
 td { background: rgba(var(--heat), calc(var(--share) * .7)); }
+@media (max-width: 30em) { table { font-size: 13px; } th, td { padding: .2em .3em; } }
 </style>
 </head>
 <body>

@@ -34,6 +34,7 @@ _FAMILIES: tuple[tuple[str, Callable[[Row], tuple[Any, ...]]], ...] = (
 COLORS = ("var(--ours)", "#3b8fd9", "#2f9e44", "#9775d8", "#a9746e", "#d6589f", "#868e96", "#15aabf")
 WIDTH, HEIGHT, MARGIN, LEGEND = 420, 250, 48, 96
 BAR, NAMES, FULL, WIDE = 16, 186, 322, 416  # of the bars: pixels a row, where they begin, where the limit is, and all
+LONGEST = 27  # characters of a name that fit before the bars as they are, in the widest of the fonts
 
 
 def _options(one: Row) -> tuple[str, ...]:
@@ -72,7 +73,8 @@ def _bars(title: str, rows: Sequence[Row]) -> str:
     for index, one in enumerate(rows):
         y, name = top + BAR * index, escape(one["label"] or one["workload"])
         base, share = y + 10, one["of_limit"]
-        parts.append(f'<text x="{NAMES - 5}" y="{base}" text-anchor="end">{name}</text>')
+        fit = f' textLength="{NAMES - 6}" lengthAdjust="spacingAndGlyphs"' * (len(name) > LONGEST)
+        parts.append(f'<text x="{NAMES - 5}" y="{base}" text-anchor="end"{fit}>{name}</text>')
         parts.append(
             f'<rect class="ours" x="{NAMES}" y="{y}" width="{share * scale:.1f}" height="{BAR - 5}">'
             f"<title>{name}: {share:.0%} of the limit</title></rect>"
