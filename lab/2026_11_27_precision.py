@@ -106,7 +106,7 @@ STYLE = """<style>
   .bfloat16 { stroke: #c8581a; stroke-width: 1.5; fill: none; stroke-linejoin: round }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3 } .quiet { fill: #9da7b3 } .frame { stroke: #9da7b3 }
-    .bfloat16 { stroke: #ffb27d }
+    .float32 { stroke: #4a86e8 } .bfloat16 { stroke: #ff9d4d }
   }
 </style>"""
 
