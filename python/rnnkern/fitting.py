@@ -38,7 +38,7 @@ _Batch = tuple[Any, Array, Any, Any]  # x, target, and lengths and resets or Non
 class History:
     """What `fit` saw: one entry for each epoch that was finished, and why it ended."""
 
-    loss: list[float] = field(default_factory=list)  #: of training: the mean of the batches, by their rows
+    loss: list[float] = field(default_factory=list)  #: of training, the mean of the batches by their rows
     validation_loss: list[float] = field(default_factory=list)  #: empty without validation
     metrics: dict[str, list[float]] = field(default_factory=dict)  #: on the validation
     lr: list[float] = field(default_factory=list)  #: at the end of the epoch

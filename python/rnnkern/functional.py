@@ -141,10 +141,10 @@ class Flow:
     Time comes first whatever `batch_first`; past a row's end there are zeros.
     """
 
-    #: Of dL/dh_t, and of an LSTM dL/dc_t, by `h_l0`, `c_l1_reverse`, ...: the gradients of the state with which later
-    #: steps go on, as `grads.state` is that of the initial one; with dy_t added, and before `clip_state` bounds them.
+    #: those of dL/dh_t, and of an LSTM dL/dc_t, by `h_l0`, `c_l1_reverse`, ...; the gradients of the state with which
+    #: later steps go on, as `grads.state` is that of the initial one, with dy_t added, before `clip_state` bounds them
     norms: Mapping[str, Array]
-    #: By `f_l0`, ...: the share of the units where a gate is at most 0.1 or above 0.9, tanh beyond 0.9, relu at 0.
+    #: by `f_l0`, ..., the share of the units where a gate is at most 0.1 or above 0.9, tanh beyond 0.9, relu at 0
     saturation: Mapping[str, Array]
 
 

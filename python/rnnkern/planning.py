@@ -42,12 +42,12 @@ class Division:
     """How one call, forward or backward, is divided among threads and in time, and the bytes it works in."""
 
     threads: int
-    split: str  #: what the threads divide among them: "rows", "units" or "layers" and directions
+    split: str  #: what the threads divide among them, "rows", "units" or "layers" and directions
     block_steps: int  #: steps that are worked on while their gates are in cache
     kept: int  #: bytes that forward keeps for backward beside y and the states
     scratch: int  #: bytes of arrays that go when the call returns
     estimated: bool = False  #: kept and scratch are about that, not to the byte
-    block_reason: str = "call"  #: why blocks have so many steps: a key of `BLOCK_REASONS`
+    block_reason: str = "call"  #: why blocks have so many steps, a key of `BLOCK_REASONS`
 
 
 @dataclass(frozen=True)

@@ -449,7 +449,7 @@ class SGD(_Optimizer):
     Parameters
     ----------
     parameters
-        `layer.parameters`, or a sequence of such, one for each layer: writable C-contiguous arrays by name.
+        `layer.parameters`, a layer or a model, or a sequence of such: writable C-contiguous arrays by name.
     lr
         Learning rate >= 0; the attribute `lr` may be set between steps.
     momentum
@@ -507,7 +507,7 @@ class Adam(_Optimizer):
     Parameters
     ----------
     parameters
-        `layer.parameters`, or a sequence of such, one for each layer: writable C-contiguous arrays by name.
+        `layer.parameters`, a layer or a model, or a sequence of such: writable C-contiguous arrays by name.
     lr
         Learning rate >= 0; the attribute `lr` may be set between steps.
     betas

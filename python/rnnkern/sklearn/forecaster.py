@@ -26,11 +26,11 @@ READ_AT_ONCE = 1 << 18  # steps of windows that a forecast reads together
 
 
 class Forecast(NamedTuple):
-    """What comes next, K steps of D values each, and a band for each value."""
+    """What comes next, K steps of D values each, and a band for each value: mean, lower and upper, (K, D) each."""
 
-    mean: Array  #: (K, D)
-    lower: Array  #: (K, D)
-    upper: Array  #: (K, D)
+    mean: Array
+    lower: Array
+    upper: Array
 
 
 class RNNForecaster(TrainedNetwork):
