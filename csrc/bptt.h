@@ -29,12 +29,13 @@ struct BackwardScratch {
   double* measured;                   // [block rows, kMeasures, panels of H]: sums that are asked for, see watch.h
   std::int64_t gate_stride;
   // Of one worker.
-  const T **left, **right;                 // [block rows]: of a sum of outer products
-  T** outputs;                             // [block rows]
-  T* buffer;                               // kOuterBuffer
-  const T** before[Cell::states];          // [block rows]: states before each step; with Save::outputs
-  const T **prev[Cell::states], **inputs;  // [B], of a step
-  std::int64_t* batch_index;
+  const T **left, **right;         // [block rows]: of a sum of outer products
+  T** outputs;                     // [block rows]
+  T* buffer;                       // kOuterBuffer
+  const T** before[Cell::states];  // [block rows]: states before each step; with Save::outputs
+  T** carry_rows[Cell::states];    // [B]: of `carry`
+  const T** prev[Cell::states];    // [block rows]: states before each step
+  const T** inputs;                // [B], of a step
   Operands<T> operands;
 
   BackwardScratch(Arena& arena, const KernelCall& call, const Arithmetic<T>& how, int worker_index) noexcept {
@@ -69,12 +70,57 @@ struct BackwardScratch {
       for (const T**& one : before) one = arena.take<const T*>(again);
       left = arena.take<const T*>(rows), right = arena.take<const T*>(rows), outputs = arena.take<T*>(rows);
       buffer = arena.take<T>(kOuterBuffer<T>);
-      for (const T**& one : prev) one = arena.take<const T*>(B);
-      inputs = arena.take<const T*>(B), batch_index = arena.take<std::int64_t>(B);
+      for (T**& one : carry_rows) one = arena.take<T*>(B);
+      for (const T**& one : prev) one = arena.take<const T*>(rows);
+      inputs = arena.take<const T*>(B);
       operands.take(arena, how, rows, widest);
     });
   }
 };
+
+// Where rows have a state with which they enter a step.
+template <class T>
+struct Entered {
+  const KernelCall& call;
+  bool reverse;
+  ArrayRows<const T> after;  // where they have it after a step
+  const T* initial;          // [B, units], null: zeros
+  std::int64_t units;
+  const T* zeros;
+
+  // Says whether step t is the first of row b, and which one came before it.
+  bool is_first(std::int64_t t, std::int64_t b) const noexcept {
+    return reverse ? t + 1 >= length_of(call, b) : t == 0;
+  }
+  std::int64_t before(std::int64_t t) const noexcept { return reverse ? t + 1 : t - 1; }
+
+  const T* first_of(std::int64_t b) const noexcept { return initial ? initial + state_row_of(call, b) * units : zeros; }
+  // Returns it of row b in step t.
+  const T* operator()(std::int64_t t, std::int64_t b) const noexcept {
+    if (is_cut(call, reverse, t, b)) return zeros;
+    return is_first(t, b) ? first_of(b) : after.of_step(before(t))(b);
+  }
+};
+
+// Lists it for some rows in the order of backward. Most often all of them but those of the first step have it from the
+// step before.
+template <class T>
+__attribute__((noinline)) void list_entered(const Entered<T>& from, const Listed& which, const T** rows) noexcept {
+  std::int64_t t = which.t, left = which.count;
+  if (!from.call.resets && !(from.reverse && from.call.lengths)) {
+    ArrayRows<const T> before = from.after;
+    before.shift = from.before(0);
+    Listed alike = which;
+    alike.count -= from.is_first(t + (left - 1) * which.direction, 0) ? 1 : 0;
+    rows = list_rows(from.call, alike, before, rows);
+    t += alike.count * which.direction, left -= alike.count;
+  }
+  for (; left > 0; --left, t += which.direction)
+    for (std::int64_t k = which.own.begin; k < which.own.end; ++k) {
+      const std::int64_t b = which.sorted ? which.sorted[k] : k;
+      if (b < active_rows_of(from.call, t)) *rows++ = from(t, b);
+    }
+}
 
 // The loop of backpropagation through time, and what a block adds to the gradients. Steps says what a step is: enter,
 // step, leave.
@@ -83,7 +129,7 @@ class BackwardLoop : protected LayerContext<Cell, T> {
  public:
   using Base = Context<Cell, T>;
   using Loop = LayerContext<Cell, T>;
-  using Base::how, Loop::time, Loop::output;
+  using Base::how, Loop::time;
   using Loop::call, Loop::worker, Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::block_first_;
   using V = Vec<T>;
 
@@ -93,8 +139,8 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   // Returns the context with the block and the place that were reached.
   const Base& run() noexcept {
     Steps& steps = static_cast<Steps&>(*this);
-    this->divide(Steps::grain, 0, call.steps);
     if (this->takes_part()) {
+      Loop::divide(Steps::grain, 0, call.steps);
       steps.enter();
       if (layer_.dx && !layer_.add_to_dx)
         this->clear_past_ends(layer_.dx, layer_.x_rows, layer_.sizes.inputs, layer_.sizes.inputs);
@@ -102,11 +148,12 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     for (std::int64_t end = call.steps; end > 0; end = block_first_) {
       if (!this->begin_block()) break;
       begin_rows(end);
-      this->divide(Steps::grain, block_first_, end);
+      if (this->takes_part()) divide(end);
       if (Cell::saved > 0 && call.save == Save::outputs && this->takes_part()) {
         recompute_gates(end);
         this->wait();
       }
+      list_rows(call, all_rows({block_first_, end}), in_block<const T>(s_.dx_gates, s_.gate_stride), s_.left);
       if (!run_parts(steps, end)) break;
       if (!this->takes_part()) continue;
       add_gradients({block_first_, end});
@@ -119,18 +166,21 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   // Runs the steps of a block and makes its rows of dx, a part after the other. Returns false when the call was given
   // up.
   bool run_parts(Steps& steps, std::int64_t end) noexcept {
+    std::int64_t done = 0;  // rows
     for (std::int64_t first; end > block_first_; end = first) {
       first = end - block_first_ > call.part_steps ? end - call.part_steps : block_first_;
       if (!this->await_layer(1, call.steps - first)) return false;
       for (std::int64_t i = end - 1; i >= first; --i) {
         this->begin();
         if (!this->takes_part()) continue;
-        this->divide_again(Steps::grain, block_first_, i + 1);
+        if (this->is_to_divide()) divide(i + 1);
         steps.step(time(i), i - block_first_);
       }
+      const std::int64_t rows = rows_of({first, end}), begin = done;
+      done += rows;
       if (!this->takes_part()) continue;
       this->wait();
-      if (layer_.dx) add_to_dx({first, end});
+      if (layer_.dx) add_to_dx({first, end}, begin, rows);
       if (layer_.flow) report({first, end});
       this->hand_over(call.steps - first);
     }
@@ -143,32 +193,53 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     block_first_ = end - steps_with_room(call, time(end - 1), layer_.reverse ? 1 : -1, end);
     block_row_ = row_of(call.kept, layer_.reverse ? time(end - 1) : block_first_, 0);
   }
-  // The number of a row among those of the block at hand.
+  // Divides the rows that a block has before step `end`.
+  __attribute__((noinline)) void divide(std::int64_t end) noexcept {
+    Loop::divide(Steps::grain, block_first_, end);
+    static_cast<Steps&>(*this).take_rows({block_first_, end});
+  }
+  // Counts the rows of some steps.
+  std::int64_t rows_of(Range steps) const noexcept {
+    const std::int64_t count = steps.end - steps.begin, begin = layer_.reverse ? call.steps - steps.end : steps.begin;
+    return row_of(call.kept, begin + count, 0) - row_of(call.kept, begin, 0);
+  }
+  // Returns the number of a row among those of the block at hand.
   std::int64_t row_in_block(std::int64_t t, std::int64_t b) const noexcept {
     return row_of(call.kept, t, b) - block_row_;
   }
-
-  // Says whether step t is the first of row b, and which one came before it.
-  bool is_first(std::int64_t t, std::int64_t b) const noexcept {
-    return layer_.reverse ? t + 1 >= this->length(b) : t == 0;
+  // Rows that are `stride` apart in working memory.
+  template <class E>
+  ArrayRows<E> in_block(E* array, std::int64_t stride) const noexcept {
+    return {array, stride, call.kept, block_row_};
   }
-  std::int64_t before(std::int64_t t) const noexcept { return layer_.reverse ? t + 1 : t - 1; }
-
-  const T* initial(int state, std::int64_t b) const noexcept {
-    const T* from = static_cast<const T*>(layer_.initial[state]);
-    return from ? from + this->state_row(b) * shape_.units[state] : s_.zeros;
+  // The rows of some steps that this worker works on, and all of them, in the order of backward. That of the caller's
+  // batch is the same for every block size.
+  Listed own_rows(Range steps) const noexcept {
+    return {time(steps.end - 1), layer_.reverse ? 1 : -1, steps.end - steps.begin, this->rows()};
   }
-  const T* output_gradient_row(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.dy) + row_of(layer_.y_rows, t, b) * layer_.dy_stride;
+  Listed all_rows(Range steps) const noexcept {
+    Listed rows = own_rows(steps);
+    rows.own = {0, call.batch}, rows.sorted = call.sorted;
+    return rows;
   }
 
-  // Returns a state of row b when it entered step t.
-  const T* previous(int state, std::int64_t t, std::int64_t b) const noexcept {
-    if (this->cut(layer_.reverse, t, b)) return s_.zeros;
-    if (is_first(t, b)) return initial(state, b);
-    if (Cell::kept[state] == kInOutput) return output(before(t), b);
-    if (call.save == Save::outputs) return this->saved_state(state, before(t), b);
-    return Loop::saved_row(before(t), b) + Cell::kept[state] * padded_h_;
+  ArrayRows<const T> output_gradients() const noexcept {
+    return {static_cast<const T*>(layer_.dy), layer_.dy_stride, layer_.y_rows};
+  }
+
+  // Where rows have a state after a step.
+  ArrayRows<const T> after_steps(int state) const noexcept {
+    const auto rows_of = [](const ArrayRows<T>& rows, std::int64_t offset) {
+      return ArrayRows<const T>{rows.array + offset, rows.stride, rows.map};
+    };
+    if (Cell::kept[state] == kInOutput) return rows_of(this->y(), 0);
+    if (call.save == Save::outputs) return rows_of(this->saved_states(state), 0);
+    return rows_of(Loop::saved_values(), Cell::kept[state] * padded_h_);
+  }
+  Entered<T> entered(int state) const noexcept {
+    return {
+        call,    layer_.reverse, after_steps(state), static_cast<const T*>(layer_.initial[state]), shape_.units[state],
+        s_.zeros};
   }
 
   // Says whether dy is added where the gradient is used; else `watch` of a step has added it to the carry.
@@ -202,9 +273,9 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   }
 
   // What forward has saved of row b in step t of the block at hand.
-  const T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
-    if (call.save == Save::gates) return Loop::saved_row(t, b);
-    return s_.values + row_in_block(t, b) * kSlots<Cell> * padded_h_;
+  ArrayRows<T> saved_values() const noexcept {
+    if (call.save == Save::gates) return Loop::saved_values();
+    return in_block(s_.values, kSlots<Cell> * padded_h_);
   }
 
   // Computes what forward saves for the steps of a block, a product over all their rows for each one of forward's: a
@@ -213,16 +284,10 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     const Range steps{block_first_, end};
     const Range part =
         this->by_units() ? share(end - block_first_, worker.index, worker.count) : Range{0, end - block_first_};
-    std::int64_t rows = 0;
-    for (std::int64_t i = steps.begin + part.begin; i < steps.begin + part.end; ++i) {
-      const Range own = this->active_rows(time(i));
-      for (std::int64_t b = own.begin; b < own.end; ++b) {
-        s_.left[rows] = this->x_row(time(i), b);
-        s_.outputs[rows] = const_cast<T*>(saved_row(time(i), b));
-        for (int s = 0; s < Cell::states; ++s) s_.before[s][rows] = previous(s, time(i), b);
-        ++rows;
-      }
-    }
+    const Listed which = own_rows({steps.begin + part.begin, steps.begin + part.end});
+    const std::int64_t rows = list_rows(call, which, this->x(), s_.left) - s_.left;
+    list_rows(call, which, in_block(s_.values, kSlots<Cell> * padded_h_), s_.outputs);
+    for (int s = 0; s < Cell::states; ++s) list_entered(entered(s), which, s_.before[s]);
     using Input = PanelShape<Cell::gates>;
     product<Input>(how, s_.operands, rows, s_.left, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
                    packed_.values(packed_.at.b_ih), H_, Panels{0, Input::template panels<T>(H_)},
@@ -277,45 +342,26 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     }
   }
 
-  // Lists the active rows of some steps of a block in the order of backward and of the caller's batch, the same for
-  // every block size; row(t, b, index in block).
-  template <class Pointer, class Row>
-  std::int64_t list(Range steps, Pointer* rows, Row&& row) const noexcept {
-    std::int64_t count = 0;
-    for (std::int64_t i = steps.end - 1; i >= steps.begin; --i) {
-      const std::int64_t t = time(i), active = this->active(t), first = row_in_block(t, 0);
-      for (std::int64_t k = 0; k < call.batch; ++k) {
-        const std::int64_t b = call.sorted ? call.sorted[k] : k;
-        if (b < active) rows[count++] = row(t, b, first + b);
-      }
-    }
-    return count;
-  }
-
-  // The same for rows that are `stride` apart in working memory.
-  __attribute__((noinline)) std::int64_t list(Range steps, const T** rows, const T* first,
-                                              std::int64_t stride) const noexcept {
-    return list(steps, rows, [&](std::int64_t, std::int64_t, std::int64_t row) { return first + row * stride; });
-  }
-
   // Adds a block's part of every gradient that is a sum over rows and asked for, divided by output elements.
   void add_gradients(Range steps) noexcept {
     const std::int64_t I = layer_.sizes.inputs, gates = Cell::gates * H_;
     const LayerWeights<void*>& to = layer_.gradients;
     const Range own = share(gates, worker.index, worker.count, kTileRows<Plain::vectors>);
-    const std::int64_t rows = list(steps, s_.left, s_.dx_gates, s_.gate_stride);
+    const std::int64_t rows = rows_of(steps);  // listed on the left
+    const Listed which = all_rows(steps);
     if (to.w_ih) {
-      list(steps, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return this->x_row(t, b); });
+      list_rows(call, which, this->x(), s_.right);
       how.add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
     }
     if (to.b_ih) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_ih));
-    if constexpr (Cell::separate_recurrent) list(steps, s_.left, s_.dr_gates, s_.gate_stride);
+    if constexpr (Cell::separate_recurrent)
+      list_rows(call, which, in_block<const T>(s_.dr_gates, s_.gate_stride), s_.left);
     for_each_phase<Cell>([&]<int p>() {
-      if constexpr (PhaseOf<Cell, p>::multiplies) add_gradients_of<p>(rows, steps, own);
+      if constexpr (PhaseOf<Cell, p>::multiplies) add_gradients_of<p>(rows, which, own);
     });
     for (int e = 0; e < Cell::extras; ++e) {
       if (!to.extra[e]) continue;
-      list(steps, s_.left, s_.dextra + e * H_, Cell::extras * H_);
+      list_rows(call, which, in_block<const T>(s_.dextra + e * H_, Cell::extras * H_), s_.left);
       const Range units = share(H_, worker.index, worker.count);
       add_rows(rows, s_.left, units.begin, units.end, static_cast<T*>(to.extra[e]));
     }
@@ -324,7 +370,7 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   // Adds the gradients of the weights and biases of a phase; left: the gradients of the gates, recurrent side. The rows
   // of the gates are divided alike for all phases: `own` of them.
   template <int p>
-  void add_gradients_of(std::int64_t rows, Range steps, Range own) noexcept {
+  void add_gradients_of(std::int64_t rows, const Listed& which, Range own) noexcept {
     using Phase = PhaseOf<Cell, p>;
     const ProductSizes of = product_of<Phase>(layer_.sizes);
     const LayerWeights<void*>& to = layer_.gradients;
@@ -336,23 +382,20 @@ class BackwardLoop : protected LayerContext<Cell, T> {
       own = {own.begin < first ? first : own.begin, own.end < last ? own.end : last};
     if (!Phase::projects && to.b_hh) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_hh));
     if (!weights) return;
-    if constexpr (Phase::projects) list(steps, s_.left, s_.dh, shape_.stride[0]);
+    if constexpr (Phase::projects) list_rows(call, which, in_block<const T>(s_.dh, shape_.stride[0]), s_.left);
     if constexpr (p > 0)
-      list(steps, s_.right, s_.given[p - 1], padded_h_);
+      list_rows(call, which, in_block<const T>(s_.given[p - 1], padded_h_), s_.right);
     else
-      list(steps, s_.right, [&](std::int64_t t, std::int64_t b, std::int64_t) { return previous(0, t, b); });
+      list_entered(entered(0), which, s_.right);
     how.add_outer_products(rows, s_.left, s_.right, own.begin, own.end, of.depth, weights, s_.buffer);
   }
 
-  // dx = dx_gates W_ih for this worker's part of the rows of some steps.
-  void add_to_dx(Range steps) noexcept {
+  // dx = dx_gates W_ih for this worker's part of the rows of some steps: `count` from `first` on of those on the left.
+  void add_to_dx(Range steps, std::int64_t first, std::int64_t count) noexcept {
     const std::int64_t I = layer_.sizes.inputs;
-    const std::int64_t rows = list(steps, s_.left, s_.dx_gates, s_.gate_stride);
-    list(steps, s_.outputs, [&](std::int64_t t, std::int64_t b, std::int64_t) {
-      return static_cast<T*>(layer_.dx) + row_of(layer_.x_rows, t, b) * I;
-    });
-    const Range own = share(rows, worker.index, worker.count);
-    plain_product<T>(how, s_.operands, own.end - own.begin, s_.left + own.begin, Cell::gates * H_,
+    list_rows(call, all_rows(steps), ArrayRows<T>{static_cast<T*>(layer_.dx), I, layer_.x_rows}, s_.outputs);
+    const Range own = share(count, worker.index, worker.count);
+    plain_product<T>(how, s_.operands, own.end - own.begin, s_.left + first + own.begin, Cell::gates * H_,
                      packed_.weights(packed_.at.w_ih_t), nullptr, I, s_.outputs + own.begin, layer_.add_to_dx);
   }
 
@@ -378,16 +421,26 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   void enter() noexcept { this->enter_states(layer_.dlast, s_.carry, s_.zeros); }
   void leave() noexcept { this->leave_states(s_.carry, layer_.dinitial); }
 
-  // `row0`: number in the block of the step's first row.
+  // Lists the carries of this worker's rows, and the states with which they enter some steps.
+  void take_rows(Range steps) noexcept {
+    const Range own = this->rows();
+    for (int s = 0; s < Cell::states; ++s)
+      for (std::int64_t b = own.begin; b < own.end; ++b) s_.carry_rows[s][b] = s_.carry[s] + shape_.row(s, b);
+    for (int s = Cell::Step::projects; s < Cell::states; ++s)
+      list_entered(this->entered(s), this->own_rows(steps), s_.prev[s]);
+    next_ = 0;
+  }
+
   void step(std::int64_t t, std::int64_t step_in_block) noexcept {
-    t_ = t;
-    row0_ = this->row_in_block(t, 0);
     const Range own = this->active_rows(t);
-    std::int64_t rows = 0;
-    for (std::int64_t b = own.begin; b < own.end; ++b) {
-      for (int s = Cell::Step::projects; s < Cell::states; ++s) s_.prev[s][rows] = this->previous(s, t, b);
-      s_.batch_index[rows++] = b;
-    }
+    const std::int64_t rows = own.end - own.begin;
+    t_ = t, first_ = own.begin;
+    row_ = this->row_in_block(t, first_);
+    dx_ = s_.dx_gates + row_ * s_.gate_stride, dr_ = s_.dr_gates + row_ * s_.gate_stride;
+    saved_ = Cell::saved > 0 ? this->saved_values().of_step(t) : this->y().of_step(t);
+    if (layer_.dy) dy_ = this->output_gradients().of_step(t);
+    for (int s = 0; s < Cell::states; ++s) carry_[s] = s_.carry_rows[s] + first_, prev_[s] = s_.prev[s] + next_;
+    next_ += rows;
     if (watches(call.watch)) watch(rows);
     for_each_phase_backwards<Cell>([&]<int p>() RNNKERN_INLINE_LAMBDA { run_phase<p>(rows, step_in_block % 2 == 1); });
     if constexpr (PhaseOf<Cell, 0>::from == From::nothing) this->wait_if_units();
@@ -399,29 +452,28 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     const auto for_rows = [&](auto&& body) {
       for (int s = 0; s < Cell::states; ++s) {
         const Panels panels = this->panels(Plain::panels<T>(shape_.units[s]));
-        for (std::int64_t i = 0; i < rows; ++i) body(s, s_.batch_index[i], panels, shape_.units[s]);
+        for (std::int64_t i = 0; i < rows; ++i) body(s, i, panels, shape_.units[s]);
       }
     };
-    for_rows([&](int s, std::int64_t b, Panels panels, std::int64_t units) {
-      const T* const dy = s == 0 && layer_.dy ? this->output_gradient_row(t_, b) : nullptr;
-      watch_row(carry(s, b), dy, panels, units, asked, this->measured(row0_ + b, s));
+    for_rows([&](int s, std::int64_t i, Panels panels, std::int64_t units) {
+      const T* const dy = s == 0 && layer_.dy ? dy_(first_ + i) : nullptr;
+      watch_row(carry_[s][i], dy, panels, units, asked, this->measured(row_ + i, s));
     });
     if (asked.flow) {
       const Panels panels = this->panels(Plain::panels<T>(H_));
       for (std::int64_t i = 0; i < rows; ++i) {
-        const std::int64_t b = s_.batch_index[i];
-        const T* const gates = Cell::saved > 0 ? this->saved_row(t_, b) : this->output(t_, b);
+        const T* const gates = saved_(first_ + i);
         for (int gate = 0; gate < Cell::gates; ++gate)
           count_saturated(gates + gate * padded_h_, panels, H_, asked.low[gate], asked.high[gate],
-                          this->measured(row0_ + b, Cell::states + gate));
+                          this->measured(row_ + i, Cell::states + gate));
       }
     }
     if (asked.bound != Bound::norm) return;
     this->wait_if_units();  // for the sums of the others
-    for_rows([&](int s, std::int64_t b, Panels panels, std::int64_t units) {
-      const T factor = factor_of<T>(asked, this->total(row0_ + b, s));
+    for_rows([&](int s, std::int64_t i, Panels panels, std::int64_t units) {
+      const T factor = factor_of<T>(asked, this->total(row_ + i, s));
       const Range own = units_of<T>(panels, units);
-      if (factor != T{1}) scale(carry(s, b) + own.begin, own.end - own.begin, factor);
+      if (factor != T{1}) scale(carry_[s][i] + own.begin, own.end - own.begin, factor);
     });
   }
 
@@ -440,7 +492,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     const Panels panels = this->panels(Plain::panels<T>(of.depth), backwards);
     if constexpr (Phase::multiplies) {
       for (std::int64_t i = 0; i < rows; ++i)
-        s_.inputs[i] = Phase::projects ? dh(i) : gate_row(s_.dr_gates, i) + Phase::first * H_;
+        s_.inputs[i] = Phase::projects ? dh(i) : gate_row(dr_, i) + Phase::first * H_;
       const T* const none = nullptr;
       product<Plain>(how, s_.operands, rows, s_.inputs, of.rows, packed_.weights(packed_.at.weights_t[p]), none,
                      of.depth, panels, [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
@@ -468,7 +520,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     for (std::int64_t i = 0; i < rows; ++i)
       for (std::int64_t panel = panels.begin; panel < panels.end; ++panel)
         for_units<T>(panel, units, [&](int, std::int64_t unit, int count) {
-          const V gradient = output_gradient(s_.batch_index[i], unit, count);
+          const V gradient = output_gradient(i, unit, count);
           if constexpr (PhaseOf<Cell, p>::projects)
             store(dh(i) + unit, gradient);
           else
@@ -477,24 +529,22 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   }
 
   void add_to_carry(std::int64_t i, std::int64_t unit, V sum) const noexcept {
-    const std::int64_t b = s_.batch_index[i];
-    T* to = carry(0, b) + unit;
+    T* to = carry_[0][i] + unit;
     const V before = layer_.sizes.projected ? sum : sum + load<V>(to);
-    store(to, this->cut(layer_.reverse, t_, b) ? zero<V>() : before);
+    store(to, this->cut(layer_.reverse, t_, first_ + i) ? zero<V>() : before);
   }
 
-  T* dh(std::int64_t i) const noexcept { return s_.dh + (row0_ + s_.batch_index[i]) * shape_.stride[0]; }
+  T* dh(std::int64_t i) const noexcept { return s_.dh + (row_ + i) * shape_.stride[0]; }
   template <int p>
   T* terms(std::int64_t i) const noexcept {
-    return s_.terms + s_.batch_index[i] * PhaseOf<Cell, p>::means * padded_h_;
+    return s_.terms + (first_ + i) * PhaseOf<Cell, p>::means * padded_h_;
   }
-  T* carry(int state, std::int64_t b) const noexcept { return s_.carry[state] + shape_.row(state, b); }
-  T* gate_row(T* gates, std::int64_t i) const noexcept { return gates + (row0_ + s_.batch_index[i]) * s_.gate_stride; }
+  T* gate_row(T* gates, std::int64_t i) const noexcept { return gates + i * s_.gate_stride; }
 
   // dh of a row: what the later steps and the output ask of h.
-  RNNKERN_INLINE V output_gradient(std::int64_t b, std::int64_t unit, int count) const noexcept {
-    const V later = load<V>(carry(0, b) + unit);
-    return adds_dy_ ? later + load_some<V>(this->output_gradient_row(t_, b) + unit, count) : later;
+  RNNKERN_INLINE V output_gradient(std::int64_t i, std::int64_t unit, int count) const noexcept {
+    const V later = load<V>(carry_[0][i] + unit);
+    return adds_dy_ ? later + load_some<V>(dy_(first_ + i) + unit, count) : later;
   }
 
   // Runs the elementwise part of phase p for a vector of units, from the gradients of what it has given. It adds to
@@ -502,44 +552,51 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   template <int p>
   void run_part(std::int64_t i, std::int64_t unit, int count, const V* dgiven) const noexcept {
     using Phase = PhaseOf<Cell, p>;
-    const std::int64_t b = s_.batch_index[i];
     const bool projected = Phase::Step::projects && layer_.sizes.projected;
+    const std::int64_t H = H_, padded_h = padded_h_;
     V saved[kSlots<Cell>], extra[kMaxExtras], prev[kMaxStates], h = {}, dnew[Phase::sets];
     V dx[Cell::gates] = {}, dr[Cell::gates + Phase::means], dprev[kMaxStates] = {}, dextra[kMaxExtras] = {};
-    T* const gates = gate_row(s_.dx_gates, i) + unit;
-    T* const to_extra = s_.dextra + (row0_ + b) * Cell::extras * H_ + unit;
-    const T* const row = this->saved_row(t_, b) + unit;
-    for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(row + v * padded_h_);
-    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h_ + unit);
-    for (int s = Phase::Step::projects; s < Cell::states; ++s) prev[s] = load_some<V>(s_.prev[s][i] + unit, count);
-    if constexpr (Phase::is_last && Cell::saved == 0) h = load_some<V>(this->output(t_, b) + unit, count);
+    T* const gates = gate_row(dx_, i) + unit;
+    T* const to_extra = s_.dextra + (row_ + i) * Cell::extras * H + unit;
+    const T* const row = saved_(first_ + i) + unit;
+    for (int v = 0; v < Cell::saved; ++v) saved[v] = load<V>(row + v * padded_h);
+    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h + unit);
+    for (int s = Phase::Step::projects; s < Cell::states; ++s) prev[s] = load_some<V>(prev_[s][i] + unit, count);
+    if constexpr (Phase::is_last && Cell::saved == 0) h = load_some<V>(row, count);
     if constexpr (Phase::is_last) {
       dnew[0] = dgiven[0];
-      for (int s = 1; s < Cell::states; ++s) dnew[s] = load<V>(carry(s, b) + unit);
+      for (int s = 1; s < Cell::states; ++s) dnew[s] = load<V>(carry_[s][i] + unit);
     } else {
       for (int v = 0; v < Phase::sets; ++v) dnew[v] = dgiven[v];
-      for (int gate = 0; gate < Phase::end; ++gate) dx[gate] = load_some<V>(gates + gate * H_, count);
-      for (int s = 0; s < Cell::states; ++s) dprev[s] = load<V>(carry(s, b) + unit);
-      for (int e = 0; e < Cell::extras; ++e) dextra[e] = load_some<V>(to_extra + e * H_, count);
+      for (int gate = 0; gate < Phase::end; ++gate) dx[gate] = load_some<V>(gates + gate * H, count);
+      for (int s = 0; s < Cell::states; ++s) dprev[s] = load<V>(carry_[s][i] + unit);
+      for (int e = 0; e < Cell::extras; ++e) dextra[e] = load_some<V>(to_extra + e * H, count);
     }
     backward_part<Cell, p>(saved, extra, prev, &h, dnew, dx, dr, dprev, dextra);
 
-    for (int gate = 0; gate < Phase::end; ++gate) store_some<V>(gates + gate * H_, dx[gate], count);
+    for (int gate = 0; gate < Phase::end; ++gate) store_some<V>(gates + gate * H, dx[gate], count);
     if constexpr (Cell::separate_recurrent)
       for (int gate = 0; gate < Phase::gates; ++gate)
-        store_some<V>(gate_row(s_.dr_gates, i) + (Phase::first + gate) * H_ + unit, dr[gate], count);
-    for (int k = 0; k < Phase::means; ++k) store(terms<p>(i) + k * padded_h_ + unit, dr[k]);
-    for (int e = 0; e < Cell::extras; ++e) store_some<V>(to_extra + e * H_, dextra[e], count);
+        store_some<V>(gate_row(dr_, i) + (Phase::first + gate) * H + unit, dr[gate], count);
+    for (int k = 0; k < Phase::means; ++k) store(terms<p>(i) + k * padded_h + unit, dr[k]);
+    for (int e = 0; e < Cell::extras; ++e) store_some<V>(to_extra + e * H, dextra[e], count);
     if constexpr (Phase::feeds_product)
       if (Phase::Step::last > p || projected)
-        store(s_.given[p] + (row0_ + b) * padded_h_ + unit, given_by_part<Cell, p>(saved, prev));
+        store(s_.given[p] + (row_ + i) * padded_h + unit, given_by_part<Cell, p>(saved, prev));
     // Past a reset nothing goes to the step before; what a product adds to the gradient of h, it cuts.
-    const bool cut = p == 0 && this->cut(layer_.reverse, t_, b);
+    const bool cut = p == 0 && this->cut(layer_.reverse, t_, first_ + i);
     for (int s = projected; s < Cell::states; ++s)
-      store(carry(s, b) + unit, cut && (s > 0 || Phase::from == From::nothing) ? zero<V>() : dprev[s]);
+      store(carry_[s][i] + unit, cut && (s > 0 || Phase::from == From::nothing) ? zero<V>() : dprev[s]);
   }
 
-  std::int64_t t_ = 0, row0_ = 0;
+  // Of the step at hand.
+  std::int64_t t_ = 0, first_ = 0, row_ = 0;  // row_: number in the block of the first row
+  T *dx_ = nullptr, *dr_ = nullptr;           // gradients of the gates from the first row on
+  StepRows<T> saved_{};                       // what forward has saved, or where that is nothing y
+  StepRows<const T> dy_{};
+  T* const* carry_[Cell::states] = {};
+  const T* const* prev_[Cell::states] = {};
+  std::int64_t next_ = 0;  // rows whose states before the step are listed, and which have been worked on
   const bool adds_dy_ = this->adds_dy();
 };
 

@@ -304,7 +304,9 @@ RNNKERN_INLINE void product(const Arithmetic<T>& how, const Operands<T>& operand
     const int parts = whole ? static_cast<int>(divide_up(whole, kSingleRowPanels<Shape::vectors>)) : 1;
     for (int i = 0; i < parts; ++i) {
       const int part = panels.backwards ? parts - 1 - i : i;
-      const Range own = share(whole, part, parts);
+      // Without a division, which a short step would feel.
+      const Range own =
+          kSingleRowPanels<Shape::vectors> == 1 ? Range{part, smaller(part + 1, whole)} : share(whole, part, parts);
       const std::int64_t panel = begin + own.begin, count = own.end - own.begin;
       const std::int64_t tail = part == parts - 1 ? tail_subs : 0;
       how.of_panels[gates - 1](count, tail, row, depth, packed + panel * panel_bytes,

@@ -35,31 +35,51 @@ constexpr std::int64_t kFewColumns = 4;
 
 // to[k * stride + lane] = rows[lane][k] for k in [0, columns)
 template <class T>
-RNNKERN_INLINE void rows_to_lanes(const T* const* rows, std::int64_t columns, T* to, std::int64_t stride) noexcept {
+__attribute__((noinline)) void lanes_of(const T* const* rows, std::int64_t columns, T* to,
+                                        std::int64_t stride) noexcept {
   if (columns > kFewColumns) return transpose_rows<T>(kLanes<T>, rows, 0, columns, to, stride);
   for (std::int64_t k = 0; k < columns; ++k)
     for (int l = 0; l < kLanes<T>; ++l) to[k * stride + l] = rows[l][k];
 }
-
-// to[row * stride + k] = from[k * lanes + row] for k in [0, columns)
+// The same for `count` rows of a step from b on; lanes behind them repeat the last.
 template <class T>
-__attribute__((noinline)) void blocks_to_rows(const T* from, std::int64_t columns, int rows, T* to,
-                                              std::int64_t stride) noexcept {
+__attribute__((noinline)) void rows_to_lanes(const StepRows<const T>& rows, std::int64_t b, int count,
+                                             std::int64_t columns, T* to, std::int64_t stride) noexcept {
+  if (columns > kFewColumns || rows.order) {
+    const T* row[kLanes<T>];
+    for (int l = 0; l < kLanes<T>; ++l) row[l] = rows(b + (l < count ? l : count - 1));
+    return lanes_of(row, columns, to, stride);
+  }
+  const T* row = rows(b);
+  with_count<kFewColumns>(columns, [&]<int n>() RNNKERN_INLINE_LAMBDA {
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes<T>; ++l) {
+      for (int k = 0; k < n; ++k) to[k * stride + l] = row[k];
+      row += l + 1 < count ? rows.stride : 0;
+    }
+  });
+}
+
+// row(i)[k] = from[k * lanes + i] for k in [0, columns), of `count` rows from b on.
+template <class T>
+__attribute__((noinline)) void lanes_to_rows(const T* from, std::int64_t columns, int count, const StepRows<T>& rows,
+                                             std::int64_t b) noexcept {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
+  if (columns <= kFewColumns)
+    return with_count<kFewColumns>(columns, [&]<int n>() RNNKERN_INLINE_LAMBDA {
+      for (int i = 0; i < count; ++i) {
+        T* const row = rows(b + i);
+        for (int k = 0; k < n; ++k) row[k] = from[k * lanes + i];
+      }
+    });
   for (std::int64_t first = 0; first < columns; first += lanes, from += lanes * lanes) {
     const int some = static_cast<int>(smaller(columns - first, lanes));
     V block[lanes];
     for (int k = 0; k < lanes; ++k) block[k] = k < some ? load<V>(from + k * lanes) : zero<V>();
     transpose(block);
-    for (int row = 0; row < rows; ++row) store_some<V>(to + row * stride + first, block[row], some);
+    for (int i = 0; i < count; ++i) store_some<V>(rows(b + i) + first, block[i], some);
   }
-}
-template <class T>
-RNNKERN_INLINE void lanes_to_rows(const T* from, std::int64_t columns, int rows, T* to, std::int64_t stride) noexcept {
-  if (columns > kFewColumns) return blocks_to_rows(from, columns, rows, to, stride);
-  for (int row = 0; row < rows; ++row)
-    for (std::int64_t k = 0; k < columns; ++k) to[row * stride + k] = from[k * kLanes<T> + row];
 }
 
 // What both directions of time need of rows in lanes; on top of either loop.
@@ -75,11 +95,9 @@ class Narrow : public Loop {
   static constexpr std::int64_t grain = lanes;
 
   // This worker's vectors, and those of them with a row that has a step t.
-  Range vectors() const noexcept { return {this->own_.begin / lanes, divide_up(this->own_.end, lanes)}; }
-  Range active_vectors(std::int64_t t) const noexcept {
-    const Range own = this->active_rows(t);
-    return {own.begin / lanes, divide_up(own.end, lanes)};
-  }
+  static Range vectors_of(Range rows) noexcept { return {rows.begin / lanes, divide_up(rows.end, lanes)}; }
+  Range vectors() const noexcept { return vectors_of(this->own_); }
+  Range active_vectors(std::int64_t t) const noexcept { return vectors_of(this->active_rows(t)); }
   // The rows of a vector that have a step t: its first lanes.
   int rows_of(std::int64_t vector, std::int64_t t) const noexcept {
     return static_cast<int>(smaller(this->active(t) - vector * lanes, lanes));
@@ -92,23 +110,16 @@ class Narrow : public Loop {
     return static_cast<T*>(layer_.saved) + row_of(call.saved, t, vector * lanes) * Cell::saved * H_;
   }
 
-  // Lists a pointer for each lane, row(b); lanes without a row of step t repeat the last that has one.
-  template <class Row>
-  RNNKERN_INLINE void list_rows(std::int64_t vector, std::int64_t t, const T** rows, Row&& row) const noexcept {
-    const std::int64_t last = this->active(t) - 1;
-    for (int l = 0; l < lanes; ++l) rows[l] = row(smaller(vector * lanes + l, last));
-  }
-
   // Move this worker's part of the states from and to rows of H.
   void enter_states(const void* const* given, T* const* states) const noexcept {
     for_elements(states, [&](int s, T& element, std::int64_t b, std::int64_t unit) {
       const T* from = static_cast<const T*>(given[s]);
-      element = from && b < call.batch ? from[this->state_row(b) * H_ + unit] : T{0};
+      element = from && b < call.batch ? from[state_row_of(call, b) * H_ + unit] : T{0};
     });
   }
   void leave_states(T* const* states, void* const* to) const noexcept {
     for_elements(states, [&](int s, T& element, std::int64_t b, std::int64_t unit) {
-      if (to[s] && b < call.batch) static_cast<T*>(to[s])[this->state_row(b) * H_ + unit] = element;
+      if (to[s] && b < call.batch) static_cast<T*>(to[s])[state_row_of(call, b) * H_ + unit] = element;
     });
   }
 
@@ -186,7 +197,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   using Rows = Narrow<Loop, Cell, T>;
   using Base = Context<Cell, T>;
   using Base::how, Rows::call, Rows::lanes, Rows::layer_, Rows::vectors, Rows::rows_of, Rows::state, Rows::grain;
-  using Loop::now_, Loop::block_first_, Loop::time, Loop::output, Loop::H_;
+  using Loop::now_, Loop::block_first_, Loop::time, Loop::H_;
   friend Loop;
   using V = Vec<T>;
   static constexpr int gates = Cell::gates;
@@ -203,6 +214,8 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
   }
 
   void leave() noexcept { this->leave_states(s_.state[now_], layer_.last); }
+  void take_rows() const noexcept {}
+  void list(Range) const noexcept {}
 
   T* gates_of(std::int64_t vector, std::int64_t step) const noexcept {
     return s_.gates + (vector * call.block_steps + step) * gates * H_ * lanes;
@@ -216,14 +229,9 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
       for_parts(has.end - has.begin, kNarrowSteps<Cell>, [&](std::int64_t part, std::int64_t steps) {
         const std::int64_t first = has.begin + part;
         for (std::int64_t i = 0; i < steps; ++i) {
-          const T* rows[lanes];
           const std::int64_t t = time(block_first_ + first + i);
-          const T* const x = this->x_row(t, 0);
-          if (layer_.x_rows.rows)
-            this->list_rows(vector, t, rows, [&](std::int64_t b) { return this->x_row(t, b); });
-          else  // one after the other
-            this->list_rows(vector, t, rows, [&](std::int64_t b) { return x + b * layer_.x_stride; });
-          rows_to_lanes(rows, layer_.sizes.inputs, s_.x + i * lanes, steps * lanes);
+          rows_to_lanes(this->x().of_step(t), vector * lanes, rows_of(vector, t), layer_.sizes.inputs, s_.x + i * lanes,
+                        steps * lanes);
         }
         if (how.operand) how.operand(s_.x, layer_.sizes.inputs * steps * lanes, s_.x);
         with_count<kNarrowSteps<Cell>>(
@@ -234,6 +242,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
 
   // Those of `count` steps of the block that a row of the vector has.
   Range steps_of(std::int64_t vector, std::int64_t count) const noexcept {
+    if (!call.lengths) return {0, count};
     const auto has = [&](std::int64_t i) { return this->active(time(block_first_ + i)) > vector * lanes; };
     Range steps{0, count};
     while (steps.begin < count && !has(steps.begin)) ++steps.begin;
@@ -243,25 +252,27 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
 
   template <int n>
   void add_input_share_of(T* to) const noexcept {
-    for (std::int64_t unit = 0; unit < H_; ++unit) {
+    const std::int64_t H = H_;
+    for (std::int64_t unit = 0; unit < H; ++unit) {
       V sums[gates][n];
       for (int gate = 0; gate < gates; ++gate)
         for (int i = 0; i < n; ++i) sums[gate][i] = set<V>(packed_.values(packed_.at.b_ih)[gate * lanes + unit]);
       this->add_products(packed_.values(packed_.at.w_ih) + unit, gates * lanes, lanes, layer_.sizes.inputs, s_.x, sums);
       for (int gate = 0; gate < gates; ++gate)
-        for (int i = 0; i < n; ++i) store(to + ((i * gates + gate) * H_ + unit) * lanes, sums[gate][i]);
+        for (int i = 0; i < n; ++i) store(to + ((i * gates + gate) * H + unit) * lanes, sums[gate][i]);
     }
   }
 
   void step(std::int64_t t) noexcept {
     const Range own = this->active_vectors(t);
     if (call.lengths) keep_ended(t);
+    const StepRows<T> y = this->y().of_step(t);
     for (std::int64_t vector = own.begin; vector < own.end; ++vector) {
       if (call.resets) cut_rows(vector, t);
       const T* x = gates_of(vector, time(t) - block_first_);
       T* const saved = layer_.saved && Cell::saved > 0 ? this->saved(t, vector) : nullptr;
       step_units(x, vector, saved, this->active_lanes(vector, t));
-      store_outputs(state(s_.state[1 - now_][0], vector), t, vector);
+      lanes_to_rows(state(s_.state[1 - now_][0], vector), H_, rows_of(vector, t), y, vector * lanes);
     }
   }
 
@@ -273,15 +284,6 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
                   static_cast<std::size_t>(H_ * lanes) * sizeof(T));
   }
 
-  void store_outputs(const T* h, std::int64_t t, std::int64_t vector) const noexcept {
-    const int rows = rows_of(vector, t);
-    if (!layer_.y_rows.rows) return lanes_to_rows(h, H_, rows, output(t, vector * lanes), layer_.y_stride);
-    T some[lanes * lanes];
-    lanes_to_rows(h, H_, rows, some, H_);
-    for (int l = 0; l < rows; ++l)
-      std::memcpy(output(t, vector * lanes + l), some + l * H_, static_cast<std::size_t>(H_) * sizeof(T));
-  }
-
   // Returns the lanes of the rows that enter step t from zeros.
   void cut_rows(std::int64_t vector, std::int64_t t) const noexcept {
     for (int l = 0; l < rows_of(vector, t); ++l) {
@@ -291,25 +293,26 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
     }
   }
 
-  void step_units(const T* x, std::int64_t vector, T* to_saved, Mask<V> active) const noexcept {
+  RNNKERN_INLINE void step_units(const T* x, std::int64_t vector, T* to_saved, Mask<V> active) const noexcept {
+    const std::int64_t H = H_;
     T *before[Cell::states], *after[Cell::states];
     for (int s = 0; s < Cell::states; ++s)
       before[s] = state(s_.state[now_][s], vector), after[s] = state(s_.state[1 - now_][s], vector);
     T rounded[lanes * lanes];
-    const T* const h = this->multiplied(before[0], H_ * lanes, rounded);
-    for (std::int64_t unit = 0; unit < H_; ++unit) {
+    const T* const h = this->multiplied(before[0], H * lanes, rounded);
+    for (std::int64_t unit = 0; unit < H; ++unit) {
       V r[gates][1], input[gates], extra[kMaxExtras], prev[kMaxStates], next[kMaxStates], saved[kSlots<Cell>];
       for (int gate = 0; gate < gates; ++gate) {
         r[gate][0] = set<V>(packed_.values(packed_.at.bias[0])[gate * lanes + unit]);
-        input[gate] = load<V>(x + (gate * H_ + unit) * lanes);
+        input[gate] = load<V>(x + (gate * H + unit) * lanes);
       }
-      this->add_products(packed_.values(packed_.at.weights[0]) + unit, gates * lanes, lanes, H_, h, r);
+      this->add_products(packed_.values(packed_.at.weights[0]) + unit, gates * lanes, lanes, H, h, r);
       for (int e = 0; e < Cell::extras; ++e)
-        extra[e] = set<V>(packed_.values(packed_.at.extras)[e * padded<T>(H_) + unit]);
+        extra[e] = set<V>(packed_.values(packed_.at.extras)[e * padded<T>(H) + unit]);
       for (int s = 0; s < Cell::states; ++s) prev[s] = load<V>(before[s] + unit * lanes);
       forward_part<Cell, 0>(input, &r[0][0], extra, prev, next, saved);
       if (to_saved)
-        for (int v = 0; v < Cell::saved; ++v) store(to_saved + (v * H_ + unit) * lanes, saved[v]);
+        for (int v = 0; v < Cell::saved; ++v) store(to_saved + (v * H + unit) * lanes, saved[v]);
       for (int s = 0; s < Cell::states; ++s) store(after[s] + unit * lanes, select<V>(active, next[s], prev[s]));
     }
   }
@@ -348,6 +351,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
   }
 
   void leave() noexcept { this->leave_states(s_.carry, layer_.dinitial); }
+  void take_rows(Range) const noexcept {}
 
   void step(std::int64_t t, std::int64_t) noexcept {
     const Range own = this->active_vectors(t);
@@ -362,54 +366,63 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
       add_elementwise(s, t, vector, active, passes);
       add_carry(Cell::separate_recurrent ? s.dr : s.dx, vector, active, passes);
 
-      const std::int64_t row = this->row_in_block(t, vector * lanes), stride = s_.gate_stride;
-      const int rows = rows_of(vector, t);
-      lanes_to_rows(s.dx, gates * H_, rows, s_.dx_gates + row * stride, stride);
-      if constexpr (Cell::separate_recurrent) lanes_to_rows(s.dr, gates * H_, rows, s_.dr_gates + row * stride, stride);
+      const std::int64_t row = this->row_in_block(t, vector * lanes);
+      const auto leave = [&](const T* from, std::int64_t columns, T* rows, std::int64_t stride) {
+        lanes_to_rows(from, columns, rows_of(vector, t), StepRows<T>{rows, stride, nullptr}, row);
+      };
       constexpr int extras = Cell::extras;
-      if constexpr (extras > 0) lanes_to_rows(s.dextra, extras * H_, rows, s_.dextra + row * extras * H_, extras * H_);
+      leave(s.dx, gates * H_, s_.dx_gates, s_.gate_stride);
+      if constexpr (Cell::separate_recurrent) leave(s.dr, gates * H_, s_.dr_gates, s_.gate_stride);
+      if constexpr (extras > 0) leave(s.dextra, extras * H_, s_.dextra, extras * H_);
     }
   }
 
   void load_step(Step& s, std::int64_t t, std::int64_t vector) const noexcept {
-    const auto gather = [&](T* to, auto&& row) {
-      const T* rows[lanes];
-      this->list_rows(vector, t, rows, row);
-      rows_to_lanes(rows, H_, to, lanes);
+    const auto gather = [&](T* to, const StepRows<const T>& rows) {
+      rows_to_lanes(rows, vector * lanes, rows_of(vector, t), H_, to, lanes);
     };
-    if (layer_.dy) gather(s.dy, [&](std::int64_t b) { return this->output_gradient_row(t, b); });
-    if constexpr (Cell::saved == 0) gather(s.h, [&](std::int64_t b) { return this->output(t, b); });
+    if (layer_.dy) gather(s.dy, this->output_gradients().of_step(t));
+    if constexpr (Cell::saved == 0) gather(s.h, this->after_steps(0).of_step(t));
     // All rows come from the same step, unless one begins in reverse where others do not.
     const bool before_all = !layer_.reverse || t + 1 == call.steps || rows_of(vector, t + 1) == rows_of(vector, t);
     const bool alike = !call.resets && before_all;
     for (int state = Cell::Step::projects; state < Cell::states; ++state) {
       T* const to = s.prev[state];
-      const bool before = alike && !this->is_first(t, vector * lanes);
+      const Entered<T> entered = this->entered(state);
+      const bool before = alike && !entered.is_first(t, vector * lanes);
       if (Cell::kept[state] != kInOutput && before)
-        std::memcpy(to, saved_state(state, this->before(t), vector), static_cast<std::size_t>(H_) * lanes * sizeof(T));
+        std::memcpy(to, saved_state(state, entered.before(t), vector),
+                    static_cast<std::size_t>(H_) * lanes * sizeof(T));
       else if (Cell::kept[state] != kInOutput)
-        gather_saved(to, state, t, vector);
+        gather_saved(to, entered, state, t, vector);
       else if (before)
-        gather(to, [&](std::int64_t b) { return this->output(this->before(t), b); });
+        gather(to, entered.after.of_step(entered.before(t)));
       else
-        gather(to, [&](std::int64_t b) { return this->previous(state, t, b); });
+        gather_entered(to, entered, t, vector, rows_of(vector, t), H_);
     }
+  }
+
+  __attribute__((noinline)) static void gather_entered(T* to, const Entered<T>& entered, std::int64_t t,
+                                                       std::int64_t vector, int count, std::int64_t units) noexcept {
+    const T* rows[lanes];
+    for (int l = 0; l < lanes; ++l) rows[l] = entered(t, vector * lanes + (l < count ? l : count - 1));
+    lanes_of(rows, units, to, lanes);
   }
 
   const T* saved_state(int state, std::int64_t t, std::int64_t vector) const noexcept {
     return this->saved(t, vector) + Cell::kept[state] * H_ * lanes;
   }
 
-  void gather_saved(T* to, int state, std::int64_t t, std::int64_t vector) const noexcept {
+  void gather_saved(T* to, const Entered<T>& entered, int state, std::int64_t t, std::int64_t vector) const noexcept {
     for (int l = 0; l < lanes; ++l) {
       const std::int64_t b = vector * lanes + l;
       const T* from = s_.zeros;
       std::int64_t step = 1;
       if (l < rows_of(vector, t) && !this->cut(layer_.reverse, t, b)) {
-        if (this->is_first(t, b))
-          from = this->initial(state, b);
+        if (entered.is_first(t, b))
+          from = entered.first_of(b);
         else
-          from = saved_state(state, this->before(t), vector) + l, step = lanes;
+          from = saved_state(state, entered.before(t), vector) + l, step = lanes;
       }
       for (std::int64_t unit = 0; unit < H_; ++unit) to[unit * lanes + l] = from[unit * step];
     }

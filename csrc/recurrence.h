@@ -23,6 +23,12 @@ class Arena {
     used_ += round_up(count * static_cast<std::int64_t>(sizeof(E)), 64);
     return base_ ? reinterpret_cast<E*>(base_ + begin) : nullptr;
   }
+  // Hands out several arrays of as many elements, one behind the other.
+  template <class... E>
+  void take_each(std::int64_t count, E*&... arrays) noexcept {
+    char* to = reinterpret_cast<char*>(take<char>(count * static_cast<std::int64_t>((sizeof(E) + ...))));
+    ((arrays = reinterpret_cast<E*>(to), to += to ? count * static_cast<std::int64_t>(sizeof(E)) : 0), ...);
+  }
   std::int64_t used() const noexcept { return used_; }
 
   // Takes what body takes, once for each worker, and leaves what is worker `own`'s.
@@ -43,19 +49,102 @@ class Arena {
   std::int64_t used_ = 0;
 };
 
-RNNKERN_INLINE std::int64_t row_of(const RowMap& map, std::int64_t t, std::int64_t b) noexcept {
-  return (map.steps ? map.steps[t] : t * map.stride) + (map.rows ? map.rows[b] : b);
+RNNKERN_INLINE std::int64_t first_row_of(const RowMap& map, std::int64_t t) noexcept {
+  return map.steps ? map.steps[t] : t * map.stride;
 }
+RNNKERN_INLINE std::int64_t row_of(const RowMap& map, std::int64_t t, std::int64_t b) noexcept {
+  return first_row_of(map, t) + (map.rows ? map.rows[b] : b);
+}
+
+RNNKERN_INLINE std::int64_t length_of(const KernelCall& call, std::int64_t b) noexcept {
+  return call.lengths ? call.lengths[b] : call.steps;
+}
+
+// Says whether row b enters step t from zeros.
+RNNKERN_INLINE bool is_cut(const KernelCall& call, bool reverse, std::int64_t t, std::int64_t b) noexcept {
+  if (!call.resets) return false;
+  const std::int64_t link = reverse ? t + 1 : t;
+  return (!reverse || link < length_of(call, b)) && call.resets[row_of(call.given, link, b)] != 0;
+}
+
+// Where states of the user have row b.
+RNNKERN_INLINE std::int64_t state_row_of(const KernelCall& call, std::int64_t b) noexcept {
+  return call.order ? call.order[b] : b;
+}
+
+// Where an array has the rows of one step.
+template <class E>
+struct StepRows {
+  E* first;
+  std::int64_t stride;        // between rows, elements
+  const std::int64_t* order;  // see RowMap::rows
+
+  RNNKERN_INLINE E* operator()(std::int64_t b) const noexcept { return first + (order ? order[b] : b) * stride; }
+};
 
 // The rows of a call that have a step t: the first ones.
 RNNKERN_INLINE std::int64_t active_rows_of(const KernelCall& call, std::int64_t t) noexcept {
   return call.lengths ? call.starts[t + 1] - call.starts[t] : call.batch;
 }
 
+// Where an array has its rows: those of `map`, of which it begins with row `origin`. The row of a step is asked for by
+// the step `shift` behind it.
+template <class E>
+struct ArrayRows {
+  E* array;
+  std::int64_t stride;  // between rows, elements
+  const RowMap& map;
+  std::int64_t origin = 0, shift = 0;
+
+  // What the map says of a step is asked once.
+  RNNKERN_INLINE StepRows<E> of_step(std::int64_t t) const noexcept {
+    return {array + (first_row_of(map, t + shift) - origin) * stride, stride, map.rows};
+  }
+};
+
+// Which rows are listed: of so many steps from t on, or in the other direction, those of `own` that have the step; of
+// all of them in the order of the caller's batch.
+struct Listed {
+  std::int64_t t, direction, count;
+  Range own;
+  const std::int64_t* sorted = nullptr;  // see KernelCall
+};
+
+// Lists where an array has some rows, one step behind the other. Returns the end of the list.
+template <class E>
+__attribute__((noinline)) E** list_mapped_rows(const KernelCall& call, const Listed& which, const ArrayRows<E>& from,
+                                               E** rows) noexcept {
+  for (std::int64_t t = which.t, i = 0; i < which.count; ++i, t += which.direction) {
+    const std::int64_t active = active_rows_of(call, t);
+    const StepRows<E> of_step = from.of_step(t);
+    for (std::int64_t k = which.own.begin; k < which.own.end; ++k) {
+      const std::int64_t b = which.sorted ? which.sorted[k] : k;
+      if (b < active) *rows++ = of_step(b);
+    }
+  }
+  return rows;
+}
+template <class E>
+__attribute__((noinline)) E** list_rows(const KernelCall& call, const Listed& which, const ArrayRows<E>& from,
+                                        E** rows) noexcept {
+  if (call.lengths || from.map.steps || from.map.rows) return list_mapped_rows(call, which, from, rows);
+  // Steps are as far apart as rows are. Pinned, since few rows take less time than it takes to make vectors of them.
+  const std::int64_t step = which.direction * from.map.stride * from.stride, stride = from.stride;
+  E* first = from.of_step(which.t)(which.own.begin);
+  for (std::int64_t i = which.count; i > 0; --i, first += step) {
+    E* row = first;
+    for (std::int64_t b = which.own.end - which.own.begin; b > 0; --b, row += stride) {
+      asm("" : "+r"(row));
+      *rows++ = row;
+    }
+  }
+  return rows;
+}
+
 // Returns a worker's share of the rows of the batch, so many together: about as many rows of some steps as others get.
 [[gnu::noinline]] Range share_of_rows(const KernelCall& call, const Worker& worker, std::int64_t grain,
                                       Range steps) noexcept {
-  if (!call.lengths || worker.count == 1) return share(call.batch, worker.index, worker.count, grain);
+  if (!call.lengths) return share(call.batch, worker.index, worker.count, grain);
   const std::int64_t total = call.starts[steps.end] - call.starts[steps.begin];
   std::int64_t before = 0;
   Range own{call.batch, call.batch};
@@ -109,7 +198,7 @@ struct Context {
   bool takes_part() const noexcept { return place > worker.joins_at; }
   // Begins a block or step; before it, helpers that have come meanwhile are let in. All rows and units are up to date.
   void begin() noexcept {
-    if (worker.admit) {
+    if (worker.admit) [[unlikely]] {
       worker.count = worker.admit(worker.team, place);
       if (worker.count > 1) worker.admit = nullptr;
     }
@@ -118,24 +207,22 @@ struct Context {
 
   bool by_units() const noexcept { return call.split == Split::units && worker.count > 1; }
   void wait() const noexcept {
-    if (worker.count > 1) worker.wait(worker.team);
+    if (worker.count > 1) [[unlikely]]
+      worker.wait(worker.team);
   }
   void wait_if_units() const noexcept {
-    if (by_units()) worker.wait(worker.team);
+    if (by_units()) [[unlikely]]
+      worker.wait(worker.team);
   }
   Panels panels(std::int64_t count, bool backwards = false) const noexcept {
-    const Range own = by_units() ? share(count, worker.index, worker.count) : Range{0, count};
+    if (!by_units()) [[likely]]
+      return {0, count, backwards};
+    const Range own = share(count, worker.index, worker.count);
     return {own.begin, own.end, backwards};
   }
-  std::int64_t length(std::int64_t b) const noexcept { return call.lengths ? call.lengths[b] : call.steps; }
   std::int64_t active(std::int64_t t) const noexcept { return active_rows_of(call, t); }
 
-  // Says whether row b enters step t from zeros.
-  bool cut(bool reverse, std::int64_t t, std::int64_t b) const noexcept {
-    if (!call.resets) return false;
-    const std::int64_t link = reverse ? t + 1 : t;
-    return (!reverse || link < length(b)) && call.resets[row_of(call.given, link, b)] != 0;
-  }
+  bool cut(bool reverse, std::int64_t t, std::int64_t b) const noexcept { return is_cut(call, reverse, t, b); }
 
   // Resumes where a layer-direction has ended, once every worker has arrived.
   void advance(const Context& layer) noexcept {
@@ -146,7 +233,7 @@ struct Context {
   // Asks whether the call is given up, if that is this worker's to do. Returns the block from which on it is; 0: it is
   // not.
   std::int64_t stop() const noexcept {
-    if (worker.index == 0 && call.poll && !__atomic_load_n(call.stop, __ATOMIC_RELAXED) && call.poll(call.poll_context))
+    if (call.poll && worker.index == 0 && !__atomic_load_n(call.stop, __ATOMIC_RELAXED) && call.poll(call.poll_context))
       __atomic_store_n(call.stop, block + 1, __ATOMIC_RELEASE);
     return __atomic_load_n(call.stop, __ATOMIC_ACQUIRE);
   }
@@ -246,12 +333,12 @@ struct ForwardScratch {
   T* given[Cell::Step::count];  // [B, vectors, padded H]: what a phase gives to the one behind it
   T* zeros;                     // [padded H]
   T* gates;                     // [block_steps, B, slots, padded H]
-  // Of one worker: rows of a block, rows of a step.
-  const T** block_x;
-  T** block_gates;
-  const T **prev[Cell::states], **step_inputs;
-  T** step_gates;
-  std::int64_t* batch_index;
+  // Of one worker.
+  const T** block_x;                               // [block rows]
+  T** block_gates;                                 // the same
+  T** rows[2][Cell::states];                       // [B]: of `state`
+  std::int64_t* gate_rows;                         // [B], see gates()
+  const T **entered[Cell::states], **step_inputs;  // [B]: of a step
   Operands<T> operands;
 
   ForwardScratch(Arena& arena, const KernelCall& call, const Arithmetic<T>& how, int worker_index) noexcept {
@@ -263,7 +350,7 @@ struct ForwardScratch {
       own_gates |= call.save != Save::gates || call.layers[i].saved == nullptr;
       if (call.layers[i].sizes.inputs > widest) widest = call.layers[i].sizes.inputs;
     }
-    const std::int64_t B = call.batch, rows = call.block_steps * B;
+    const std::int64_t B = call.batch, block_rows = call.block_steps * B;
     for (int s = 0; s < Cell::states; ++s) {
       state[0][s] = arena.take<T>(shape.elements(s, B));
       state[1][s] = s == 0 ? arena.take<T>(shape.elements(s, B)) : state[0][s];
@@ -271,13 +358,16 @@ struct ForwardScratch {
     for_each_phase<Cell>(
         [&]<int p>() { given[p] = arena.take<T>(B * given_in<Cell, p>(call.layers[0].sizes) * padded_h); });
     zeros = arena.take<T>(padded_h);
-    gates = arena.take<T>(own_gates ? rows * kSlots<Cell> * padded_h : 0);
+    const std::int64_t together = call.rows_together, gate_count = call.block_steps * round_up(B, together);
+    gates = arena.take<T>(own_gates ? gate_count * kSlots<Cell> * padded_h : 0);
     arena.take_for_workers(call.max_threads, worker_index, [&]() RNNKERN_INLINE_LAMBDA {
-      block_x = arena.take<const T*>(rows), block_gates = arena.take<T*>(rows);
-      for (const T**& one : prev) one = arena.take<const T*>(B);
-      step_inputs = arena.take<const T*>(B), step_gates = arena.take<T*>(B);
-      batch_index = arena.take<std::int64_t>(B);
-      operands.take(arena, how, rows, widest);
+      arena.take_each(block_rows, block_x, block_gates);
+      arena.take_each(B, rows[1][0], step_inputs, gate_rows);
+      for (int s = 0; s < Cell::states; ++s) {
+        arena.take_each(B, rows[0][s], entered[s]);
+        if (s > 0) rows[1][s] = rows[0][s];
+      }
+      operands.take(arena, how, block_rows, widest);
     });
   }
 };
@@ -293,29 +383,30 @@ class LayerContext : protected Context<Cell, T> {
 
   std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? call.steps - 1 - step : step; }
 
-  const T* x_row(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<const T*>(layer_.x) + row_of(layer_.x_rows, t, b) * layer_.x_stride;
-  }
-  T* output(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<T*>(layer_.y) + row_of(layer_.y_rows, t, b) * layer_.y_stride;
-  }
+  ArrayRows<const T> x() const noexcept { return {static_cast<const T*>(layer_.x), layer_.x_stride, layer_.x_rows}; }
+  ArrayRows<T> y() const noexcept { return {static_cast<T*>(layer_.y), layer_.y_stride, layer_.y_rows}; }
   // With Save::outputs: [rows, states - 1, padded H].
-  T* saved_state(int state, std::int64_t t, std::int64_t b) const noexcept {
-    const std::int64_t row = row_of(call.saved, t, b);
-    return static_cast<T*>(layer_.saved) + (row * (Cell::states - 1) + state - 1) * padded_h_;
+  ArrayRows<T> saved_states(int state) const noexcept {
+    return {static_cast<T*>(layer_.saved) + (state - 1) * padded_h_, (Cell::states - 1) * padded_h_, call.saved};
   }
   // With Save::gates: [rows, saved, padded H].
-  T* saved_row(std::int64_t t, std::int64_t b) const noexcept {
-    return static_cast<T*>(layer_.saved) + row_of(call.saved, t, b) * Cell::saved * padded_h_;
+  ArrayRows<T> saved_values() const noexcept {
+    return {static_cast<T*>(layer_.saved), Cell::saved * padded_h_, call.saved};
   }
 
   // Rows of the batch that this worker works on, and those of them that have a step t. A worker that has a part of the
   // units works on all rows; what is done once for each row is divided all the same.
-  Range rows() const noexcept { return this->by_units() ? Range{0, call.batch} : own_; }
+  Range rows() const noexcept { return rows_; }
   Range active_rows(std::int64_t t) const noexcept {
-    const Range own = rows();
-    const std::int64_t end = smaller(own.end, this->active(t));
-    return {own.begin, own.begin < end ? end : own.begin};
+    if (!call.lengths) [[likely]]
+      return rows_;
+    const std::int64_t end = smaller(rows_.end, this->active(t));
+    return {rows_.begin, rows_.begin < end ? end : rows_.begin};
+  }
+
+  // The rows that this worker works on in some steps, in their order.
+  Listed in_steps(Range steps) const noexcept {
+    return {time(steps.begin), layer_.reverse ? -1 : 1, steps.end - steps.begin, rows_};
   }
 
   // This worker's share of the rows whose last step was the one before step t.
@@ -328,17 +419,19 @@ class LayerContext : protected Context<Cell, T> {
   // Divides the rows of the batch, so many together, among the workers, by what they have of the steps [first, last).
   void divide(std::int64_t grain, std::int64_t first, std::int64_t last) noexcept {
     divided_among_ = this->worker.count;
+    own_ = {0, call.batch}, rows_ = {0, call.batch};  // not copied: a load of both halves would wait for their stores
+    if (divided_among_ == 1) [[likely]]
+      return;
     const std::int64_t begin = layer_.reverse ? call.steps - last : first;
     own_ = share_of_rows(call, this->worker, grain, {begin, begin + last - first});
+    if (!this->by_units()) rows_ = own_;
   }
-  // The same where a helper has joined just now.
-  void divide_again(std::int64_t grain, std::int64_t first, std::int64_t last) noexcept {
-    if (divided_among_ != this->worker.count || this->place == this->worker.joins_at + 1) divide(grain, first, last);
-  }
+  // Says whether the rows are to be divided: no worker has a part yet where one begins to take part.
+  bool is_to_divide() const noexcept { return divided_among_ != this->worker.count; }
 
   // Fills an array of the caller's with zeros in the rows past the ends of the sequences.
   void clear_past_ends(void* array, const RowMap& map, std::int64_t stride, std::int64_t count) const noexcept {
-    if (map.padded)
+    if (map.padded) [[unlikely]]
       clear_rows(call, this->worker, map, array, stride * std::int64_t{sizeof(T)},
                  static_cast<std::size_t>(count) * sizeof(T));
   }
@@ -346,36 +439,40 @@ class LayerContext : protected Context<Cell, T> {
   // Where layers are worked on side by side: waits until the layer `above` or below (-1), from which this one takes its
   // steps, has done so many, or of two directions all. Returns false when the call was given up.
   bool await_layer(int above, std::int64_t steps) const noexcept {
+    if (!call.progress) [[likely]]
+      return true;
     const std::int64_t D = call.directions, first = (number() / D + above) * D;
-    if (!call.progress || first < 0 || first >= call.layer_count * D) return true;
+    if (first < 0 || first >= call.layer_count * D) return true;
     for (std::int64_t i = first; i < first + D; ++i)
       if (!this->await(i, D == 1 ? steps : call.steps)) return false;
     return true;
   }
   // Lets the layer above or below have the steps done so far.
   void hand_over(std::int64_t steps) const noexcept {
-    if (call.progress && call.directions == 1) __atomic_store_n(call.progress + number(), steps, __ATOMIC_RELEASE);
+    if (call.progress && call.directions == 1) [[unlikely]]
+      __atomic_store_n(call.progress + number(), steps, __ATOMIC_RELEASE);
   }
   std::int64_t number() const noexcept { return &layer_ - call.layers; }
 
-  // Where states of the user have row b.
-  std::int64_t state_row(std::int64_t b) const noexcept { return call.order ? call.order[b] : b; }
-
-  // Move this worker's rows of the states from and to memory of the user, where null stands for zeros; make zeros too.
+  // Move this worker's rows of the states from and to memory of the user, where null stands for zeros; make zeros too,
+  // if there is room for them.
   void enter_states(const void* const* given, T* const* states, T* zeros) const noexcept {
-    if (this->worker.index == 0) copy_row<T>(zeros, nullptr, 0, padded_h_);
+    if (zeros && this->worker.index == 0) [[unlikely]]
+      copy_row<T>(zeros, nullptr, 0, padded_h_);
     copy_states(given, states);
     this->wait();
   }
   void copy_states(const void* const* given, T* const* states) const noexcept {
     for_state_rows([&](int s, std::int64_t b, std::int64_t units) {
       const T* from = static_cast<const T*>(given[s]);
-      copy_row(states[s] + shape_.row(s, b), from ? from + state_row(b) * units : nullptr, units, shape_.stride[s]);
+      copy_row(states[s] + shape_.row(s, b), from ? from + state_row_of(call, b) * units : nullptr, units,
+               shape_.stride[s]);
     });
   }
   void leave_states(const T* const* states, void* const* to) const noexcept {
     for_state_rows([&](int s, std::int64_t b, std::int64_t units) {
-      if (to[s]) copy_row(static_cast<T*>(to[s]) + state_row(b) * units, states[s] + shape_.row(s, b), units, units);
+      if (to[s])
+        copy_row(static_cast<T*>(to[s]) + state_row_of(call, b) * units, states[s] + shape_.row(s, b), units, units);
     });
   }
   template <class Body>
@@ -387,7 +484,7 @@ class LayerContext : protected Context<Cell, T> {
   const Layer& layer_;
   const std::int64_t H_ = layer_.sizes.hidden, P_ = layer_.sizes.outputs, padded_h_ = padded<T>(H_);
   const StateShape<Cell, T> shape_{layer_.sizes, call};
-  Range own_{0, 0};               // rows of the batch
+  Range own_{0, 0}, rows_{0, 0};  // rows of the batch
   int divided_among_ = 0;         // workers
   std::int64_t block_first_ = 0;  // steps before the block at hand
 };
@@ -403,24 +500,28 @@ class ForwardLoop : protected LayerContext<Cell, T> {
   // Returns the context with the block and the place that were reached.
   const Base& run() noexcept {
     Steps& steps = static_cast<Steps&>(*this);
-    this->divide(Steps::grain, 0, call.steps);
     if (this->takes_part()) {
+      divide_from(0);
       steps.enter();
       this->clear_past_ends(layer_.y, layer_.y_rows, layer_.y_stride, layer_.sizes.outputs);
     }
     for (std::int64_t first = 0; first < call.steps; first += call.block_steps) {
       const std::int64_t count = smaller(call.block_steps, call.steps - first);
       if (!this->begin_block() || !this->await_layer(-1, first + count)) break;
-      this->divide_again(Steps::grain, first, call.steps);
       block_first_ = first;
       if (this->takes_part()) {
+        if (this->is_to_divide()) [[unlikely]]
+          divide_from(first);
+        steps.list({first, first + count});
         steps.add_input_share(count);
         this->wait_if_units();
       }
       for (std::int64_t i = first; i < first + count; ++i, now_ = 1 - now_) {
         this->begin();
-        if (!this->takes_part()) continue;
-        this->divide_again(Steps::grain, i, call.steps);
+        if (!this->takes_part()) [[unlikely]]
+          continue;
+        if (this->is_to_divide()) [[unlikely]]
+          divide_from(i), steps.list({i, first + count});
         steps.step(this->time(i));
         this->wait_if_units();
       }
@@ -432,6 +533,12 @@ class ForwardLoop : protected LayerContext<Cell, T> {
 
  protected:
   int now_ = 0;  // which of two states is the one before the step
+
+ private:
+  __attribute__((noinline)) void divide_from(std::int64_t first) noexcept {
+    this->divide(Steps::grain, first, call.steps);
+    static_cast<Steps&>(*this).take_rows();
+  }
 };
 
 template <class Cell, class T>
@@ -440,7 +547,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
   using Base = Context<Cell, T>;
   using Base::call, Base::worker, Base::how, Base::lanes;
   using Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::now_, Loop::block_first_;
-  using Loop::time, Loop::output;
+  using Loop::time;
   friend Loop;
   static constexpr std::int64_t grain = 1;
   using V = Vec<T>;
@@ -456,55 +563,107 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
  private:
   // A row may begin later, or have no step at all: h waits in both places.
   void enter() noexcept {
-    if (call.lengths) this->copy_states(layer_.initial, s_.state[1]);
-    this->enter_states(layer_.initial, s_.state[0], s_.zeros);
+    if (call.lengths) [[unlikely]]
+      this->copy_states(layer_.initial, s_.state[1]);
+    this->enter_states(layer_.initial, s_.state[0], call.resets ? s_.zeros : nullptr);
   }
   void leave() noexcept { this->leave_states(s_.state[now_], layer_.last); }
 
-  T* gates(std::int64_t t, std::int64_t b) const noexcept {
-    if (keep_) return this->saved_row(t, b);
-    return s_.gates + place_in_block(time(t) - block_first_, b) * slots * padded_h_;
-  }
-
-  // Counts the rows before row b of a step of the block, where the steps of the rows of one thread stand together. No
-  // two rows of the batch take turns in a place: nobody waits before the next block.
-  std::int64_t place_in_block(std::int64_t step, std::int64_t b) const noexcept {
+  // Lists the states of this worker's rows, and where steps that work in scratch memory have their gates.
+  void take_rows() noexcept {
+    const Range own = this->rows();
     const std::int64_t together = shape_.together;
-    if (together == call.batch) return step * call.batch + b;
-    const std::int64_t first = b < together ? 0 : b / together * together;
-    return first * call.block_steps + step * smaller(together, call.batch - first) + b - first;
+    for (std::int64_t b = own.begin; b < own.end; ++b)
+      for (int s = 0; s < Cell::states; ++s) {
+        const std::int64_t row = shape_.row(s, b);
+        s_.rows[0][s][b] = s_.state[0][s] + row;
+        if (s == 0) s_.rows[1][s][b] = s_.state[1][s] + row;
+      }
+    gate_map_.stride = (layer_.reverse ? -1 : 1) * smaller(together, call.batch);
+    if (together >= call.batch) [[likely]]
+      return;
+    gate_map_.rows = s_.gate_rows;
+    for (std::int64_t b = own.begin; b < own.end; ++b)
+      s_.gate_rows[b] = b + b / together * together * (call.block_steps - 1);
   }
 
-  // gates = x W_ih^T + b_ih for the active rows of `count` steps, in one product.
-  void add_input_share(std::int64_t count) noexcept {
+  // Where the rows of the block at hand have their gates. In scratch memory the steps of the rows of one thread stand
+  // together, and no two rows of the batch take turns in a place: nobody waits before the next block.
+  ArrayRows<T> gates() const noexcept {
+    if (keep_) return {static_cast<T*>(layer_.saved), Cell::saved * padded_h_, call.saved};
+    return {s_.gates, slots * padded_h_, gate_map_, gate_map_.stride * time(block_first_)};
+  }
+
+  // Lists x and gates of the active rows of some steps of the block at hand.
+  __attribute__((noinline)) void list(Range steps) noexcept {
+    const Listed rows = this->in_steps(steps);
+    list_rows(call, rows, this->x(), s_.block_x);
+    listed_ = list_rows(call, rows, gates(), s_.block_gates) - s_.block_gates;
+    next_ = 0;
+  }
+
+  // gates = x W_ih^T + b_ih for the active rows of `count` steps, which are listed, in one product.
+  void add_input_share(std::int64_t) noexcept {
     using Shape = PanelShape<Cell::gates>;
-    std::int64_t rows = 0;
-    for (std::int64_t i = block_first_; i < block_first_ + count; ++i) {
-      const std::int64_t t = time(i);
-      const Range own = this->active_rows(t);
-      for (std::int64_t b = own.begin; b < own.end; ++b) {
-        s_.block_x[rows] = this->x_row(t, b);
-        s_.block_gates[rows++] = gates(t, b);
-      }
-    }
-    const Panels panels = this->panels(Shape::template panels<T>(H_));
-    product<Shape>(how, s_.operands, rows, s_.block_x, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
-                   packed_.values(packed_.at.b_ih), H_, panels,
+    const std::int64_t H = H_, padded_h = padded_h_;
+    T* const* const gates = s_.block_gates;
+    product<Shape>(how, s_.operands, listed_, s_.block_x, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
+                   packed_.values(packed_.at.b_ih), H, this->panels(Shape::template panels<T>(H)),
                    [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                     for_units<T, Shape>(panel, H_, [&](int sub, std::int64_t unit, int) {
+                     for_units<T, Shape>(panel, H, [&](int sub, std::int64_t unit, int) {
                        for (int gate = 0; gate < Cell::gates; ++gate)
-                         store(s_.block_gates[i] + gate * padded_h_ + unit, sum[sub * Cell::gates + gate]);
+                         store(gates[i] + gate * padded_h + unit, sum[sub * Cell::gates + gate]);
                      });
                    });
   }
 
+  // The rows of a step that this worker works on: `count` from b = first on.
+  struct Rows {
+    std::int64_t first, count;
+    const T* const* prev[Cell::states];
+    T* const* next[Cell::states];
+    T* const* gates;
+    StepRows<T> y;
+    T* outputs;  // with Save::outputs, else null: what is saved of the first row
+    std::int64_t padded_h;
+  };
+
   void step(std::int64_t t) noexcept {
-    const std::int64_t rows = list_rows(t);
-    for_each_phase<Cell>([&]<int p>() RNNKERN_INLINE_LAMBDA { run_phase<p>(t, rows); });
+    const Range own = this->active_rows(t);
+    Rows rows{own.begin, own.end - own.begin, {}, {}, s_.block_gates + next_, this->y().of_step(t), nullptr, padded_h_};
+    if (call.resets) [[unlikely]]
+      cut_rows(t, own);
+    for (int s = 0; s < Cell::states; ++s) {
+      rows.prev[s] = call.resets ? s_.entered[s] : s_.rows[now_][s] + own.begin;
+      rows.next[s] = s_.rows[1 - now_][s] + own.begin;
+    }
+    next_ += rows.count;
+    if (Cell::states > 1 && call.save == Save::outputs) rows.outputs = this->saved_states(1).of_step(t)(own.begin);
+    if (call.lengths) [[unlikely]]
+      keep_ended(t);
+    for_each_phase<Cell>([&]<int p>() RNNKERN_INLINE_LAMBDA { run_phase<p>(rows); });
+  }
+
+  // Copies h of rows that have ended before step t into both places, where it stays; their other states stay where they
+  // are.
+  __attribute__((noinline)) void keep_ended(std::int64_t t) const noexcept {
+    const Range ended = this->rows_ended(t);
+    for (std::int64_t b = ended.begin; b < ended.end; ++b) {
+      const std::int64_t row = shape_.row(0, b);
+      std::memcpy(s_.state[1 - now_][0] + row, s_.state[now_][0] + row, static_cast<std::size_t>(P_) * sizeof(T));
+    }
+  }
+
+  // Lists the states with which rows enter step t where some enter from zeros.
+  __attribute__((noinline)) void cut_rows(std::int64_t t, Range own) const noexcept {
+    for (std::int64_t b = own.begin; b < own.end; ++b) {
+      const bool cut = this->cut(layer_.reverse, t, b);
+      for (int s = 0; s < Cell::states; ++s) s_.entered[s][b - own.begin] = cut ? s_.zeros : s_.rows[now_][s][b];
+    }
   }
 
   template <int p>
-  RNNKERN_INLINE void run_phase(std::int64_t t, std::int64_t rows) noexcept {
+  RNNKERN_INLINE void run_phase(const Rows& rows) noexcept {
     using Phase = PhaseOf<Cell, p>;
     using Shape = PanelShape<Phase::outputs>;
     const ProductSizes of = product_of<Phase>(layer_.sizes);
@@ -514,89 +673,71 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
     const auto done = [&](std::int64_t i, std::int64_t panel, const V* results, int step) RNNKERN_INLINE_LAMBDA {
       for_units<T, Shape>(panel, of.units, [&](int sub, std::int64_t unit, int count) RNNKERN_INLINE_LAMBDA {
         if constexpr (Phase::projects)
-          store_h(t, i, unit, count, results[sub]);
+          store_h(rows, i, unit, count, results[sub]);
         else
-          run_part<p>(t, i, unit, count, results + sub * step);
+          run_part<p>(rows, i, unit, count, results + sub * step);
       });
     };
     if constexpr (Phase::multiplies) {
-      const T* const* inputs = s_.prev[0];
+      const T* const* inputs = rows.prev[0];
       if constexpr (p > 0) {
-        for (std::int64_t i = 0; i < rows; ++i) s_.step_inputs[i] = given<p - 1>(i);
+        for (std::int64_t i = 0; i < rows.count; ++i) s_.step_inputs[i] = given<p - 1>(rows, i);
         inputs = s_.step_inputs;
       }
-      product<Shape>(how, s_.operands, rows, inputs, of.depth, packed_.weights(packed_.at.weights[p]),
+      product<Shape>(how, s_.operands, rows.count, inputs, of.depth, packed_.weights(packed_.at.weights[p]),
                      Phase::projects ? nullptr : packed_.values(packed_.at.bias[p]), of.units, panels,
                      [&](std::int64_t i, std::int64_t panel, const V* sum)
                          RNNKERN_INLINE_LAMBDA { done(i, panel, sum, Phase::outputs); });
     } else {
-      for (std::int64_t i = 0; i < rows; ++i) {
+      for (std::int64_t i = 0; i < rows.count; ++i) {
         V means[Phase::means + 1];
         if constexpr (p > 0)
-          for (int k = 0; k < Phase::means; ++k) means[k] = mean_of_units<V>(given<p - 1>(i) + k * padded_h_, H_);
+          for (int k = 0; k < Phase::means; ++k) means[k] = mean_of_units<V>(given<p - 1>(rows, i) + k * padded_h_, H_);
         for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) done(i, panel, means, 0);
       }
     }
   }
 
-  // Lists the active rows of step t. Those that have ended before it get their h into both places, where it stays;
-  // their other states stay where they are.
-  std::int64_t list_rows(std::int64_t t) noexcept {
-    const Range own = this->active_rows(t), ended = this->rows_ended(t);
-    for (std::int64_t b = ended.begin; b < ended.end; ++b) {
-      const std::int64_t row = shape_.row(0, b);
-      std::memcpy(s_.state[1 - now_][0] + row, s_.state[now_][0] + row, static_cast<std::size_t>(P_) * sizeof(T));
-    }
-    std::int64_t rows = 0;
-    for (std::int64_t b = own.begin; b < own.end; ++b) {
-      const bool cut = this->cut(layer_.reverse, t, b);
-      for (int s = 0; s < Cell::states; ++s) s_.prev[s][rows] = cut ? s_.zeros : s_.state[now_][s] + shape_.row(s, b);
-      s_.step_gates[rows] = gates(t, b);
-      s_.batch_index[rows++] = b;
-    }
-    return rows;
-  }
-
   // What phase p gives for row i, [vectors, padded H].
   template <int p>
-  T* given(std::int64_t i) const noexcept {
-    return s_.given[p] + s_.batch_index[i] * PhaseOf<Cell, p>::given * padded_h_;
+  T* given(const Rows& rows, std::int64_t i) const noexcept {
+    return s_.given[p] + (rows.first + i) * PhaseOf<Cell, p>::given * rows.padded_h;
   }
 
   // Runs the elementwise part of phase p for a vector of units.
   template <int p>
-  RNNKERN_INLINE void run_part(std::int64_t t, std::int64_t i, std::int64_t unit, int count,
+  RNNKERN_INLINE void run_part(const Rows& rows, std::int64_t i, std::int64_t unit, int count,
                                const V* r) const noexcept {
     using Phase = PhaseOf<Cell, p>;
-    T* row = s_.step_gates[i] + unit;
+    const std::int64_t padded_h = rows.padded_h;
     V extra[kMaxExtras], prev[kMaxStates], next[Phase::sets];
-    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h_ + unit);
-    for (int s = Cell::Step::projects; s < Cell::states; ++s) prev[s] = load<V>(s_.prev[s][i] + unit);
-    part_of_row<Cell, p>(row, padded_h_, r, extra, prev, next, keep_ || !Phase::is_last);
+    for (int e = 0; e < Cell::extras; ++e) extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h + unit);
+    for (int s = Cell::Step::projects; s < Cell::states; ++s) prev[s] = load<V>(rows.prev[s][i] + unit);
+    part_of_row<Cell, p>(rows.gates[i] + unit, padded_h, r, extra, prev, next, keep_ || !Phase::is_last);
     if constexpr (Phase::is_last) {
       for (int s = 1; s < Cell::states; ++s) {
-        const std::int64_t b = s_.batch_index[i];
-        store(s_.state[1 - now_][s] + shape_.row(s, b) + unit, next[s]);
-        if (call.save == Save::outputs) store(this->saved_state(s, t, b) + unit, next[s]);
+        store(rows.next[s][i] + unit, next[s]);
+        if (rows.outputs) store(rows.outputs + (i * (Cell::states - 1) + s - 1) * padded_h + unit, next[s]);
       }
       if (Cell::Step::projects && layer_.sizes.projected)
-        store(given<p>(i) + unit, next[0]);
+        store(given<p>(rows, i) + unit, next[0]);
       else
-        store_h(t, i, unit, count, next[0]);
+        store_h(rows, i, unit, count, next[0]);
     } else {
-      for (int v = 0; v < Phase::given; ++v) store(given<p>(i) + v * padded_h_ + unit, next[v]);
+      for (int v = 0; v < Phase::given; ++v) store(given<p>(rows, i) + v * padded_h + unit, next[v]);
     }
   }
 
-  RNNKERN_INLINE void store_h(std::int64_t t, std::int64_t i, std::int64_t unit, int count, V h) const noexcept {
-    const std::int64_t b = s_.batch_index[i];
-    store(s_.state[1 - now_][0] + shape_.row(0, b) + unit, h);
-    store_some<V>(output(t, b) + unit, h, count);
+  RNNKERN_INLINE void store_h(const Rows& rows, std::int64_t i, std::int64_t unit, int count, V h) const noexcept {
+    store(rows.next[0][i] + unit, h);
+    store_some<V>(rows.y(rows.first + i) + unit, h, count);
   }
 
   const ForwardScratch<Cell, T>& s_;
   const PackedWeights<Cell, T> packed_;
   const bool keep_;
+  RowMap gate_map_{};                   // of the gates in scratch memory
+  std::int64_t listed_ = 0, next_ = 0;  // rows that are listed, and the first of them that has not been worked on
 };
 
 }  // namespace
