@@ -257,7 +257,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
                 py::arg("sizes"), py::arg("resets"), py::arg("masks"), py::arg("y"), py::arg("save"))
            .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("need_x"),
                 py::arg("need_state"), py::arg("wanted"), py::arg("sums"), py::arg("bound"), py::arg("saturated"),
-                py::arg("flow"))
+                py::arg("flow"), py::arg("dx"))
            .def("plan", &Packed::plan, py::arg("steps"), py::arg("batch"), py::arg("save"), py::arg("backward"),
                 py::arg("offsets") = py::none())
            .def_property_readonly("names", [](const Packed& self) { return self.names(); })

@@ -52,7 +52,7 @@ struct Layer {
   const void* dy;  // like y, dy_stride elements apart; null: zeros
   std::int64_t dy_stride;
   void* dx;                       // rows of I, like x, contiguous; null: not wanted
-  bool add_to_dx;                 // a second direction adds to what the first has written
+  bool add_to_dx;                 // to what is there: a second direction adds to what the first has written
   const void* dlast[kMaxStates];  // gradients of `last`
   void* dinitial[kMaxStates];     // null: not wanted
   LayerWeights<void*> gradients;  // null: not wanted; else zeroed by the caller

@@ -227,7 +227,7 @@ py::tuple Packed::forward(const py::object& x, const py::object& state, const py
 
 py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x,
                            bool need_state, const Wanted& wanted, const py::object& sums, const GivenBound& bound,
-                           const GivenSaturated& saturated, const py::object& flow) const {
+                           const GivenSaturated& saturated, const py::object& flow, const py::object& dx_sum) const {
   if (saved.packed_id != id_) throw py::value_error("saved: expected what forward of these weights returned");
   const auto dlast_objects = state_elements(dlast, "dlast", state_count());
   std::vector<std::vector<py::object>> given(layer_directions());
@@ -245,7 +245,9 @@ py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::o
         bytes_of(checked(flows[i], {"flow", i}, dtype_, shape_of(saved, 0, entry().states + entry().gates), true)));
   const auto dfinal = checked_states(dlast_objects, "dlast", B);
   if (!dy.is_none()) checked(dy, "dy", dtype_, shape_of(saved, output_size()));
-  const py::object dx = need_x ? py::object(new_array(dtype_, shape_of(saved, input_size()))) : py::none();
+  const Shape dx_shape = shape_of(saved, input_size());
+  py::object dx = py::none();
+  if (need_x) dx = dx_sum.is_none() ? new_array(dtype_, dx_shape) : checked(dx_sum, "dx", dtype_, dx_shape, true);
   const std::vector<py::array> dinitial = need_state ? new_states(B) : std::vector<py::array>{};
   if (wanted && wanted->size() != layer_directions())
     throw py::value_error("wanted: expected one for each of " + std::to_string(layer_directions()) +
@@ -255,7 +257,8 @@ py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::o
   std::vector<const void*> mask_data;
   const ForwardCall call = call_of(saved, mask_data);
   slopes.dy = dy.is_none() ? nullptr : bytes_of(dy), slopes.dlast = bytes_of(dfinal);
-  slopes.dx = need_x ? bytes_of(dx) : nullptr, slopes.dinitial = bytes_of(dinitial);
+  slopes.dx = need_x ? bytes_of(dx) : nullptr, slopes.add_to_dx = !dx_sum.is_none();
+  slopes.dinitial = bytes_of(dinitial);
   for (const auto& arrays : gradients) {
     std::vector<void*> data;
     for (const auto& one : arrays) data.push_back(one ? bytes_of(*one) : nullptr);

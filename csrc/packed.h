@@ -76,9 +76,10 @@ class Packed : public Network {
   // `names()`, of which those not wanted are not looked at; None makes new ones. The gradients of the states after each
   // step are bounded by `bound`, and where `saturated` has two bounds for each gate the arrays (states + gates, T, B)
   // of `flow`, one for each layer-direction, are filled: see Watch.
+  // The gradient of x is added to `dx` where that is not None.
   py::tuple backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x, bool need_state,
                      const Wanted& wanted, const py::object& sums, const GivenBound& bound,
-                     const GivenSaturated& saturated, const py::object& flow) const;
+                     const GivenSaturated& saturated, const py::object& flow, const py::object& dx) const;
 
   // How a training call of this size is divided, and the bytes that NumPy allocates in it beside states, y and
   // gradients: `kept` for as long as there is what it saves, `scratch` while it runs.

@@ -33,6 +33,7 @@ struct BackwardCall {
   const void* dy;                              // null: zeros
   States dlast;                                // null in place of one: zeros
   void* dx;                                    // null: not wanted
+  bool add_to_dx;                              // to what is there
   States dinitial;                             // null: not wanted, all or none
   std::vector<LayerWeights<void*>> gradients;  // of each layer-direction; null: not wanted; else zeroed by the caller
   Watch watch;
@@ -131,7 +132,7 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
     one.dy = dy ? network.columns(const_cast<void*>(dy), i) : nullptr;
     one.dy_stride = width;
     one.dx = input_gradient(layer);
-    one.add_to_dx = i % network.directions() > 0;
+    one.add_to_dx = i % network.directions() > 0 || (layer == lowest && slopes.add_to_dx);
     if (one.add_to_dx && one.dx && aside) one.dx = aside, one.add_to_dx = false;
     one.gradients = slopes.gradients[i];
     one.flow = slopes.watch.flow ? slopes.flow[i] : nullptr;

@@ -164,6 +164,21 @@ def test_every_way_to_save_gives_the_same_bits(cell, native):
             same(run(problem, native, save=save), expected)
 
 
+def test_checkpoints_flush_what_two_directions_add_up_to(native):
+    """A sum of their gradients of x that is subnormal is zero, as in every other way to save."""
+    layer = rk.RNN(6, 5, bidirectional=True, seed=0, backend=native)
+    draws = np.random.default_rng(0)
+    x, dy = (draws.normal(size=(200, 2, size)).astype(np.float32) for size in (6, 10))
+    dx = {}
+    for save in SAVES:
+        _, _, tape = layer.forward(x, save=save)
+        dx[save] = layer.backward(tape, dy * np.float32(1e-37)).x
+    sums = np.abs(dx["gates"])
+    assert np.any(sums == 0)
+    assert not np.any((sums > 0) & (sums < np.finfo(np.float32).tiny))
+    same(dx, dict.fromkeys(dx, dx["gates"]))
+
+
 def test_helpers_that_come_during_a_call_change_no_bit(cell, native):
     """They are asleep when it begins, and join at one step or another; for shared rows, units and layers."""
     one_way: dict[str, Any] = {"num_layers": 4, "resets": True}

@@ -30,7 +30,7 @@ class Packed:
     """
     The weights of a stack, packed for the ISA that was active when it was made.
     """
-    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool, need_state: bool, wanted: collections.abc.Sequence[collections.abc.Sequence[bool]] | None, sums: typing.Any, bound: tuple[str, typing.SupportsFloat | typing.SupportsIndex] | None, saturated: collections.abc.Sequence[tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex]] | None, flow: typing.Any) -> tuple:
+    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool, need_state: bool, wanted: collections.abc.Sequence[collections.abc.Sequence[bool]] | None, sums: typing.Any, bound: tuple[str, typing.SupportsFloat | typing.SupportsIndex] | None, saturated: collections.abc.Sequence[tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex]] | None, flow: typing.Any, dx: typing.Any) -> tuple:
         ...
     def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, sizes: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any) -> tuple:
         ...

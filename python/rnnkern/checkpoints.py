@@ -176,12 +176,10 @@ def _run_segment(
     part = part._replace(y=np.empty(part.y.shape, part.y.dtype))  # the tape's is left alone
     kept = backend.forward(stack, packed, part)[1]
     flow = None if asked.flow is None else [one[:, rows].copy() for one in asked.flow]
-    dx_part, dstate, sums = backend.backward(stack, packed, kept, part, asked._replace(flow=flow))
-    if dx is not None:
-        if add:
-            dx[rows] += dx_part
-        else:
-            dx[rows] = dx_part
+    sum_of_dx = dx[rows] if add and dx is not None else None  # the backend adds as it does between directions
+    dx_part, dstate, sums = backend.backward(stack, packed, kept, part, asked._replace(flow=flow, dx=sum_of_dx))
+    if dx is not None and dx_part is not None and not np.may_share_memory(dx_part, dx):
+        dx[rows] = dx_part
     for whole, of_part in zip(asked.flow or (), flow or (), strict=True):
         whole[:, rows] = of_part
     return dstate, sums

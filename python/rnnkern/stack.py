@@ -136,6 +136,11 @@ class Backward(NamedTuple):
     # For each layer-direction (states + gates, T, B), to be filled with the norms of these, before they
     # are bounded, and with the share of the units where each gate is saturated; zero past a row's end.
     flow: Sequence[Array] | None = None
+    dx: Array | None = None  # what the gradient of x is added to; None: a new array
+
+    def added(self, dx: Array) -> Array:
+        """A gradient of x, with what it is to be added to."""
+        return dx if self.dx is None else np.add(self.dx, dx, out=self.dx)
 
     def lowest(self, stack: Stack) -> int:
         """The lowest layer of which a gradient is wanted, or the flow; L where none is."""
@@ -338,11 +343,11 @@ def backward_by_layer(
         flow = (
             None if asked.flow is None else [np.zeros((len(one), *padded.x.shape[:2]), one.dtype) for one in asked.flow]
         )
-        spread = asked._replace(dy=None if dy is None else packing.spread(dy), flow=flow)
+        spread = asked._replace(dy=None if dy is None else packing.spread(dy), flow=flow, dx=None)
         dx, initial, gradients = backward_by_layer(backward_layer, stack, weights, saved, padded, spread)
         for one, of_padded in zip(asked.flow or (), flow or (), strict=True):
             one[...] = of_padded[places]
-        return None if dx is None else packing.gather(dx), initial, gradients
+        return None if dx is None else asked.added(packing.gather(dx)), initial, gradients
     dstate = stack.filled(asked.dstate, call.x.shape[1], call.x.dtype)
     initial = tuple(np.empty_like(s) for s in dstate)
     directions = len(stack.directions)
@@ -380,4 +385,4 @@ def backward_by_layer(
             for name, gradient in added.items():
                 sums[name] += gradient
         gradients = list(asked.sums)
-    return dx, initial if asked.need_state else (), gradients
+    return None if dx is None else asked.added(dx), initial if asked.need_state else (), gradients

@@ -126,7 +126,17 @@ def backward(
     sums = None if asked.sums is None else [[one.get(name) for name in packed.names] for one in asked.sums]
     saturated = None if asked.flow is None else stack.cell.saturated
     dx, dinitial, gradients = packed.backward(
-        saved, asked.dy, asked.dstate, asked.need_x, asked.need_state, flags, sums, asked.bound, saturated, asked.flow
+        saved,
+        asked.dy,
+        asked.dstate,
+        asked.need_x,
+        asked.need_state,
+        flags,
+        sums,
+        asked.bound,
+        saturated,
+        asked.flow,
+        asked.dx,
     )
     return dx, dinitial, gradients
 
