@@ -358,7 +358,8 @@ struct ForwardScratch {
     for_each_phase<Cell>(
         [&]<int p>() { given[p] = arena.take<T>(B * given_in<Cell, p>(call.layers[0].sizes) * padded_h); });
     zeros = arena.take<T>(padded_h);
-    const std::int64_t together = call.rows_together, gate_count = call.block_steps * round_up(B, together);
+    const std::int64_t together = call.rows_together;
+    const std::int64_t gate_count = call.block_steps * (together < B ? round_up(B, together) : B);
     gates = arena.take<T>(own_gates ? gate_count * kSlots<Cell> * padded_h : 0);
     arena.take_for_workers(call.max_threads, worker_index, [&]() RNNKERN_INLINE_LAMBDA {
       arena.take_each(block_rows, block_x, block_gates);
