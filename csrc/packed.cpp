@@ -94,7 +94,7 @@ void Packed::pack_next(std::size_t i, const py::object& weights, void* to) {
   for (const py::handle key : names_) {
     given.push_back(value_of(dict, key));
     if (!given.back())
-      throw py::value_error(name.text() + ": expected an array named '" + key.cast<std::string>() + "', got none");
+      throw py::value_error(name.text() + ": expected an array named " + std::string(py::repr(key)) + ", got none");
   }
   const std::vector<Shape> shapes = weight_shapes(i);
   std::vector<const void*> data;
