@@ -575,8 +575,9 @@ class Native:
             "bound": self.rng.choice((None, ("norm", 1.0), ("value", 0.5))),
             "saturated": self.rng.choice((None, stack.cell.saturated)),
             "flow": self.flow(stack, lead),
+            "dx": self.rng.choice((None, np.zeros((*lead, stack.input_size), stack.dtype))),
         }
-        return packed.backward, arguments, ("sums", "flow")
+        return packed.backward, arguments, ("sums", "flow", "dx")
 
     def flow(self, stack: Stack, lead: tuple[int, ...]) -> list[Any]:
         """Arrays for what is measured of each layer-direction in a call of these rows."""

@@ -317,7 +317,7 @@ def _plan_of_segments(
     inputs = [element * of_layer[0].stack.input_size for of_layer in layers]  # x of each layer
     before = -(-steps // segment) - 1  # segments but the first: the states that are kept of a chain
     of_chain = partial(_plan_of_chain, layer, segment=segment, batch=batch, several=before > 0, offsets=offsets)
-    chains = [of_chain(chain) for of_layer in layers for chain in of_layer]
+    chains = [of_chain(chain, adds=i > 0) for of_layer in layers for i, chain in enumerate(of_layer)]
     packed, state, weights = (sum(getattr(one, name) for one in chains) for name in ("packed", "state", "weights"))
     kept = before * state + between * (len(layers) - 1)
     in_forward, in_backward = [], []
@@ -357,9 +357,9 @@ class _ChainPlan:
 
 
 def _plan_of_chain(
-    layer: Recurrent, chain: Chain, segment: int, batch: int, several: bool, offsets: Array | None
+    layer: Recurrent, chain: Chain, segment: int, batch: int, several: bool, offsets: Array | None, adds: bool
 ) -> _ChainPlan:
-    """`several`: segments."""
+    """`several`: segments; `adds`: to dx of another chain, in place where its rows of a segment stand together."""
     weights, element = layer._weights[chain.own], _rows(segment, batch, offsets) * layer.dtype.itemsize
     x, y = (element * size for size in (chain.stack.input_size, chain.stack.output_size))
     packed, alone, _ = _asked(layer, chain.stack, weights, segment, batch, None, offsets)
@@ -368,8 +368,8 @@ def _plan_of_chain(
     copied = y if chain.columns != slice(None) else 0  # its columns of y, or of the gradient of y
     # Backward holds the most while a segment runs forward again, or while it runs back, with its part of dx. What is
     # kept of a segment has the state before it, and so has the gradient that was carried to it, but for the first one.
-    carried = state if several else 0
-    in_backward = copied + y + forward.kept + carried + max(state + forward.scratch, carried + x + backward.scratch)
+    carried, dx = state if several else 0, 0 if adds and offsets is None else x
+    in_backward = copied + y + forward.kept + carried + max(state + forward.scratch, carried + dx + backward.scratch)
     of_weights = sum(array.nbytes for one in weights for array in one.values())
     return _ChainPlan(packed, state, of_weights, copied + alone.scratch, in_backward, (alone, backward))
 
