@@ -37,13 +37,14 @@
 namespace rnnkern {
 namespace {
 
+constexpr std::string_view kEngines[] = {"none", "emulated", "amx"};
+
 // A call of Linear's kernels over rows of x (rows, inputs).
 void run_linear(Linear& call, const py::dtype& dtype, bool rounds, bool backward) {
   const KernelTable& table = *active().table;
-  const LinearKernels& kernels = dtype.itemsize() == 8     ? table.linear_f64
-                                 : !rounds                 ? table.linear_f32
-                                 : multiplies_pairs(table) ? table.linear_pairs
-                                                           : table.linear_rounded;
+  const bool is_double = dtype.itemsize() == 8;
+  const LinearKernels& kernels = is_double ? table.linear_f64 : table.linear_f32;
+  call.products = products_of(table, is_double ? WeightFormat::float64 : WeightFormat::float32, rounds, false);
   const double flops = 2.0 * static_cast<double>(call.rows) * static_cast<double>(call.inputs) *
                        static_cast<double>(call.outputs) * (backward ? 2 : 1);
   const Section section = divide_linear(flops, num_threads());
@@ -303,6 +304,19 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
       "Whether products of bfloat16 numbers are made in pairs, by the ISA in use.");
   m.def("allow_pairs", &allow_pairs, py::arg("allowed"),
         "Lets them be made so, or not, for what is packed from now on.");
+  m.def(
+      "engine", [] { return std::string(kEngines[static_cast<int>(engine(*active().table))]); },
+      "What multiplies tiles of bfloat16 numbers: 'none', 'emulated' or 'amx'.");
+  m.def(
+      "use_engine",
+      [](const std::string& best) {
+        const auto* const found = std::ranges::find(kEngines, best);
+        if (found == std::end(kEngines)) throw py::value_error("best: expected 'none', 'emulated' or 'amx'");
+        return std::string(kEngines[static_cast<int>(use_engine(static_cast<Engine>(found - kEngines)))]);
+      },
+      py::arg("best"),
+      "Lets tiles be multiplied so, where that is there, for what is packed from now on.\n\nReturns what was best "
+      "before.");
   m.def(
       "lanes",
       [](const py::object& dtype) {

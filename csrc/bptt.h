@@ -23,13 +23,15 @@ struct BackwardScratch {
   T* dh;                              // [block rows, stride P]: gradient of the projected h
   T* given[Cell::Step::count];        // [block rows, padded H]: what a phase has given to the product behind it
   T* terms;                           // [B, vectors, padded H]: what the gradient of a mean over units is the sum of
-  T* zeros;                           // [padded H]
+  T* zeros;                           // [zero_count]
+  std::int64_t zero_count;            // padded H, or of the longest row that is summed
   T* values;                          // [block rows, slots, padded H]: with Save::outputs what forward would have saved
   T* given_again[Cell::Step::count];  // [block rows, vectors, padded H]: and given
   double* measured;                   // [block rows, kMeasures, panels of H]: sums that are asked for, see watch.h
   std::int64_t gate_stride;
   // Of one worker.
   const T **left, **right;         // [block rows]: of a sum of outer products
+  const T** filled[2];             // the same with those of a step filled up, where they are summed first
   T** outputs;                     // [block rows]
   T* buffer;                       // kOuterBuffer
   const T** before[Cell::states];  // [block rows]: states before each step; with Save::outputs
@@ -56,10 +58,11 @@ struct BackwardScratch {
       if (Phase::means > most_means) most_means = Phase::means;
     });
     terms = arena.take<T>(B * most_means * padded_h);
-    zeros = arena.take<T>(padded_h);
     std::int64_t widest = Cell::gates * H;
     for (int i = 0; i < call.layer_count * call.directions; ++i)
       if (call.layers[i].sizes.inputs > widest) widest = call.layers[i].sizes.inputs;
+    zero_count = how.sums_steps ? padded<T>(widest) : padded_h;
+    zeros = arena.take<T>(zero_count);
     const std::int64_t again = call.save == Save::outputs && Cell::saved > 0 ? rows : 0;
     values = arena.take<T>(again * kSlots<Cell> * padded_h);
     for_each_phase<Cell>([&]<int p>() {
@@ -69,6 +72,8 @@ struct BackwardScratch {
     arena.take_for_workers(call.max_threads, worker_index, [&] {
       for (const T**& one : before) one = arena.take<const T*>(again);
       left = arena.take<const T*>(rows), right = arena.take<const T*>(rows), outputs = arena.take<T*>(rows);
+      const std::int64_t filled_rows = how.sums_steps ? call.block_steps * round_up(B, kSumRows) : 0;
+      for (const T**& one : filled) one = arena.take<const T*>(filled_rows);
       buffer = arena.take<T>(kOuterBuffer<T>);
       for (T**& one : carry_rows) one = arena.take<T*>(B);
       for (const T**& one : prev) one = arena.take<const T*>(rows);
@@ -77,6 +82,18 @@ struct BackwardScratch {
     });
   }
 };
+
+// Lists rows again, with zeros behind those of each step up to a multiple of kSumRows. Returns how many.
+template <class T>
+__attribute__((noinline)) std::int64_t fill_steps(const KernelCall& call, const Listed& which, const T* const* rows,
+                                                  const T* zeros, const T** filled) noexcept {
+  std::int64_t count = 0;
+  for (std::int64_t t = which.t, i = 0; i < which.count; ++i, t += which.direction) {
+    for (std::int64_t b = active_rows_of(call, t); b > 0; --b) filled[count++] = *rows++;
+    while (count % kSumRows != 0) filled[count++] = zeros;
+  }
+  return count;
+}
 
 // Where rows have a state with which they enter a step.
 template <class T>
@@ -351,7 +368,7 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     const Listed which = all_rows(steps);
     if (to.w_ih) {
       list_rows(call, which, this->x(), s_.right);
-      how.add_outer_products(rows, s_.left, s_.right, own.begin, own.end, I, static_cast<T*>(to.w_ih), s_.buffer);
+      add_outer_products(rows, which, own, I, static_cast<T*>(to.w_ih));
     }
     if (to.b_ih) add_rows(rows, s_.left, own.begin, own.end, static_cast<T*>(to.b_ih));
     if constexpr (Cell::separate_recurrent)
@@ -387,7 +404,19 @@ class BackwardLoop : protected LayerContext<Cell, T> {
       list_rows(call, which, in_block<const T>(s_.given[p - 1], padded_h_), s_.right);
     else
       list_entered(entered(0), which, s_.right);
-    how.add_outer_products(rows, s_.left, s_.right, own.begin, own.end, of.depth, weights, s_.buffer);
+    add_outer_products(rows, which, own, of.depth, weights);
+  }
+
+  // Adds to `own` rows of a matrix the products of what is listed on the left and on the right.
+  void add_outer_products(std::int64_t rows, const Listed& which, Range own, std::int64_t columns,
+                          T* to) const noexcept {
+    const T *const *left = s_.left, *const *right = s_.right;
+    if (how.sums_steps) {
+      rows = fill_steps(call, which, left, s_.zeros, s_.filled[0]);
+      fill_steps(call, which, right, s_.zeros, s_.filled[1]);
+      left = s_.filled[0], right = s_.filled[1];
+    }
+    how.add_outer_products(rows, left, right, own.begin, own.end, columns, to, s_.buffer);
   }
 
   // dx = dx_gates W_ih for this worker's part of the rows of some steps: `count` from `first` on of those on the left.
@@ -418,7 +447,10 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   using Loop::Loop;
 
  private:
-  void enter() noexcept { this->enter_states(layer_.dlast, s_.carry, s_.zeros); }
+  void enter() noexcept {
+    this->enter_states(layer_.dlast, s_.carry, s_.zeros);
+    if (how.sums_steps && worker.index == 0) copy_row<T>(s_.zeros, nullptr, 0, s_.zero_count);
+  }
   void leave() noexcept { this->leave_states(s_.carry, layer_.dinitial); }
 
   // Lists the carries of this worker's rows, and the states with which they enter some steps.

@@ -4,6 +4,12 @@
 #include <atomic>
 #include <cstdlib>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "isas.h"
 #include "kernel_table.h"
 
@@ -33,16 +39,51 @@ std::atomic<const Isa*>& current() noexcept {
 
 std::atomic<bool> pairs_allowed = true;
 
+// Intel's takes twice the time of the multiply-adds that it stands for.
 bool has_instruction_for_pairs() noexcept {
 #if defined(__x86_64__)
-  static const bool has = __builtin_cpu_supports("avx512bf16");
+  static const bool has = __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
   return has;
 #else
   return false;
 #endif
 }
 
+// Says whether the CPU has a matrix engine for bfloat16 and the system lets this process use it, for which it is asked
+// once, before any thread does.
+bool has_engine() noexcept {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool has = [] {
+    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (~d & (amx_bf16 | amx_tile)) == 0 &&
+           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
+std::atomic<Engine>& best_engine() noexcept {
+  static std::atomic<Engine> best = [] {
+    const char* const asked = std::getenv("RNNKERN_AMX");
+    const std::string_view name = asked ? asked : "";
+    return name == "off" ? Engine::none : name == "emulated" ? Engine::emulated : Engine::amx;
+  }();
+  return best;
+}
+
 }  // namespace
+
+Engine engine(const KernelTable& table) noexcept {
+  const Engine best = best_engine().load(std::memory_order_relaxed);
+  if (best == Engine::amx) return table.has_tiles && has_engine() ? Engine::amx : Engine::none;
+  return table.has_pairs ? best : Engine::none;
+}
+
+Engine use_engine(Engine best) noexcept { return best_engine().exchange(best, std::memory_order_relaxed); }
 
 bool multiplies_pairs(const KernelTable& table) noexcept {
   return table.has_pairs && (table.emulates_pairs || has_instruction_for_pairs()) &&

@@ -31,6 +31,15 @@ bool multiplies_pairs(const KernelTable& table) noexcept;
 // Lets them be made so, or not, from now on; for tests.
 void allow_pairs(bool allowed) noexcept;
 
+// What multiplies tiles of bfloat16 numbers: nothing, code that computes what a matrix engine does, or the engine.
+enum class Engine { none, emulated, amx };
+
+// What an ISA's kernels use: what use_engine has set where that is there, else nothing.
+Engine engine(const KernelTable& table) noexcept;
+// Sets it for what is packed from now on, and returns what was set before: at first what RNNKERN_AMX says, "off" or
+// "emulated", else the engine.
+Engine use_engine(Engine best) noexcept;
+
 // Changes the one in use; false, and no change, when the CPU does not support it or no ISA has that name.
 bool use(std::string_view name) noexcept;
 

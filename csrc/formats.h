@@ -13,12 +13,13 @@ template <class Element>
 struct AsStates {
   using T = Element;
   using W = Element;
-  using Tiled = AsStates;             // the format whose tiles it runs on,
-  using PackedAs = AsStates;          // whose layout its weights have,
-  using Outer = AsStates;             // and by which sums of outer products over rows are made
-  static constexpr int group = 1;     // inputs side by side in packed weights
-  static constexpr int step = 1;      // inputs that one multiplication takes
-  static constexpr T padding = T{0};  // weight of an input that fills up a group
+  using Tiled = AsStates;                    // the format whose tiles it runs on,
+  using PackedAs = AsStates;                 // whose layout its weights have,
+  using Outer = AsStates;                    // and by which sums of outer products over rows are made
+  static constexpr int group = 1;            // inputs side by side in packed weights
+  static constexpr int step = 1;             // inputs that one multiplication takes
+  static constexpr bool sums_steps = false;  // outer products by its own tiles, see Arithmetic
+  static constexpr T padding = T{0};         // weight of an input that fills up a group
   static constexpr void (*operand)(const T* from, std::int64_t count, T* to) noexcept = nullptr;  // see Arithmetic
 
   // Reads the weights of multiplication `i` of a group, for the units of a vector.

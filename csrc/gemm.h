@@ -165,7 +165,7 @@ __attribute__((noinline)) void tile_of_panels(std::int64_t panels, std::int64_t 
 template <class Body>
 RNNKERN_INLINE void for_parts(std::int64_t total, std::int64_t limit, Body&& body) noexcept {
   std::int64_t first = 0;
-  for (std::int64_t parts = divide_up(total, limit); parts > 0; --parts) {
+  for (std::int64_t parts = total <= limit ? total > 0 : divide_up(total, limit); parts > 0; --parts) {
     const std::int64_t count = divide_up(total - first, parts);
     body(first, count);
     first += count;
@@ -224,6 +224,9 @@ template <class Format>
 constexpr Tiles<typename Format::T> kTiles[] = {kTilesOf<Format, 1>, kTilesOf<Format, 2>, kTilesOf<Format, 3>,
                                                 kTilesOf<Format, 4>};
 
+// A part of sums over rows begins at a multiple of so many: of those that an engine sums first (amx.h).
+constexpr std::int64_t kSumRows = 32;
+
 // What the kernels know of a format: how products are made. One constant for each, so that cells are compiled once.
 template <class T>
 struct Arithmetic {
@@ -232,13 +235,26 @@ struct Arithmetic {
 
   Stored stored;
   int step;  // inputs that one multiplication takes
+  // Packs a matrix [units, depth] for plain_product, this worker's part of the panels; one of the strides is 1.
+  void (*pack)(const Worker&, const T* from, std::int64_t units, std::int64_t depth, std::int64_t unit_stride,
+               std::int64_t k_stride, char* to) noexcept;
   // Makes of `count` inputs what is multiplied: of as many elements, or fewer where pairs share one; writes whole
   // vectors. Null: they are it.
   void (*operand)(const T* from, std::int64_t count, T* to) noexcept;
   const Tiles<T>* tiles;    // of 1 to 4 vectors
   PanelsTile of_panels[4];  // for shapes of 1 to 4 gates
-  void (*add_outer_products)(std::int64_t rows, const T* const* left, const T* const* right, std::int64_t begin,
-                             std::int64_t end, std::int64_t columns, T* target, T* buffer) noexcept;
+  void (*add_outer)(const Tiles<T>* tiles, std::int64_t rows, const T* const* left, const T* const* right,
+                    std::int64_t begin, std::int64_t end, std::int64_t columns, T* target, T* buffer) noexcept;
+  const Tiles<T>* outer_tiles;
+  bool sums_steps;                // kSumRows rows of a step are summed first, the last ones with rows of zeros
+  const Arithmetic* of_few_rows;  // to be taken for batches of less than half of that, or null
+
+  // target[j][k] += sum over rows i of left[i][j] * right[i][k], for j in [begin, end) and k in [0, columns).
+  // target: row-major, `columns` columns. buffer: kOuterBuffer elements, 64-byte aligned.
+  void add_outer_products(std::int64_t rows, const T* const* left, const T* const* right, std::int64_t begin,
+                          std::int64_t end, std::int64_t columns, T* target, T* buffer) const noexcept {
+    add_outer(outer_tiles, rows, left, right, begin, end, columns, target, buffer);
+  }
 };
 
 // Rows as they are multiplied, where that is not what they are: room of one worker for some rows at a time.
@@ -323,10 +339,9 @@ RNNKERN_INLINE void product(const Arithmetic<T>& how, const Operands<T>& operand
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t panel = panels.backwards ? begin + end - 1 - i : i;
       const Tiles<T>& tiles = how.tiles[gates * Shape::template subs_of<T>(panel, units) - 1];
-      const int max_rows = Shape::subs == 1 ? kTileRows<gates> : tiles.max_rows;  // the divisor, where it is known
-      const bool deep = row_count > max_rows && depth > tiles.part_depth;
+      const bool deep = row_count > tiles.max_rows && depth > tiles.part_depth;
       const auto tile = deep ? tiles.of_parts : tiles.of_rows;
-      for_parts(row_count, deep ? kPartRows : max_rows,
+      for_parts(row_count, deep ? kPartRows : tiles.max_rows,
                 [&](std::int64_t first, std::int64_t count) RNNKERN_INLINE_LAMBDA {
                   tile(count, row + first, depth, packed + panel * panel_bytes,
                        start ? start + panel * width : kZeros<T>, 0, sums);
@@ -412,9 +427,9 @@ template <class T>
 RNNKERN_INLINE void add_outer_tile(const Tiles<T>& tiles, std::int64_t tile_rows, const T* left, std::int64_t depth,
                                    const void* right, std::int64_t panel, std::int64_t columns, T* target) noexcept {
   using V = Vec<T>;
-  constexpr int most_rows = 8;
+  constexpr int most_rows = 16;
   const T* inputs[most_rows];
-  V sums[most_rows * Plain::vectors] = {};
+  V sums[most_rows * Plain::vectors];
   for (std::int64_t r = 0; r < tile_rows; ++r) inputs[r] = left + r * kOuterStride<T>;
   const std::int64_t first = panel * Plain::vectors * kLanes<T>, vectors = tiles.vectors;
   if (first + vectors * kLanes<T> <= columns) {
@@ -435,16 +450,16 @@ RNNKERN_INLINE void add_outer_tile(const Tiles<T>& tiles, std::int64_t tile_rows
   for_targets([](T* to, const V& sum, int some) RNNKERN_INLINE_LAMBDA { store_some<V>(to, sum, some); });
 }
 
-// target[j][k] += sum over rows i of left[i][j] * right[i][k], for j in [begin, end) and k in [0, columns).
-// target: row-major, `columns` columns. buffer: kOuterBuffer elements, 64-byte aligned.
+// Arithmetic::add_outer_products of rows that are packed as a format has weights.
 template <class Format, class T = typename Format::T>
-void add_outer_products(std::int64_t rows, const T* const* left, const T* const* right, std::int64_t begin,
-                        std::int64_t end, std::int64_t columns, T* target, T* buffer) noexcept {
+void add_outer_products(const Tiles<T>* tiles_of, std::int64_t rows, const T* const* left, const T* const* right,
+                        std::int64_t begin, std::int64_t end, std::int64_t columns, T* target, T* buffer) noexcept {
   using W = typename Format::W;
   constexpr int width = Plain::vectors * kLanes<T>;
   W* const packed_right = reinterpret_cast<W*>(buffer);
   T* const packed_left = buffer + kOuterRows<T> * kOuterPanels * width;
-  for_parts(rows, kOuterRows<T>, [&](std::int64_t i, std::int64_t depth) {
+  for_parts(divide_up(rows, kSumRows), kOuterRows<T> / kSumRows, [&](std::int64_t first, std::int64_t count) {
+    const std::int64_t i = first * kSumRows, depth = smaller(count * kSumRows, rows - i);
     const std::int64_t panel_size = kStored<Format>.inputs(depth) * width;
     for_parts(Plain::panels<T>(columns), kOuterPanels, [&](std::int64_t panel0, std::int64_t panels) {
       for (std::int64_t p = 0; p < panels; ++p)
@@ -457,7 +472,7 @@ void add_outer_products(std::int64_t rows, const T* const* left, const T* const*
             Format::operand(row, depth, row);
           }
         for (std::int64_t p = 0; p < panels; ++p) {
-          const Tiles<T>& tiles = kTiles<typename Format::Tiled>[Plain::subs_of<T>(panel0 + p, columns) - 1];
+          const Tiles<T>& tiles = tiles_of[Plain::subs_of<T>(panel0 + p, columns) - 1];
           for_parts(outputs, tiles.max_rows, [&](std::int64_t j, std::int64_t tile_rows) RNNKERN_INLINE_LAMBDA {
             add_outer_tile(tiles, tile_rows, packed_left + j * kOuterStride<T>, depth, packed_right + p * panel_size,
                            panel0 + p, columns, target + (begin + j0 + j) * columns);
@@ -468,15 +483,32 @@ void add_outer_products(std::int64_t rows, const T* const* left, const T* const*
   });
 }
 
+template <class Format, class Shape>
+constexpr typename Arithmetic<typename Format::T>::PanelsTile kPanelsTile = tile_of_panels<Format, Shape>;
+
+template <class Format, class T = typename Format::T>
+void pack_plain(const Worker& worker, const T* from, std::int64_t units, std::int64_t depth, std::int64_t unit_stride,
+                std::int64_t k_stride, char* to) noexcept {
+  pack_panels<Format, 1>(worker, from, units, depth, 0, unit_stride, k_stride,
+                         reinterpret_cast<typename Format::W*>(to));
+}
+
+template <class Format>
+constexpr const Arithmetic<typename Format::T>* kOfFewRows = nullptr;
+
 template <class Format, class Tiled = typename Format::Tiled>
 constexpr Arithmetic<typename Format::T> kArithmetic{
     kStored<Format>,
     Tiled::step,
+    pack_plain<typename Format::PackedAs>,
     Format::operand,
     kTiles<Tiled>,
-    {tile_of_panels<Tiled, PanelShape<1>>, tile_of_panels<Tiled, PanelShape<2>>, tile_of_panels<Tiled, PanelShape<3>>,
-     tile_of_panels<Tiled, PanelShape<4>>},
-    add_outer_products<typename Format::Outer>};
+    {kPanelsTile<Tiled, PanelShape<1>>, kPanelsTile<Tiled, PanelShape<2>>, kPanelsTile<Tiled, PanelShape<3>>,
+     kPanelsTile<Tiled, PanelShape<4>>},
+    add_outer_products<typename Format::Outer>,
+    kTiles<typename std::conditional_t<Format::sums_steps, Format, typename Format::Outer>::Tiled>,
+    Format::sums_steps,
+    kOfFewRows<Format>};
 
 // target[j] += sum over rows i of left[i][j], for j in [begin, end).
 template <class T>

@@ -81,9 +81,24 @@ struct Watch {
   double low[kMaxGates], high[kMaxGates];
 };
 
+// How products are made, one of formats.h each: what packed weights are stored in, and whether the rows that are
+// multiplied with them are rounded too. Sums are double with float64, else float.
+enum class Products : int {
+  float32,
+  float64,
+  bfloat16_weights,
+  rounded,
+  rounded_bfloat16_weights,
+  bfloat16_pairs,
+  bfloat16_tiles,
+  emulated_bfloat16_tiles
+};
+constexpr int kProducts = 8;
+
 // A stack of L layers of D directions, one call; layer-direction (l, d) is layers[l * D + d]. Sequences of different
 // lengths stand in the order of their lengths, the longest first: those that have a step are the first ones.
 struct KernelCall {
+  Products products;
   std::int64_t steps, batch;    // steps: of the longest
   const std::int64_t* lengths;  // [B], falling; null: all steps
   const std::uint8_t* resets;   // one for each of the caller's rows, or null
@@ -113,6 +128,7 @@ struct KernelCall {
 
 // y = x W^T + b and its gradients for `rows` rows. weight [outputs, inputs]
 struct Linear {
+  Products products;
   std::int64_t rows, inputs, outputs;
   const void *x, *weight, *bias;  // bias null: none
   void* y;
@@ -121,12 +137,7 @@ struct Linear {
   void* scratch;
 };
 
-// How products are made, one of formats.h each: what packed weights are stored in, and whether the rows that are
-// multiplied with them are rounded too. Sums are double with float64, else float.
-enum class Products : int { float32, float64, bfloat16_weights, rounded, rounded_bfloat16_weights, bfloat16_pairs };
-constexpr int kProducts = 6;
-
-// The functions of one cell for one way to make products; null where the ISA has none.
+// The functions of one cell for one type of states and one way to pack weights.
 struct CellKernels {
   std::int64_t (*packed_bytes)(const LayerSizes&, bool training) noexcept;
   Task pack;                                                                             // context: const PackCall*
@@ -177,14 +188,15 @@ struct CellEntry {
   int gates, states, saved, extras, late_gates;  // as in cells.py, late_gates those of the phases behind the first
   int kept[kMaxStates];                          // where backward finds each state: a slot of the saved values, -1: y
   bool projects, separate_recurrent;
-  CellKernels kernels[kProducts];
+  const CellKernels* kernels[kProducts];  // null where the ISA has none
 };
 
 struct KernelTable {
   const CellEntry* cells;
   int cell_count;
-  LinearKernels linear_f32, linear_f64, linear_rounded, linear_pairs;
-  bool has_pairs, emulates_pairs;  // Products::bfloat16_pairs, and without an instruction for it
+  LinearKernels linear_f32, linear_f64;
+  bool has_pairs, emulates_pairs;  // Products::bfloat16_pairs, and without an instruction for it; emulated tiles
+  bool has_tiles;                  // Products::bfloat16_tiles
   Task rows_f32, rows_f64;         // context: const Rows*
   const ActivationKernel* activations;
   int activation_count;

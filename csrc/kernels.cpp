@@ -42,7 +42,7 @@ void apply_mask(const KernelCall& call, const Worker& worker, std::int64_t width
 // Runs all layer-directions of a call, from the first or from the last on.
 template <class Cell, class T, class OneLayer, class Scratch>
 void run_layers(const KernelCall& call, Worker& worker, const Arithmetic<T>& how, bool backwards) noexcept {
-  const FlushDenormals flush;
+  const KernelMode mode;
   Arena arena(call.scratch);
   const Scratch scratch(arena, call, how, worker.index);
   Context<Cell, T> loop{call, worker, how};
@@ -79,7 +79,7 @@ std::int64_t scratch_of(const KernelCall& call, const Arithmetic<T>& how) noexce
 // alone; it waits for what that one takes from others, which were taken before it and so are at work or done.
 template <class Cell, class T, class OneLayer, class Scratch>
 void run_side_by_side(const KernelCall& call, Worker& worker, const Arithmetic<T>& how, bool backwards) noexcept {
-  const FlushDenormals flush;
+  const KernelMode mode;
   KernelCall own = alone_in(call);
   if (worker.index > 0) own.poll = nullptr;
   Worker alone{0, 1, &worker, nullptr, -1, nullptr, worker.yield};
@@ -121,8 +121,41 @@ void run_all(const KernelCall& call, Worker& worker, const Arithmetic<T>& how, b
     run_layers<Cell, T, OneLayer, Scratch>(call, worker, how, backwards);
 }
 
+using Pairs = std::conditional_t<kHasPairs, BFloat16Pairs, Rounded>;
+template <bool emulated>
+using Tiled = std::conditional_t<kHasPairs, BFloat16Tiles<emulated>, Rounded>;
+
+// How each of Products is made. The functions of a cell are compiled for the type of states; these tell them the rest.
+constexpr const Arithmetic<float>* kFloatArithmetics[kProducts] = {&kArithmetic<AsStates<float>>,
+                                                                   nullptr,
+                                                                   &kArithmetic<BFloat16Weights>,
+                                                                   &kArithmetic<Rounded>,
+                                                                   &kArithmetic<RoundedBFloat16Weights>,
+                                                                   kHasPairs ? &kArithmetic<Pairs> : nullptr,
+                                                                   kHasEngine ? &kArithmetic<Tiled<false>> : nullptr,
+                                                                   kHasPairs ? &kArithmetic<Tiled<true>> : nullptr};
+
+template <class T>
+const Arithmetic<T>& arithmetic_of(Products products) noexcept {
+  if constexpr (std::is_same_v<T, double>)
+    return kArithmetic<AsStates<double>>;
+  else
+    return *kFloatArithmetics[static_cast<int>(products)];
+}
+template <class T>
+const Arithmetic<T>& arithmetic_of(const KernelCall& call) noexcept {
+  const Arithmetic<T>& how = arithmetic_of<T>(call.products);
+  return how.of_few_rows && call.batch < kSumRows / 2 ? *how.of_few_rows : how;
+}
+template <class T>
+const Arithmetic<T>& arithmetic_of(const Linear& call) noexcept {
+  return arithmetic_of<T>(call.products);
+}
+
 template <class Cell, class T>
-__attribute__((noinline)) void run_forward(const KernelCall& call, Worker& worker, const Arithmetic<T>& how) noexcept {
+void run_forward(void* context, Worker& worker) noexcept {
+  const KernelCall& call = *static_cast<const KernelCall*>(context);
+  const Arithmetic<T>& how = arithmetic_of<T>(call);
   if constexpr (kCanBeNarrow<Cell>)
     if (is_narrow<Cell, T>(call))
       return run_all<Cell, T, NarrowForward<Cell, T>, NarrowScratch<Cell, T>>(call, worker, how, false);
@@ -130,15 +163,18 @@ __attribute__((noinline)) void run_forward(const KernelCall& call, Worker& worke
 }
 
 template <class Cell, class T>
-__attribute__((noinline)) void run_backward(const KernelCall& call, Worker& worker, const Arithmetic<T>& how) noexcept {
+void run_backward(void* context, Worker& worker) noexcept {
   using Scratch = BackwardScratch<Cell, T>;
+  const KernelCall& call = *static_cast<const KernelCall*>(context);
+  const Arithmetic<T>& how = arithmetic_of<T>(call);
   if constexpr (kCanBeNarrow<Cell>)
     if (is_narrow<Cell, T>(call)) return run_all<Cell, T, NarrowBackward<Cell, T>, Scratch>(call, worker, how, true);
   run_all<Cell, T, BackwardLayer<Cell, T>, Scratch>(call, worker, how, true);
 }
 
 template <class Cell, class T>
-std::int64_t scratch_with(const KernelCall& call, const Arithmetic<T>& how, bool for_backward) noexcept {
+std::int64_t scratch_bytes(const KernelCall& call, bool for_backward) noexcept {
+  const Arithmetic<T>& how = arithmetic_of<T>(call);
   if (for_backward) return scratch_of<BackwardScratch<Cell, T>>(call, how);
   if (is_narrow<Cell, T>(call)) return scratch_of<NarrowScratch<Cell, T>>(call, how);
   return scratch_of<ForwardScratch<Cell, T>>(call, how);
@@ -155,7 +191,7 @@ std::int64_t saved_elements(const LayerSizes& sizes, std::int64_t batch, Save sa
   return values * (is_narrow<Cell, T>(sizes, batch, save) ? sizes.hidden : padded<T>(sizes.hidden));
 }
 
-template <class Format, class T = typename Format::T>
+template <class T>
 struct LinearScratch {
   char* packed;
   T* packed_bias;
@@ -164,42 +200,37 @@ struct LinearScratch {
   T* buffer;
   Operands<T> operands;
 
-  LinearScratch(Arena& arena, const Linear& call, int worker_index, int max_threads) noexcept {
-    const std::int64_t forward_size = Plain::bytes<T>(call.outputs, call.inputs, kStored<Format>);
-    const std::int64_t backward_size = Plain::bytes<T>(call.inputs, call.outputs, kStored<Format>);
+  LinearScratch(Arena& arena, const Linear& call, const Arithmetic<T>& how, int worker_index,
+                int max_threads) noexcept {
+    const std::int64_t forward_size = Plain::bytes<T>(call.outputs, call.inputs, how.stored);
+    const std::int64_t backward_size = Plain::bytes<T>(call.inputs, call.outputs, how.stored);
     packed = arena.take<char>(forward_size > backward_size ? forward_size : backward_size);
     packed_bias = arena.take<T>(padded<T>(call.outputs));
     arena.take_for_workers(max_threads, worker_index, [&] {
       left = arena.take<const T*>(call.rows), right = arena.take<const T*>(call.rows);
       outputs = arena.take<T*>(call.rows), buffer = arena.take<T>(kOuterBuffer<T>);
-      operands.take(arena, kArithmetic<Format>, call.rows, call.inputs > call.outputs ? call.inputs : call.outputs);
+      operands.take(arena, how, call.rows, call.inputs > call.outputs ? call.inputs : call.outputs);
     });
-  }
-
-  // Packs the weights that this worker's part of the panels holds.
-  void pack(const Worker& worker, const void* weight, std::int64_t units, std::int64_t depth, std::int64_t unit_stride,
-            std::int64_t k_stride) const noexcept {
-    pack_panels<typename Format::PackedAs, 1>(worker, static_cast<const T*>(weight), units, depth, 0, unit_stride,
-                                              k_stride, reinterpret_cast<typename Format::W*>(packed));
   }
 };
 
-template <class Format>
+template <class T>
 std::int64_t linear_scratch_bytes(const Linear& call, int max_threads) noexcept {
   Arena arena(nullptr);
-  LinearScratch<Format>(arena, call, 0, max_threads);
+  LinearScratch<T>(arena, call, arithmetic_of<T>(call), 0, max_threads);
   return arena.used();
 }
 
-template <class Format, class T = typename Format::T>
+template <class T>
 void linear_forward(void* context, Worker& worker) noexcept {
-  const FlushDenormals flush;
+  const KernelMode mode;
   const Linear& call = *static_cast<const Linear*>(context);
+  const Arithmetic<T>& how = arithmetic_of<T>(call);
   Arena arena(call.scratch);
-  const LinearScratch<Format> s(arena, call, worker.index, worker.index + 1);
+  const LinearScratch<T> s(arena, call, how, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
   const T* bias = static_cast<const T*>(call.bias);
-  s.pack(worker, call.weight, outputs, inputs, inputs, 1);
+  how.pack(worker, static_cast<const T*>(call.weight), outputs, inputs, inputs, 1, s.packed);
   if (bias) pack_panels<AsStates<T>, 1>(worker, bias, outputs, 1, 0, 1, 1, s.packed_bias);
   if (worker.count > 1) worker.wait(worker.team);
   const Range own = share(call.rows, worker.index, worker.count);
@@ -207,18 +238,19 @@ void linear_forward(void* context, Worker& worker) noexcept {
     s.left[i] = static_cast<const T*>(call.x) + i * inputs;
     s.outputs[i] = static_cast<T*>(call.y) + i * outputs;
   }
-  plain_product<T>(kArithmetic<Format>, s.operands, own.end - own.begin, s.left + own.begin, inputs, s.packed,
+  plain_product<T>(how, s.operands, own.end - own.begin, s.left + own.begin, inputs, s.packed,
                    bias ? s.packed_bias : nullptr, outputs, s.outputs + own.begin, false);
 }
 
-template <class Format, class T = typename Format::T>
+template <class T>
 void linear_backward(void* context, Worker& worker) noexcept {
-  const FlushDenormals flush;
+  const KernelMode mode;
   const Linear& call = *static_cast<const Linear*>(context);
+  const Arithmetic<T>& how = arithmetic_of<T>(call);
   Arena arena(call.scratch);
-  const LinearScratch<Format> s(arena, call, worker.index, worker.index + 1);
+  const LinearScratch<T> s(arena, call, how, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
-  if (call.dx) s.pack(worker, call.weight, inputs, outputs, 1, inputs);
+  if (call.dx) how.pack(worker, static_cast<const T*>(call.weight), inputs, outputs, 1, inputs, s.packed);
   for (std::int64_t i = 0; i < call.rows; ++i) {
     s.left[i] = static_cast<const T*>(call.dy) + i * outputs;
     s.right[i] = static_cast<const T*>(call.x) + i * inputs;
@@ -226,14 +258,14 @@ void linear_backward(void* context, Worker& worker) noexcept {
   }
   const Range own = share(outputs, worker.index, worker.count, kTileRows<Plain::vectors>);
   if (call.dweight)
-    kArithmetic<Format>.add_outer_products(call.rows, s.left, s.right, own.begin, own.end, inputs,
-                                           static_cast<T*>(call.dweight), s.buffer);
+    how.add_outer_products(call.rows, s.left, s.right, own.begin, own.end, inputs, static_cast<T*>(call.dweight),
+                           s.buffer);
   if (call.dbias) add_rows(call.rows, s.left, own.begin, own.end, static_cast<T*>(call.dbias));
   if (!call.dx) return;
   if (worker.count > 1) worker.wait(worker.team);
   const Range rows = share(call.rows, worker.index, worker.count);
-  plain_product<T>(kArithmetic<Format>, s.operands, rows.end - rows.begin, s.left + rows.begin, outputs, s.packed,
-                   nullptr, inputs, s.outputs + rows.begin, false);
+  plain_product<T>(how, s.operands, rows.end - rows.begin, s.left + rows.begin, outputs, s.packed, nullptr, inputs,
+                   s.outputs + rows.begin, false);
 }
 
 template <class T>
@@ -258,26 +290,11 @@ void apply(const Scalar<V>* x, Scalar<V>* y, std::int64_t n) noexcept {
   }
 }
 
-// A cell's functions for a format. The cell is compiled for the type of states; these tell it the arithmetic.
+// A cell's functions for weights packed as a format has them.
 template <class Cell, class Format, class T = typename Format::T>
-struct WithFormat {
-  static void forward(void* context, Worker& worker) noexcept {
-    run_forward<Cell, T>(*static_cast<const KernelCall*>(context), worker, kArithmetic<Format>);
-  }
-  static void backward(void* context, Worker& worker) noexcept {
-    run_backward<Cell, T>(*static_cast<const KernelCall*>(context), worker, kArithmetic<Format>);
-  }
-  static std::int64_t scratch_bytes(const KernelCall& call, bool for_backward) noexcept {
-    return scratch_with<Cell, T>(call, kArithmetic<Format>, for_backward);
-  }
-  static constexpr CellKernels kernels{packed_bytes<Cell, typename Format::PackedAs>,
-                                       pack_layer<Cell, typename Format::PackedAs>,
-                                       saved_elements<Cell, T>,
-                                       scratch_bytes,
-                                       row_grain<Cell, T>,
-                                       forward,
-                                       backward};
-};
+constexpr CellKernels kKernels{packed_bytes<Cell, Format>, pack_layer<Cell, Format>, saved_elements<Cell, T>,
+                               scratch_bytes<Cell, T>,     row_grain<Cell, T>,       run_forward<Cell, T>,
+                               run_backward<Cell, T>};
 
 template <class Cell>
 constexpr CellEntry entry_of() noexcept {
@@ -290,11 +307,10 @@ constexpr CellEntry entry_of() noexcept {
                   {},
                   Cell::Step::projects,
                   Cell::separate_recurrent,
-                  {WithFormat<Cell, AsStates<float>>::kernels, WithFormat<Cell, AsStates<double>>::kernels,
-                   WithFormat<Cell, BFloat16Weights>::kernels, WithFormat<Cell, Rounded>::kernels,
-                   WithFormat<Cell, RoundedBFloat16Weights>::kernels}};
-  if constexpr (kHasPairs)
-    entry.kernels[static_cast<int>(Products::bfloat16_pairs)] = WithFormat<Cell, BFloat16Pairs>::kernels;
+                  {&kKernels<Cell, AsStates<float>>, &kKernels<Cell, AsStates<double>>,
+                   &kKernels<Cell, BFloat16Weights>, &kKernels<Cell, Rounded>, &kKernels<Cell, BFloat16Weights>}};
+  for (int i = static_cast<int>(Products::bfloat16_pairs); kHasPairs && i < kProducts; ++i)
+    entry.kernels[i] = &kKernels<Cell, BFloat16Weights>;
   for (int s = 0; s < Cell::states; ++s) entry.kept[s] = Cell::kept[s];
   return entry;
 }
@@ -306,8 +322,8 @@ struct Entries<CellList<C...>> {
   static constexpr CellEntry all[] = {entry_of<C>()...};
 };
 
-template <class Format>
-constexpr LinearKernels kLinear{linear_scratch_bytes<Format>, linear_forward<Format>, linear_backward<Format>};
+template <class T>
+constexpr LinearKernels kLinear{linear_scratch_bytes<T>, linear_forward<T>, linear_backward<T>};
 
 constexpr ActivationKernel kActivations[] = {
     {"sigmoid", apply<F32, sigmoid<F32>>, apply<F64, sigmoid<F64>>},
@@ -322,12 +338,11 @@ namespace RNNKERN_ISA {
 extern const KernelTable table;
 const KernelTable table = {Entries<Cells>::all,
                            Cells::count,
-                           kLinear<AsStates<float>>,
-                           kLinear<AsStates<double>>,
-                           kLinear<Rounded>,
-                           kLinear<std::conditional_t<kHasPairs, BFloat16Pairs, Rounded>>,
+                           kLinear<float>,
+                           kLinear<double>,
                            kHasPairs,
                            kEmulatesPairs,
+                           kHasEngine,
                            run_rows<float>,
                            run_rows<double>,
                            kActivations,

@@ -47,12 +47,29 @@ struct Description {
   std::vector<bool> directions;  // of each: does it run in reverse?
 };
 
+// How products are made of weights of that format. `few`: layers of fewer units than lanes are the few kilobytes that
+// narrow.h works on, as wide as states.
+inline Products products_of(const KernelTable& table, WeightFormat format, bool rounds, bool few) {
+  if (format == WeightFormat::float64) return Products::float64;
+  const bool narrow = format == WeightFormat::bfloat16 && !few;
+  if (!rounds) return narrow ? Products::bfloat16_weights : Products::float32;
+  if (!few) {
+    const Engine multiplies = engine(table);
+    if (multiplies == Engine::amx) return Products::bfloat16_tiles;
+    if (multiplies == Engine::emulated) return Products::emulated_bfloat16_tiles;
+    if (multiplies_pairs(table)) return Products::bfloat16_pairs;
+  }
+  return narrow ? Products::rounded_bfloat16_weights : Products::rounded;
+}
+
 class Network {
  public:
   Network(const Isa& isa, const Description& of)
       : entry_(find_cell(*isa.table, of.cell)),
         bytes_(of.format == WeightFormat::float64 ? 8 : 4),
-        kernels_(entry_.kernels[static_cast<int>(products_of(*isa.table, of))]),
+        products_(
+            products_of(*isa.table, of.format, of.rounds, of.hidden_size < isa.table->lanes_f32 && of.proj_size == 0)),
+        kernels_(*entry_.kernels[static_cast<int>(products_)]),
         isa_(isa.name),
         inputs_(of.input_size),
         hidden_(of.hidden_size),
@@ -169,6 +186,7 @@ class Network {
                                  static_cast<std::int64_t>(directions()),
                                  kernels_.row_grain(sizes(0), call.batch, call.save), entry_.gates, entry_.saved,
                                  num_threads(), bytes_, private_cache(), backward, call.masks != nullptr});
+    call.products = products_;
     call.layer_count = static_cast<int>(count);
     call.directions = static_cast<int>(directions());
     call.layers = layers.data() + first;
@@ -193,19 +211,9 @@ class Network {
   }
 
  private:
-  // How the products of a stack are made. Layers of fewer units than lanes are the few kilobytes that narrow.h works
-  // on, as wide as states.
-  static Products products_of(const KernelTable& table, const Description& of) {
-    if (of.format == WeightFormat::float64) return Products::float64;
-    const bool few = of.hidden_size < table.lanes_f32 && of.proj_size == 0;
-    const bool narrow = of.format == WeightFormat::bfloat16 && !few;
-    if (!of.rounds) return narrow ? Products::bfloat16_weights : Products::float32;
-    if (multiplies_pairs(table) && !few) return Products::bfloat16_pairs;
-    return narrow ? Products::rounded_bfloat16_weights : Products::rounded;
-  }
-
   const CellEntry& entry_;
   const std::int64_t bytes_;  // of an element of a state
+  const Products products_;
   const CellKernels& kernels_;
   const char* isa_;
   std::int64_t inputs_, hidden_, outputs_;

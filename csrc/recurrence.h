@@ -6,8 +6,8 @@
 // its steps; backward runs the steps of a block and then adds its share of every gradient that is a sum over rows.
 #pragma once
 
+#include "amx.h"
 #include "cells.h"
-#include "gemm.h"
 #include "patience.h"
 
 namespace rnnkern {
@@ -233,8 +233,10 @@ struct Context {
   // Asks whether the call is given up, if that is this worker's to do. Returns the block from which on it is; 0: it is
   // not.
   std::int64_t stop() const noexcept {
-    if (call.poll && worker.index == 0 && !__atomic_load_n(call.stop, __ATOMIC_RELAXED) && call.poll(call.poll_context))
-      __atomic_store_n(call.stop, block + 1, __ATOMIC_RELEASE);
+    if (call.poll && worker.index == 0 && !__atomic_load_n(call.stop, __ATOMIC_RELAXED)) {
+      release_tiles();  // anything may run in between
+      if (call.poll(call.poll_context)) __atomic_store_n(call.stop, block + 1, __ATOMIC_RELEASE);
+    }
     return __atomic_load_n(call.stop, __ATOMIC_ACQUIRE);
   }
 

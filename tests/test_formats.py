@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 
@@ -20,6 +21,26 @@ from rnnkern.testing import Problem, assert_accurate, inputs, layer_of, run, sta
 # T, B, I, H: one row, one tile and many of them, few units in the lanes, odd depths, a depth that goes by parts.
 SIZES = [(3, 1, 1, 1), (3, 20, 3, 3), (4, 33, 2, 7), (6, 1, 33, 70), (3, 8, 31, 33), (2, 26, 1037, 37), (2, 30, 3, 523)]
 OPTIONS = [{}, {"num_layers": 2, "bidirectional": True, "lengths": True, "resets": True}, {"bias": False}]
+
+
+@contextmanager
+def engine(best):
+    """Lets a matrix engine multiply, its emulation, or nothing of the kind."""
+    native = native_module()
+    before = None if native is None else native.use_engine(best)
+    try:
+        yield
+    finally:
+        if native is not None:
+            native.use_engine(before)
+
+
+def same_numbers(results, expected, problem):
+    """Equal bits, and NaN of any bits in the same places."""
+    for name, array in results.items():
+        numbers = ~np.isnan(array)
+        assert np.array_equal(numbers, ~np.isnan(expected[name])), (name, problem)
+        assert (array.view(np.uint32) == expected[name].view(np.uint32))[numbers].all(), (name, problem)
 
 
 def with_rounded_matrices(problem, backend):
@@ -128,31 +149,64 @@ def rounded_problem(cell, *sizes, **options):
     return problem, layer, round_to_bfloat16(drawn.x), tuple(round_to_bfloat16(part) for part in drawn.state)
 
 
+def hard_problems(cell):
+    """Of many sizes and options, with NaN, and with products below the smallest normal number."""
+    for index, sizes in enumerate([*SIZES, (1, 140, 9, 97), (2, 3, 5, 19)]):
+        options = (OPTIONS[index % len(OPTIONS)] if index < len(SIZES) else {"poison": "nan"}) | {
+            "proj_size": sizes[3] // 2 if CELLS[cell].projects else 0,
+            "scale": 1e-17 if index == len(SIZES) else 1,
+        }
+        yield Problem(cell, *sizes, precision="bfloat16", **options)
+
+
 @pytest.mark.skipif(native_module() is None, reason="the compiled module is missing")
 def test_products_of_pairs_have_the_bits_of_rounded_floats():
     """What the CPU's instruction for bfloat16 computes is what every machine computes: of all kinds of numbers."""
-    native, hard = native_module(), {"poison": "nan"}
+    native = native_module()
     for isa, cell in product(config.isas(), CELLS):
-        with config.use_isa(isa):
+        with config.use_isa(isa), engine("none"):
             if not native.multiplies_pairs():
                 continue
-            for index, sizes in enumerate([*SIZES, (1, 140, 9, 97), (2, 3, 5, 19)]):
-                options = (OPTIONS[index % len(OPTIONS)] if index < len(SIZES) else hard) | {
-                    "proj_size": sizes[3] // 2 if CELLS[cell].projects else 0,
-                    "scale": 1e-17 if index == len(SIZES) else 1,  # products below the smallest normal number
-                }
-                problem = Problem(cell, *sizes, precision="bfloat16", **options)
+            for problem in hard_problems(cell):
                 in_pairs = run(problem, "native")
                 try:
                     native.allow_pairs(False)
                     one_by_one = run(problem, "native")
                 finally:
                     native.allow_pairs(True)
-                for name, array in in_pairs.items():
-                    numbers = ~np.isnan(array)
-                    assert np.array_equal(numbers, ~np.isnan(one_by_one[name])), (name, problem)
-                    same = array.view(np.uint32) == one_by_one[name].view(np.uint32)
-                    assert same[numbers].all(), (name, problem)
+                same_numbers(in_pairs, one_by_one, problem)
+
+
+@pytest.mark.skipif(native_module() is None, reason="the compiled module is missing")
+def test_a_matrix_engine_has_the_bits_of_its_emulation():
+    """In every layer that it multiplies for: of all kinds of numbers, and whatever others do with it meanwhile."""
+    with engine("amx"):
+        if native_module().engine() != "amx":
+            pytest.skip("this machine has no matrix engine")
+        for problem in (problem for cell in CELLS for problem in hard_problems(cell)):
+            results = run(problem, "native")
+            with engine("emulated"):
+                same_numbers(results, run(problem, "native"), problem)
+
+
+def test_sums_of_a_matrix_engine_have_one_order(cell, native):
+    """A row alone, steps of a stream, any number of threads and every way to save: the same bits as all at once."""
+    problem = Problem(cell, T=9, B=37, I=33, H=67, num_layers=2, precision="bfloat16")
+    drawn, before = inputs(problem), rk.num_threads()
+    with engine("emulated"):
+        layer, expected = layer_of(problem, native), run(problem, native)
+        y, _ = layer(drawn.x, state_of(drawn.state))
+        assert np.array_equal(y, expected["y"])
+        for count in (1, 5):
+            stream = layer.freeze().stream(count)
+            stream.state = state_of(tuple(part[:, :count] for part in drawn.state))
+            assert np.array_equal(np.stack([stream.step(x) for x in drawn.x[:, :count]]), y[:, :count]), count
+        try:
+            for threads, save in ((1, "outputs"), (2, "gates"), (3, "checkpoint")):
+                rk.set_num_threads(threads)
+                same_numbers(run(problem, native, save), expected, (threads, save))
+        finally:
+            rk.set_num_threads(before)
 
 
 def test_bfloat16_rounds_the_operands_of_products_and_nothing_else(cell, native):
@@ -163,8 +217,9 @@ def test_bfloat16_rounds_the_operands_of_products_and_nothing_else(cell, native)
         plain.load_state_dict(layer.state_dict())
         results = []
         for one in (layer, plain):
-            y, final, tape = one.forward(x, state_of(state))
-            grads = one.backward(tape, inputs(problem).dy)
+            with engine("none"):  # whose sums have the order of float32
+                y, final, tape = one.forward(x, state_of(state))
+                grads = one.backward(tape, inputs(problem).dy)
             biases = [grads.parameters[name] for name in grads.parameters if "bias" in name]
             results.append([y, *(final if isinstance(final, tuple) else (final,)), *biases])
         late = CELLS[cell].late_gates > 0  # whose second product takes what the first has given
@@ -181,7 +236,9 @@ def test_bfloat16_is_that_of_the_reference(cell, backend):
         return
     for index, options in enumerate(OPTIONS):
         problem = Problem(cell, *[(4, 5, 6, 7), (6, 20, 3, 3), (7, 3, 9, 33)][index], precision="bfloat16", **options)
-        assert_accurate(problem, run(problem, backend))
+        for best in ("none", "emulated"):
+            with engine(best):
+                assert_accurate(problem, run(problem, backend))
 
 
 def test_linear_rounds_its_operands(backend):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'activation', 'allow_pairs', 'cells', 'compiler', 'decide', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'multiplies_pairs', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'scale', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_isa', 'wait_at_start']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'activation', 'allow_pairs', 'cells', 'compiler', 'decide', 'engine', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'multiplies_pairs', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'scale', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_engine', 'use_isa', 'wait_at_start']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -86,6 +86,10 @@ def decide(threads: typing.SupportsInt | typing.SupportsIndex, expected_ns: typi
     """
     How many helpers a call asks for, and whether it asks again on its way, by policy.h.
     """
+def engine() -> str:
+    """
+    What multiplies tiles of bfloat16 numbers: 'none', 'emulated' or 'amx'.
+    """
 def frozen_call(packed: Packed, friendly: typing.Any, batch_first: bool) -> FrozenCall:
     ...
 def isa() -> str:
@@ -145,6 +149,12 @@ def sum_of_squares(arrays: list) -> float:
 def supply() -> tuple[int, int]:
     """
     The CPUs of this machine, and the threads on it that have one or wait for one now, 0 where that is not known.
+    """
+def use_engine(best: str) -> str:
+    """
+    Lets tiles be multiplied so, where that is there, for what is packed from now on.
+    
+    Returns what was best before.
     """
 def use_isa(name: str) -> None:
     """

@@ -126,7 +126,7 @@ def show_config(mode: str = "text") -> dict[str, Any] | None:
         "compiler": None if native is None else native.compiler,
         "isas_built": [] if native is None else [name for name, _ in native.isas()],
         "isa": None if native is None else native.isa(),
-        "bfloat16": native is not None and native.multiplies_pairs(),
+        "bfloat16": native is not None and (native.engine() == "amx" or native.multiplies_pairs()),
         "threads": num_threads(),
         "threads_now": _threads_now(),
         "backends": {name: backends.get(name).unavailable() for name in backends.backend_names()},

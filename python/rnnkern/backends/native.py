@@ -27,6 +27,9 @@ else:
     _built, _limit = [isa for isa, _ in _native.isas()], os.environ.get("RNNKERN_MAX_ISA")
     if _limit and _limit not in _built:
         raise ValueError(f"RNNKERN_MAX_ISA: expected one of {', '.join(_built)}, got {_limit!r}")
+    _engine = os.environ.get("RNNKERN_AMX")
+    if _engine and _engine not in ("off", "emulated"):
+        raise ValueError(f"RNNKERN_AMX: expected 'off' or 'emulated', got {_engine!r}")
     _asked = os.environ.get("RNNKERN_NUM_THREADS") or "1"  # empty: not set
     if not _asked.isdecimal() or int(_asked) < 1:
         raise ValueError(f"RNNKERN_NUM_THREADS: expected a positive integer, got {_asked!r}")
