@@ -35,7 +35,7 @@ Network network_of(const rnnkern_stack& stack) {
     throw std::invalid_argument("rounds: expected false with element_bytes 8");
   if (stack.directions < 1 || stack.directions > 2) throw std::invalid_argument("directions: expected one or two");
   return Network(*isa, {stack.cell, stack.element_bytes == 8 ? WeightFormat::float64 : WeightFormat::float32,
-                        stack.rounds, stack.input_size, stack.hidden_size, stack.proj_size, stack.num_layers,
+                        stack.rounds, false, stack.input_size, stack.hidden_size, stack.proj_size, stack.num_layers,
                         std::vector<bool>(stack.reverse, stack.reverse + stack.directions)});
 }
 

@@ -40,11 +40,11 @@ namespace {
 constexpr std::string_view kEngines[] = {"none", "emulated", "amx"};
 
 // A call of Linear's kernels over rows of x (rows, inputs).
-void run_linear(Linear& call, const py::dtype& dtype, bool rounds, bool backward) {
+void run_linear(Linear& call, const py::dtype& dtype, bool rounds, bool engines, bool backward) {
   const KernelTable& table = *active().table;
   const bool is_double = dtype.itemsize() == 8;
   const LinearKernels& kernels = is_double ? table.linear_f64 : table.linear_f32;
-  call.products = products_of(table, is_double ? WeightFormat::float64 : WeightFormat::float32, rounds, false);
+  call.products = products_of(table, is_double ? WeightFormat::float64 : WeightFormat::float32, rounds, engines, false);
   const double flops = 2.0 * static_cast<double>(call.rows) * static_cast<double>(call.inputs) *
                        static_cast<double>(call.outputs) * (backward ? 2 : 1);
   const Section section = divide_linear(flops, num_threads());
@@ -82,26 +82,27 @@ struct LinearArrays {
   }
 };
 
-// With `rounds` the operands of products are rounded to bfloat16; without effect on float64.
+// With `rounds` the operands of products are rounded to bfloat16, with `engines` products of floats are a matrix
+// engine's; without effect on float64.
 void linear_forward(const py::object& x, const py::object& weight, const py::object& bias, const py::object& y,
-                    bool rounds) {
+                    bool rounds, bool engines) {
   LinearArrays arrays(x, weight);
   Linear& call = arrays.call;
   call.y = arrays.data_of(y, "y", {call.rows, call.outputs}, true);
   call.bias = arrays.given(bias, "bias", {call.outputs});
-  if (call.rows > 0) run_linear(call, arrays.dtype, rounds, false);
+  if (call.rows > 0) run_linear(call, arrays.dtype, rounds, engines, false);
 }
 
 // Adds to dweight and dbias.
 void linear_backward(const py::object& x, const py::object& weight, const py::object& dy, const py::object& dx,
-                     const py::object& dweight, const py::object& dbias, bool rounds) {
+                     const py::object& dweight, const py::object& dbias, bool rounds, bool engines) {
   LinearArrays arrays(x, weight);
   Linear& call = arrays.call;
   call.dy = arrays.data_of(dy, "dy", {call.rows, call.outputs});
   call.dx = arrays.given(dx, "dx", {call.rows, call.inputs}, true);
   call.dweight = arrays.given(dweight, "dweight", {call.outputs, call.inputs}, true);
   call.dbias = arrays.given(dbias, "dbias", {call.outputs}, true);
-  if (call.rows > 0) run_linear(call, arrays.dtype, rounds, true);
+  if (call.rows > 0) run_linear(call, arrays.dtype, rounds, engines, true);
 }
 
 // Runs the kernels over the rows of vectors and matrices: for the sums of their squares, or by `factor`. Returns the
@@ -151,18 +152,19 @@ py::array activation(const std::string& name, const py::array& x) {
   throw py::value_error("name: the compiled module has no activation '" + name + "'");
 }
 
-// What stack.Stack.description has: cell, format, whether operands are rounded, input_size, hidden_size, proj_size,
-// num_layers, directions.
-using GivenStack = std::tuple<std::string, std::string, bool, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                              std::vector<bool>>;
+// What stack.Stack.description has: cell, format, whether operands are rounded, whether engines multiply, input_size,
+// hidden_size, proj_size, num_layers, directions.
+using GivenStack = std::tuple<std::string, std::string, bool, bool, std::int64_t, std::int64_t, std::int64_t,
+                              std::int64_t, std::vector<bool>>;
 
 // Python owns the result from now on. Not a unique_ptr: pybind11 and it would both free the object where memory runs
 // out while the Python object is made.
 Packed* pack_into(const GivenStack& stack, const py::tuple& names, const py::object& weights, bool training,
                   const py::object& reserve) {
-  const auto& [cell, format, rounds, input_size, hidden_size, proj_size, num_layers, directions] = stack;
-  return new Packed({cell, format_of(format), rounds, input_size, hidden_size, proj_size, num_layers, directions},
-                    names, weights, training, reserve);
+  const auto& [cell, format, rounds, engines, input_size, hidden_size, proj_size, num_layers, directions] = stack;
+  return new Packed(
+      {cell, format_of(format), rounds, engines, input_size, hidden_size, proj_size, num_layers, directions}, names,
+      weights, training, reserve);
 }
 
 Packed* pack(const GivenStack& stack, const py::tuple& names, const py::object& weights, bool training) {
@@ -274,9 +276,9 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
         py::arg("save"), py::arg("reserve"));
 
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"),
-        py::arg("rounds") = false);
+        py::arg("rounds") = false, py::arg("engines") = false);
   m.def("linear_backward", &linear_backward, py::arg("x"), py::arg("weight"), py::arg("dy"), py::arg("dx"),
-        py::arg("dweight"), py::arg("dbias"), py::arg("rounds") = false);
+        py::arg("dweight"), py::arg("dbias"), py::arg("rounds") = false, py::arg("engines") = false);
   m.def("sum_of_squares", &sum_of_squares, py::arg("arrays"),
         "In float64, the elements of a row first and then the rows; the same on any number of threads.");
   m.def("scale", &scale, py::arg("arrays"), py::arg("factor"), "Multiplies arrays in place.");

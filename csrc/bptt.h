@@ -151,7 +151,7 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   using V = Vec<T>;
 
   BackwardLoop(const Base& context, const Layer& layer, const BackwardScratch<Cell, T>& scratch) noexcept
-      : Loop(context, layer), s_(scratch), packed_(layer, true, how.stored) {}
+      : Loop(context, layer), s_(scratch), packed_(layer, true, how.packing.stored) {}
 
   // Returns the context with the block and the place that were reached.
   const Base& run() noexcept {

@@ -18,6 +18,7 @@ struct AsStates {
   using Outer = AsStates;                    // and by which sums of outer products over rows are made
   static constexpr int group = 1;            // inputs side by side in packed weights
   static constexpr int step = 1;             // inputs that one multiplication takes
+  static constexpr int slices = 1;           // that an element of rows becomes
   static constexpr bool sums_steps = false;  // outer products by its own tiles, see Arithmetic
   static constexpr T padding = T{0};         // weight of an input that fills up a group
   static constexpr void (*operand)(const T* from, std::int64_t count, T* to) noexcept = nullptr;  // see Arithmetic
@@ -128,7 +129,6 @@ struct BFloat16Pairs : BFloat16Weights {
     return add_pairs(inputs, weights, sum);
   }
 
- private:
   // Two numbers that stand side by side in a and then b share a lane, the first in the upper half.
   template <std::size_t... lane>
   RNNKERN_INLINE static F32 pairs_of(F32 a, F32 b, std::index_sequence<lane...>) noexcept {

@@ -233,13 +233,10 @@ struct Arithmetic {
   using PanelsTile = void (*)(std::int64_t, std::int64_t, const T*, std::int64_t, const void*, const T*,
                               Vec<T>*) noexcept;
 
-  Stored stored;
-  int step;  // inputs that one multiplication takes
-  // Packs a matrix [units, depth] for plain_product, this worker's part of the panels; one of the strides is 1.
-  void (*pack)(const Worker&, const T* from, std::int64_t units, std::int64_t depth, std::int64_t unit_stride,
-               std::int64_t k_stride, char* to) noexcept;
+  Packing<T> packing;
+  int step, slices;  // inputs that one multiplication takes, and numbers that each becomes
   // Makes of `count` inputs what is multiplied: of as many elements, or fewer where pairs share one; writes whole
-  // vectors. Null: they are it.
+  // vectors, and each slice Operands::stride / slices behind the one before. Null: they are it.
   void (*operand)(const T* from, std::int64_t count, T* to) noexcept;
   const Tiles<T>* tiles;    // of 1 to 4 vectors
   PanelsTile of_panels[4];  // for shapes of 1 to 4 gates
@@ -276,7 +273,7 @@ struct Operands {
   }
 
   static std::int64_t stride(const Arithmetic<T>& how, std::int64_t inputs) noexcept {
-    return scratch_stride<T>(divide_up(inputs, how.step));
+    return how.slices * scratch_stride<T>(divide_up(inputs, how.step));
   }
   std::int64_t rows_at_a_time(const Arithmetic<T>& how, std::int64_t inputs) const noexcept {
     return elements / stride(how, inputs);
@@ -309,7 +306,7 @@ RNNKERN_INLINE void product(const Arithmetic<T>& how, const Operands<T>& operand
                             const T* const* inputs, std::int64_t depth, const char* packed, const T* start,
                             std::int64_t units, Panels panels, Done&& done) noexcept {
   constexpr int width = Shape::vectors * kLanes<T>, gates = Shape::vectors / Shape::subs;
-  const std::int64_t panel_bytes = how.stored.inputs(depth) * width * how.stored.bytes;
+  const std::int64_t panel_bytes = how.packing.stored.inputs(depth) * width * how.packing.stored.bytes;
   Vec<T> sums[kPartRows * Shape::vectors];
   const std::int64_t begin = panels.begin, end = panels.end;
   if (begin == end) return;
@@ -439,15 +436,16 @@ RNNKERN_INLINE void add_outer_tile(const Tiles<T>& tiles, std::int64_t tile_rows
       for (std::int64_t v = 0; v < vectors; ++v) store(target + r * columns + v * kLanes<T>, sums[r * vectors + v]);
     return;
   }
-  const auto for_targets = [&](auto&& body) RNNKERN_INLINE_LAMBDA {
+  V before[most_rows * Plain::vectors];
+  const auto for_targets = [&](V* all, auto&& body) RNNKERN_INLINE_LAMBDA {
     for (std::int64_t r = 0; r < tile_rows; ++r)
       for_units<T>(panel, columns, [&](int v, std::int64_t k, int some) RNNKERN_INLINE_LAMBDA {
-        body(target + r * columns + k, sums[r * vectors + v], some);
+        body(target + r * columns + k, all[r * vectors + v], some);
       });
   };
-  for_targets([](const T* from, V& sum, int some) RNNKERN_INLINE_LAMBDA { sum = load_some<V>(from, some); });
-  tiles.of_rows(tile_rows, inputs, depth, right, reinterpret_cast<const T*>(sums), vectors * kLanes<T>, sums);
-  for_targets([](T* to, const V& sum, int some) RNNKERN_INLINE_LAMBDA { store_some<V>(to, sum, some); });
+  for_targets(before, [](const T* from, V& sum, int some) RNNKERN_INLINE_LAMBDA { sum = load_some<V>(from, some); });
+  tiles.of_rows(tile_rows, inputs, depth, right, reinterpret_cast<const T*>(before), vectors * kLanes<T>, sums);
+  for_targets(sums, [](T* to, const V& sum, int some) RNNKERN_INLINE_LAMBDA { store_some<V>(to, sum, some); });
 }
 
 // Arithmetic::add_outer_products of rows that are packed as a format has weights.
@@ -458,7 +456,8 @@ void add_outer_products(const Tiles<T>* tiles_of, std::int64_t rows, const T* co
   constexpr int width = Plain::vectors * kLanes<T>;
   W* const packed_right = reinterpret_cast<W*>(buffer);
   T* const packed_left = buffer + kOuterRows<T> * kOuterPanels * width;
-  for_parts(divide_up(rows, kSumRows), kOuterRows<T> / kSumRows, [&](std::int64_t first, std::int64_t count) {
+  constexpr std::int64_t most = (Format::slices > 1 ? kOuterRows<T> / 2 : kOuterRows<T>) / kSumRows;
+  for_parts(divide_up(rows, kSumRows), most, [&](std::int64_t first, std::int64_t count) {
     const std::int64_t i = first * kSumRows, depth = smaller(count * kSumRows, rows - i);
     const std::int64_t panel_size = kStored<Format>.inputs(depth) * width;
     for_parts(Plain::panels<T>(columns), kOuterPanels, [&](std::int64_t panel0, std::int64_t panels) {
@@ -469,7 +468,9 @@ void add_outer_products(const Tiles<T>* tiles_of, std::int64_t rows, const T* co
         if constexpr (Format::operand != nullptr)
           for (std::int64_t j = 0; j < outputs; ++j) {
             T* const row = packed_left + j * kOuterStride<T>;
-            Format::operand(row, depth, row);
+            T copy[Format::slices > 1 ? most * kSumRows : 1];  // slices are longer than a row, and cover it
+            if constexpr (Format::slices > 1) std::memcpy(copy, row, static_cast<std::size_t>(depth) * sizeof(T));
+            Format::operand(Format::slices > 1 ? copy : row, depth, row);
           }
         for (std::int64_t p = 0; p < panels; ++p) {
           const Tiles<T>& tiles = tiles_of[Plain::subs_of<T>(panel0 + p, columns) - 1];
@@ -486,21 +487,14 @@ void add_outer_products(const Tiles<T>* tiles_of, std::int64_t rows, const T* co
 template <class Format, class Shape>
 constexpr typename Arithmetic<typename Format::T>::PanelsTile kPanelsTile = tile_of_panels<Format, Shape>;
 
-template <class Format, class T = typename Format::T>
-void pack_plain(const Worker& worker, const T* from, std::int64_t units, std::int64_t depth, std::int64_t unit_stride,
-                std::int64_t k_stride, char* to) noexcept {
-  pack_panels<Format, 1>(worker, from, units, depth, 0, unit_stride, k_stride,
-                         reinterpret_cast<typename Format::W*>(to));
-}
-
 template <class Format>
 constexpr const Arithmetic<typename Format::T>* kOfFewRows = nullptr;
 
 template <class Format, class Tiled = typename Format::Tiled>
 constexpr Arithmetic<typename Format::T> kArithmetic{
-    kStored<Format>,
+    kPacking<typename Format::PackedAs>,
     Tiled::step,
-    pack_plain<typename Format::PackedAs>,
+    Tiled::slices,
     Format::operand,
     kTiles<Tiled>,
     {kPanelsTile<Tiled, PanelShape<1>>, kPanelsTile<Tiled, PanelShape<2>>, kPanelsTile<Tiled, PanelShape<3>>,

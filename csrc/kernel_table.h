@@ -22,7 +22,24 @@ struct LayerWeights {
   Pointer w_ih, w_hh, b_ih, b_hh, w_hr, extra[kMaxExtras];
 };
 
+// How products are made, one of formats.h each: what packed weights are stored in, and whether the rows that are
+// multiplied with them are rounded too. Sums are double with float64, else float.
+enum class Products : int {
+  float32,
+  float64,
+  bfloat16_weights,
+  rounded,
+  rounded_bfloat16_weights,
+  bfloat16_pairs,
+  bfloat16_tiles,
+  emulated_bfloat16_tiles,
+  sliced_tiles,
+  emulated_sliced_tiles
+};
+constexpr int kProducts = 10;
+
 struct PackCall {
+  Products products;
   LayerSizes sizes;
   LayerWeights<const void*> weights;
   bool training;  // with what backward needs
@@ -81,20 +98,6 @@ struct Watch {
   double low[kMaxGates], high[kMaxGates];
 };
 
-// How products are made, one of formats.h each: what packed weights are stored in, and whether the rows that are
-// multiplied with them are rounded too. Sums are double with float64, else float.
-enum class Products : int {
-  float32,
-  float64,
-  bfloat16_weights,
-  rounded,
-  rounded_bfloat16_weights,
-  bfloat16_pairs,
-  bfloat16_tiles,
-  emulated_bfloat16_tiles
-};
-constexpr int kProducts = 8;
-
 // A stack of L layers of D directions, one call; layer-direction (l, d) is layers[l * D + d]. Sequences of different
 // lengths stand in the order of their lengths, the longest first: those that have a step are the first ones.
 struct KernelCall {
@@ -137,9 +140,9 @@ struct Linear {
   void* scratch;
 };
 
-// The functions of one cell for one type of states and one way to pack weights.
+// The functions of one cell for one type of states.
 struct CellKernels {
-  std::int64_t (*packed_bytes)(const LayerSizes&, bool training) noexcept;
+  std::int64_t (*packed_bytes)(Products, const LayerSizes&, bool training) noexcept;
   Task pack;                                                                             // context: const PackCall*
   std::int64_t (*saved_elements)(const LayerSizes&, std::int64_t batch, Save) noexcept;  // of a row of Layer::saved
   std::int64_t (*scratch_bytes)(const KernelCall&, bool backward) noexcept;
@@ -188,7 +191,7 @@ struct CellEntry {
   int gates, states, saved, extras, late_gates;  // as in cells.py, late_gates those of the phases behind the first
   int kept[kMaxStates];                          // where backward finds each state: a slot of the saved values, -1: y
   bool projects, separate_recurrent;
-  const CellKernels* kernels[kProducts];  // null where the ISA has none
+  CellKernels f32, f64;
 };
 
 struct KernelTable {

@@ -121,9 +121,13 @@ void run_all(const KernelCall& call, Worker& worker, const Arithmetic<T>& how, b
     run_layers<Cell, T, OneLayer, Scratch>(call, worker, how, backwards);
 }
 
-using Pairs = std::conditional_t<kHasPairs, BFloat16Pairs, Rounded>;
-template <bool emulated>
-using Tiled = std::conditional_t<kHasPairs, BFloat16Tiles<emulated>, Rounded>;
+template <class Format, bool has>
+constexpr const Arithmetic<float>* if_there() noexcept {
+  if constexpr (has)
+    return &kArithmetic<Format>;
+  else
+    return nullptr;
+}
 
 // How each of Products is made. The functions of a cell are compiled for the type of states; these tell them the rest.
 constexpr const Arithmetic<float>* kFloatArithmetics[kProducts] = {&kArithmetic<AsStates<float>>,
@@ -131,9 +135,11 @@ constexpr const Arithmetic<float>* kFloatArithmetics[kProducts] = {&kArithmetic<
                                                                    &kArithmetic<BFloat16Weights>,
                                                                    &kArithmetic<Rounded>,
                                                                    &kArithmetic<RoundedBFloat16Weights>,
-                                                                   kHasPairs ? &kArithmetic<Pairs> : nullptr,
-                                                                   kHasEngine ? &kArithmetic<Tiled<false>> : nullptr,
-                                                                   kHasPairs ? &kArithmetic<Tiled<true>> : nullptr};
+                                                                   if_there<BFloat16Pairs, kHasPairs>(),
+                                                                   if_there<BFloat16Tiles<false>, kHasEngine>(),
+                                                                   if_there<BFloat16Tiles<true>, kHasPairs>(),
+                                                                   if_there<SlicedTiles<false>, kHasEngine>(),
+                                                                   if_there<SlicedTiles<true>, kHasPairs>()};
 
 template <class T>
 const Arithmetic<T>& arithmetic_of(Products products) noexcept {
@@ -150,6 +156,17 @@ const Arithmetic<T>& arithmetic_of(const KernelCall& call) noexcept {
 template <class T>
 const Arithmetic<T>& arithmetic_of(const Linear& call) noexcept {
   return arithmetic_of<T>(call.products);
+}
+
+template <class Cell, class T>
+std::int64_t packed_bytes(Products products, const LayerSizes& sizes, bool training) noexcept {
+  return PackedLayout<Cell, T>(sizes, training, arithmetic_of<T>(products).packing.stored).total;
+}
+
+template <class Cell, class T>
+void run_packing(void* context, Worker& worker) noexcept {
+  const PackCall& call = *static_cast<const PackCall*>(context);
+  pack_layer<Cell, T>(call, worker, arithmetic_of<T>(call.products).packing);
 }
 
 template <class Cell, class T>
@@ -202,8 +219,8 @@ struct LinearScratch {
 
   LinearScratch(Arena& arena, const Linear& call, const Arithmetic<T>& how, int worker_index,
                 int max_threads) noexcept {
-    const std::int64_t forward_size = Plain::bytes<T>(call.outputs, call.inputs, how.stored);
-    const std::int64_t backward_size = Plain::bytes<T>(call.inputs, call.outputs, how.stored);
+    const std::int64_t forward_size = Plain::bytes<T>(call.outputs, call.inputs, how.packing.stored);
+    const std::int64_t backward_size = Plain::bytes<T>(call.inputs, call.outputs, how.packing.stored);
     packed = arena.take<char>(forward_size > backward_size ? forward_size : backward_size);
     packed_bias = arena.take<T>(padded<T>(call.outputs));
     arena.take_for_workers(max_threads, worker_index, [&] {
@@ -230,7 +247,7 @@ void linear_forward(void* context, Worker& worker) noexcept {
   const LinearScratch<T> s(arena, call, how, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
   const T* bias = static_cast<const T*>(call.bias);
-  how.pack(worker, static_cast<const T*>(call.weight), outputs, inputs, inputs, 1, s.packed);
+  how.packing.panels[0](worker, static_cast<const T*>(call.weight), outputs, inputs, 0, inputs, 1, s.packed);
   if (bias) pack_panels<AsStates<T>, 1>(worker, bias, outputs, 1, 0, 1, 1, s.packed_bias);
   if (worker.count > 1) worker.wait(worker.team);
   const Range own = share(call.rows, worker.index, worker.count);
@@ -250,7 +267,8 @@ void linear_backward(void* context, Worker& worker) noexcept {
   Arena arena(call.scratch);
   const LinearScratch<T> s(arena, call, how, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
-  if (call.dx) how.pack(worker, static_cast<const T*>(call.weight), inputs, outputs, 1, inputs, s.packed);
+  if (call.dx)
+    how.packing.panels[0](worker, static_cast<const T*>(call.weight), inputs, outputs, 0, 1, inputs, s.packed);
   for (std::int64_t i = 0; i < call.rows; ++i) {
     s.left[i] = static_cast<const T*>(call.dy) + i * outputs;
     s.right[i] = static_cast<const T*>(call.x) + i * inputs;
@@ -290,10 +308,9 @@ void apply(const Scalar<V>* x, Scalar<V>* y, std::int64_t n) noexcept {
   }
 }
 
-// A cell's functions for weights packed as a format has them.
-template <class Cell, class Format, class T = typename Format::T>
-constexpr CellKernels kKernels{packed_bytes<Cell, Format>, pack_layer<Cell, Format>, saved_elements<Cell, T>,
-                               scratch_bytes<Cell, T>,     row_grain<Cell, T>,       run_forward<Cell, T>,
+template <class Cell, class T>
+constexpr CellKernels kKernels{packed_bytes<Cell, T>,  run_packing<Cell, T>, saved_elements<Cell, T>,
+                               scratch_bytes<Cell, T>, row_grain<Cell, T>,   run_forward<Cell, T>,
                                run_backward<Cell, T>};
 
 template <class Cell>
@@ -307,10 +324,8 @@ constexpr CellEntry entry_of() noexcept {
                   {},
                   Cell::Step::projects,
                   Cell::separate_recurrent,
-                  {&kKernels<Cell, AsStates<float>>, &kKernels<Cell, AsStates<double>>,
-                   &kKernels<Cell, BFloat16Weights>, &kKernels<Cell, Rounded>, &kKernels<Cell, BFloat16Weights>}};
-  for (int i = static_cast<int>(Products::bfloat16_pairs); kHasPairs && i < kProducts; ++i)
-    entry.kernels[i] = &kKernels<Cell, BFloat16Weights>;
+                  kKernels<Cell, float>,
+                  kKernels<Cell, double>};
   for (int s = 0; s < Cell::states; ++s) entry.kept[s] = Cell::kept[s];
   return entry;
 }

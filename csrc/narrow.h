@@ -204,7 +204,7 @@ class NarrowForward : public Narrow<ForwardLoop<NarrowForward<Cell, T>, Cell, T>
 
  public:
   NarrowForward(const Base& context, const Layer& layer, const NarrowScratch<Cell, T>& scratch) noexcept
-      : Rows(context, layer), s_(scratch), packed_(layer, false, how.stored) {}
+      : Rows(context, layer), s_(scratch), packed_(layer, false, how.packing.stored) {}
 
  private:
   void enter() noexcept {

@@ -42,23 +42,26 @@ enum class WeightFormat { float32, float64, bfloat16 };
 struct Description {
   std::string_view cell;
   WeightFormat format;
-  bool rounds;  // the operands of products to bfloat16
+  bool rounds;   // the operands of products to bfloat16
+  bool engines;  // whether products of floats are a matrix engine's
   std::int64_t input_size, hidden_size, proj_size, num_layers;
   std::vector<bool> directions;  // of each: does it run in reverse?
 };
 
 // How products are made of weights of that format. `few`: layers of fewer units than lanes are the few kilobytes that
 // narrow.h works on, as wide as states.
-inline Products products_of(const KernelTable& table, WeightFormat format, bool rounds, bool few) {
+inline Products products_of(const KernelTable& table, WeightFormat format, bool rounds, bool engines, bool few) {
   if (format == WeightFormat::float64) return Products::float64;
   const bool narrow = format == WeightFormat::bfloat16 && !few;
-  if (!rounds) return narrow ? Products::bfloat16_weights : Products::float32;
-  if (!few) {
-    const Engine multiplies = engine(table);
-    if (multiplies == Engine::amx) return Products::bfloat16_tiles;
-    if (multiplies == Engine::emulated) return Products::emulated_bfloat16_tiles;
-    if (multiplies_pairs(table)) return Products::bfloat16_pairs;
+  const Engine multiplies = few ? Engine::none : engine(table);
+  if (!rounds) {
+    if (narrow) return Products::bfloat16_weights;
+    if (!engines || multiplies == Engine::none) return Products::float32;
+    return multiplies == Engine::amx ? Products::sliced_tiles : Products::emulated_sliced_tiles;
   }
+  if (multiplies == Engine::amx) return Products::bfloat16_tiles;
+  if (multiplies == Engine::emulated) return Products::emulated_bfloat16_tiles;
+  if (multiplies_pairs(table) && !few) return Products::bfloat16_pairs;
   return narrow ? Products::rounded_bfloat16_weights : Products::rounded;
 }
 
@@ -67,9 +70,9 @@ class Network {
   Network(const Isa& isa, const Description& of)
       : entry_(find_cell(*isa.table, of.cell)),
         bytes_(of.format == WeightFormat::float64 ? 8 : 4),
-        products_(
-            products_of(*isa.table, of.format, of.rounds, of.hidden_size < isa.table->lanes_f32 && of.proj_size == 0)),
-        kernels_(*entry_.kernels[static_cast<int>(products_)]),
+        products_(products_of(*isa.table, of.format, of.rounds, of.engines,
+                              of.hidden_size < isa.table->lanes_f32 && of.proj_size == 0)),
+        kernels_(bytes_ == 8 ? entry_.f64 : entry_.f32),
         isa_(isa.name),
         inputs_(of.input_size),
         hidden_(of.hidden_size),
@@ -116,7 +119,9 @@ class Network {
   std::int64_t state_size(std::size_t s) const { return s == 0 ? outputs_ : hidden_; }
 
   // The packed weights of layer-direction i.
-  std::int64_t packed_bytes(std::size_t i, bool training) const { return kernels_.packed_bytes(sizes(i), training); }
+  std::int64_t packed_bytes(std::size_t i, bool training) const {
+    return kernels_.packed_bytes(products_, sizes(i), training);
+  }
   std::int64_t packed_bytes(bool training) const {
     std::int64_t total = 0;
     for (std::size_t i = 0; i < layer_directions(); ++i) total += packed_bytes(i, training);
@@ -124,7 +129,7 @@ class Network {
   }
   void pack(std::size_t i, const LayerWeights<const void*>& weights, bool training, void* to) const {
     const Section section = divide_packing(packed_bytes(i, training), num_threads());
-    PackCall call{sizes(i), weights, training, to};
+    PackCall call{products_, sizes(i), weights, training, to};
     run_team(kernels_.pack, &call, section.threads, section.expected_ns, Joining::at_start);
   }
 

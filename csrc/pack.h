@@ -71,6 +71,19 @@ struct PanelShape {
 
 using Plain = PanelShape<1>;
 
+// block[k] = element k of `present` units, unit_stride apart, for `some` k; zero past the last unit. One function for
+// all formats, since it is long.
+template <class T>
+__attribute__((noinline)) void load_transposed(const T* from, std::int64_t present, std::int64_t unit_stride, int some,
+                                               Vec<T>* block) noexcept {
+  using V = Vec<T>;
+  V rows[kLanes<T>];
+  for (int unit = 0; unit < kLanes<T>; ++unit)
+    rows[unit] = unit < present ? load_some<V>(from + unit * unit_stride, some) : zero<V>();
+  transpose(rows);
+  for (int k = 0; k < kLanes<T>; ++k) block[k] = rows[k];
+}
+
 // to [k / group][step * group] = vectors of `present` units, whose inputs stand side by side, unit_stride apart; zero
 // past the last unit.
 template <class Format, class T = typename Format::T>
@@ -81,9 +94,7 @@ void pack_vector(const T* from, std::int64_t present, std::int64_t depth, std::i
   for (std::int64_t k = 0; k < depth; k += lanes) {
     const int some = depth - k < lanes ? static_cast<int>(depth - k) : lanes;
     V block[lanes];
-    for (int unit = 0; unit < lanes; ++unit)
-      block[unit] = unit < present ? load_some<V>(from + unit * unit_stride + k, some) : zero<V>();
-    transpose(block);
+    load_transposed<T>(from + k, present, unit_stride, some, block);
     for (int i = 0; i < some; i += Format::group) {
       const int last = i + Format::group - 1;
       Format::store_group(to + (k + i) * step, block[i], last < some ? block[last] : set<V>(Format::padding));
@@ -204,11 +215,6 @@ struct PackedWeights {
   const T* values(std::int64_t part) const noexcept { return reinterpret_cast<const T*>(data + part); }
 };
 
-template <class Cell, class Format>
-std::int64_t packed_bytes(const LayerSizes& sizes, bool training) noexcept {
-  return PackedLayout<Cell, typename Format::T>(sizes, training, kStored<Format>).total;
-}
-
 // Biases and extras: little, and with zeros past the last unit.
 template <class Cell, class T>
 void pack_values(const PackCall& call, const PackedLayout<Cell, T>& at) noexcept {
@@ -231,19 +237,38 @@ void pack_values(const PackCall& call, const PackedLayout<Cell, T>& at) noexcept
                 static_cast<std::size_t>(H) * sizeof(T));
 }
 
-template <class Cell, class Format>
-void pack_layer(void* context, Worker& worker) noexcept {
-  using T = typename Format::T;
-  using W = typename Format::W;
+// How a format packs weights: as many gates as panels may have side by side, 1 to 4.
+template <class T>
+struct Packing {
+  using Panels = void (*)(const Worker&, const T* source, std::int64_t units, std::int64_t depth,
+                          std::int64_t gate_stride, std::int64_t unit_stride, std::int64_t k_stride,
+                          char* target) noexcept;
+
+  Stored stored;
+  Panels panels[4];
+};
+
+template <class Format, int gates, class T = typename Format::T>
+void pack_bytes(const Worker& worker, const T* source, std::int64_t units, std::int64_t depth, std::int64_t gate_stride,
+                std::int64_t unit_stride, std::int64_t k_stride, char* target) noexcept {
+  pack_panels<Format, gates>(worker, source, units, depth, gate_stride, unit_stride, k_stride,
+                             reinterpret_cast<typename Format::W*>(target));
+}
+template <class Format>
+constexpr Packing<typename Format::T> kPacking{
+    kStored<Format>, {pack_bytes<Format, 1>, pack_bytes<Format, 2>, pack_bytes<Format, 3>, pack_bytes<Format, 4>}};
+
+// Packs this worker's part of a layer-direction.
+template <class Cell, class T>
+void pack_layer(const PackCall& call, const Worker& worker, const Packing<T>& packing) noexcept {
   constexpr int gates = Cell::gates;
-  const PackCall& call = *static_cast<const PackCall*>(context);
-  const PackedLayout<Cell, T> at(call.sizes, call.training, kStored<Format>);
+  const PackedLayout<Cell, T> at(call.sizes, call.training, packing.stored);
   const std::int64_t I = call.sizes.inputs, H = call.sizes.hidden;
-  const auto weights = [&](std::int64_t part) { return reinterpret_cast<W*>(static_cast<char*>(call.packed) + part); };
+  char* const out = static_cast<char*>(call.packed);
   const T* w_ih = static_cast<const T*>(call.weights.w_ih);
   if (worker.index == 0) pack_values(call, at);
-  pack_panels<Format, gates>(worker, w_ih, H, I, H * I, I, 1, weights(at.w_ih));
-  if (call.training) pack_panels<Format, 1>(worker, w_ih, I, gates * H, 0, 1, I, weights(at.w_ih_t));
+  packing.panels[gates - 1](worker, w_ih, H, I, H * I, I, 1, out + at.w_ih);
+  if (call.training) packing.panels[0](worker, w_ih, I, gates * H, 0, 1, I, out + at.w_ih_t);
   for_each_phase<Cell>([&]<int p>() {
     using Phase = PhaseOf<Cell, p>;
     if constexpr (Phase::multiplies) {
@@ -251,9 +276,9 @@ void pack_layer(void* context, Worker& worker) noexcept {
       if (!of.there) return;
       const T* w = static_cast<const T*>(Phase::projects ? call.weights.w_hr : call.weights.w_hh);
       if constexpr (!Phase::projects) w += Phase::first * H * of.depth;
-      pack_panels<Format, Phase::outputs>(worker, w, of.units, of.depth, of.units * of.depth, of.depth, 1,
-                                          weights(at.weights[p]));
-      if (call.training) pack_panels<Format, 1>(worker, w, of.depth, of.rows, 0, 1, of.depth, weights(at.weights_t[p]));
+      packing.panels[Phase::outputs - 1](worker, w, of.units, of.depth, of.units * of.depth, of.depth, 1,
+                                         out + at.weights[p]);
+      if (call.training) packing.panels[0](worker, w, of.depth, of.rows, 0, 1, of.depth, out + at.weights_t[p]);
     }
   });
 }

@@ -2,6 +2,7 @@
 // barrier. `rnnkern bench` times them to know how fast a workload could be at best; see python/rnnkern/limits.py.
 #pragma once
 
+#include "amx.h"
 #include "cells.h"
 #include "kernel_table.h"
 
@@ -36,6 +37,15 @@ void multiply_add(void* context, Worker& worker) noexcept {
 #pragma GCC unroll 24
   for (int chain = 0; chain < chains; ++chain) use(sums[chain]);
 }
+
+// Products of tiles on a matrix engine, `kTilesWork` multiply-adds a repeat.
+inline void multiply_tiles(void* context, Worker& worker) noexcept {
+  const KernelMode mode;
+  Probe& probe = *static_cast<Probe*>(context);
+  begin(probe, worker);
+  multiply_again(static_cast<const float*>(probe.data), probe.repeats);
+}
+constexpr std::int64_t kTilesWork = 4 * kEngineRows * 16 * 2 * kEnginePairs;
 
 // More chains than latency times ports need (8 to 10), and as many as registers hold beside the two constants.
 constexpr int kChains = kRegisters == 32 ? 24 : 12;
@@ -148,6 +158,7 @@ struct Probes<CellList<Cell...>> {
   static constexpr ProbeKernel all[] = {
       {"multiply_add", "", multiply_add<kChains>, kChains * kLanes<float>, kChains},
       {"multiply_pairs", "", multiply_add<kChains, true>, 2 * kChains * kLanes<float>, kChains},
+      {"multiply_tiles", "", multiply_tiles, kTilesWork, kEngineRows},
       {"multiply_add_latency", "", multiply_add<1>, 1, 1},
       {"read", "", read<false>, 1, 0},
       {"read_same", "", read<true>, 1, 1},

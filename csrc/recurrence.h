@@ -560,7 +560,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
   ForwardLayer(const Base& context, const Layer& layer, const ForwardScratch<Cell, T>& scratch) noexcept
       : Loop(context, layer),
         s_(scratch),
-        packed_(layer, false, how.stored),
+        packed_(layer, false, how.packing.stored),
         keep_(call.save == Save::gates && layer.saved != nullptr && Cell::saved > 0) {}
 
  private:

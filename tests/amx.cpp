@@ -1,4 +1,4 @@
-// Holds the tile of the matrix engine to its emulation, bit for bit; for machines with one:
+// Holds the tiles of the matrix engine to their emulation, bit for bit; for machines with one:
 //   g++ -std=c++20 -O3 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -ffp-contract=off -Wno-psabi -Icsrc
 //       tests/amx.cpp -o amx && ./amx
 // Prints how many sums were compared and the rates of both; leaves with 1 where a bit differs, with 2 without an
@@ -49,16 +49,19 @@ using Tile = Tiles<float>::Tile;
 
 std::int64_t compared = 0, different = 0;
 
-template <int vectors>
+template <template <bool> class Format, int vectors>
 void compare(int kind, std::int64_t rows, std::int64_t depth, bool same_start) {
-  const std::int64_t pairs = divide_up(depth, 2), stride = scratch_stride<float>(pairs), width = vectors * 16;
+  using Kind = Format<true>;
+  constexpr int group_floats = sizeof(typename Kind::W) * 2 / 4;
+  const std::int64_t pairs = divide_up(depth, 2), width = vectors * 16;
+  const std::int64_t stride = Kind::slices * scratch_stride<float>(pairs);
   std::vector<float> given(static_cast<std::size_t>(depth) + 64), left(static_cast<std::size_t>(rows * stride));
   std::vector<float> from(static_cast<std::size_t>(rows * (width + 16)));
-  std::vector<float> weights(static_cast<std::size_t>(pairs * width));
+  std::vector<float> weights(static_cast<std::size_t>(pairs * width * group_floats));
   std::vector<const float*> a;
   for (std::int64_t r = 0; r < rows; ++r) {
     for (float& one : given) one = draw(kind);
-    BFloat16Pairs::operand(given.data(), depth, left.data() + r * stride);
+    Kind::operand(given.data(), depth, left.data() + r * stride);
     a.push_back(left.data() + r * stride);
   }
   for (float& one : from) one = draw(kind);
@@ -66,12 +69,12 @@ void compare(int kind, std::int64_t rows, std::int64_t depth, bool same_start) {
     for (int v = 0; v < vectors; ++v) {
       F32 first, last;
       for (int lane = 0; lane < 16; ++lane) first[lane] = draw(kind), last[lane] = draw(kind);
-      if (2 * k + 1 == depth) last = set<F32>(BFloat16Pairs::padding);
-      auto* const to = reinterpret_cast<BFloat16*>(weights.data() + k * width + v * 16);
-      BFloat16Pairs::store_group(to, first, last);
+      if (2 * k + 1 == depth) last = set<F32>(Kind::padding);
+      float* const to = weights.data() + (k * width + v * 16) * group_floats;
+      Kind::store_group(reinterpret_cast<typename Kind::W*>(to), first, last);
     }
   F32 sums[2][16 * vectors];
-  const Tile tiles[2] = {engine_tile<vectors>, emulated_tile<vectors>};
+  const Tile tiles[2] = {kEngineTile<Format<false>, vectors>, kEngineTile<Format<true>, vectors>};
   for (int i = 0; i < 2; ++i)
     tiles[i](rows, a.data(), depth, weights.data(), from.data(), same_start ? 0 : width + 16, sums[i]);
   for (std::int64_t r = 0; r < rows * vectors; ++r)
@@ -89,18 +92,19 @@ void compare(int kind, std::int64_t rows, std::int64_t depth, bool same_start) {
 
 template <int vectors>
 void rate(const char* name, Tile tile, std::int64_t rows, std::int64_t depth, bool released) {
-  std::vector<float> data(static_cast<std::size_t>((depth + 16) * (rows + vectors * 16)) + 64, 0.5f);
+  std::vector<float> data(static_cast<std::size_t>((2 * depth + 64) * (rows + vectors * 16)) + 64, 0.5f);
   const auto start_of = (64 - reinterpret_cast<std::uintptr_t>(data.data()) % 64) / 4 % 16;
   float* const base = data.data() + start_of;
   std::vector<const float*> a;
-  for (std::int64_t r = 0; r < rows; ++r) a.push_back(base + r * (depth / 2 + 16));
+  const std::int64_t apart = 3 * scratch_stride<float>(depth / 2);
+  for (std::int64_t r = 0; r < rows; ++r) a.push_back(base + r * apart);
   F32 sums[16 * vectors];
   double best = 1e9;
   for (int i = 0; i < 20; ++i) {
     constexpr int repeats = 200;
     const auto start = std::chrono::steady_clock::now();
     for (int j = 0; j < repeats; ++j) {
-      tile(rows, a.data(), depth, base + rows * (depth / 2 + 16), kZeros<float>, 0, sums);
+      tile(rows, a.data(), depth, base + rows * apart, kZeros<float>, 0, sums);
       if (released) release_tiles();
     }
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / repeats);
@@ -116,23 +120,26 @@ int main() {
   if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return std::puts("this machine has no matrix engine"), 2;
   {
     const KernelMode mode;
-    for (int repeat = 0; repeat < 40; ++repeat)
+    for (int repeat = 0; repeat < 20; ++repeat)
       for (int kind = 0; kind < 7; ++kind)
         for (const std::int64_t depth : {1, 2, 7, 16, 31, 32, 33, 64, 70, 97, 128, 300}) {
           const auto rows = static_cast<std::int64_t>(repeat < 16 ? repeat + 1 : generator() % 16 + 1);
           const bool same = generator() % 2;
-          compare<1>(kind, rows, depth, same), compare<2>(kind, rows, depth, same);
-          compare<3>(kind, rows, depth, same), compare<4>(kind, rows, depth, same);
+          compare<BFloat16Tiles, 1>(kind, rows, depth, same), compare<BFloat16Tiles, 2>(kind, rows, depth, same);
+          compare<BFloat16Tiles, 3>(kind, rows, depth, same), compare<BFloat16Tiles, 4>(kind, rows, depth, same);
+          compare<SlicedTiles, 1>(kind, rows, depth, same), compare<SlicedTiles, 2>(kind, rows, depth, same);
+          compare<SlicedTiles, 3>(kind, rows, depth, same), compare<SlicedTiles, 4>(kind, rows, depth, same);
         }
     std::printf("%lld sums compared, %lld differ\n", static_cast<long long>(compared),
                 static_cast<long long>(different));
     for (const std::int64_t rows : {1, 2, 4, 8, 16})
       for (const std::int64_t depth : {64, 256, 512, 2048}) {
-        rate<4>("engine", engine_tile<4>, rows, depth, false);
-        if (depth == 256) rate<4>("engine", engine_tile<4>, rows, depth, true);
-        if (depth == 256) rate<4>("emulated", emulated_tile<4>, rows, depth, false);
-        if (depth == 256) rate<3>("engine", engine_tile<3>, rows, depth, false);
+        rate<4>("bfloat16", engine_tile<4, 1>, rows, depth, false);
+        rate<4>("slices", sliced_tile<false, 4>, rows, depth, false);
         if (depth != 256) continue;
+        rate<4>("bfloat16", engine_tile<4, 1>, rows, depth, true);
+        rate<3>("bfloat16", engine_tile<3, 1>, rows, depth, false);
+        rate<4>("emulated", emulated_tile<4, 1>, rows, depth, false);
         const std::int64_t most = rows < 6 ? rows : 6;
         rate<4>("rounded", tile_of_rows<Rounded, 4>, most, depth, false);
         rate<4>("stored", tile_of_rows<BFloat16Weights, 4>, most, depth, false);

@@ -85,13 +85,14 @@ struct Team {
 // Forward and backward of one layer by `threads` threads that share its units.
 template <class Cell>
 void run_cell(KernelCall call, Layer layer, LayerWeights<const void*> weights, int threads) {
-  std::vector<double> packed(static_cast<std::size_t>(packed_bytes<Cell, Format>(layer.sizes, true)) / 8 + 8);
+  std::vector<double> packed(
+      static_cast<std::size_t>(PackedLayout<Cell, double>(layer.sizes, true, kStored<Format>).total) / 8 + 8);
   const auto aligned = [](std::vector<double>& room) {
     return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(room.data()) + 63) / 64 * 64);
   };
   Worker alone{0, 1, nullptr, nullptr, -1, nullptr};
-  PackCall pack{layer.sizes, weights, true, aligned(packed)};
-  pack_layer<Cell, Format>(&pack, alone);
+  const PackCall pack{Products::float64, layer.sizes, weights, true, aligned(packed)};
+  pack_layer<Cell, double>(pack, alone, kPacking<Format>);
   std::vector<double> saved(
       static_cast<std::size_t>(call.steps * call.batch * Cell::saved * padded<double>(layer.sizes.hidden)));
   layer.packed = pack.packed;

@@ -1,4 +1,4 @@
-"""What is narrower than float32: weights of frozen layers stored in another format, and products in bfloat16."""
+"""Weights of frozen layers stored in a narrower format, products in bfloat16, and products on matrix engines."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ SIZES = [(3, 1, 1, 1), (3, 20, 3, 3), (4, 33, 2, 7), (6, 1, 33, 70), (3, 8, 31, 
 OPTIONS = [{}, {"num_layers": 2, "bidirectional": True, "lengths": True, "resets": True}, {"bias": False}]
 
 
+PRECISE = [{"precision": "bfloat16"}, {"arithmetic": "amx"}]  # the options whose products engines make
+
+
 @contextmanager
 def engine(best):
     """Lets a matrix engine multiply, its emulation, or nothing of the kind."""
@@ -33,6 +36,15 @@ def engine(best):
     finally:
         if native is not None:
             native.use_engine(before)
+
+
+@contextmanager
+def emulated_engine():
+    """Lets its emulation multiply; skips where no kernels have it."""
+    with engine("emulated"):
+        if native_module() is None or native_module().engine() != "emulated":
+            pytest.skip("there are no kernels for AVX-512")
+        yield
 
 
 def same_numbers(results, expected, problem):
@@ -156,7 +168,7 @@ def hard_problems(cell):
             "proj_size": sizes[3] // 2 if CELLS[cell].projects else 0,
             "scale": 1e-17 if index == len(SIZES) else 1,
         }
-        yield Problem(cell, *sizes, precision="bfloat16", **options)
+        yield Problem(cell, *sizes, **PRECISE[0], **options)
 
 
 @pytest.mark.skipif(native_module() is None, reason="the compiled module is missing")
@@ -183,18 +195,21 @@ def test_a_matrix_engine_has_the_bits_of_its_emulation():
     with engine("amx"):
         if native_module().engine() != "amx":
             pytest.skip("this machine has no matrix engine")
-        for problem in (problem for cell in CELLS for problem in hard_problems(cell)):
-            results = run(problem, "native")
-            with engine("emulated"):
-                same_numbers(results, run(problem, "native"), problem)
+        for cell, option in product(CELLS, PRECISE):
+            for problem in hard_problems(cell):
+                problem = replace(problem, precision="float32", **option)
+                results = run(problem, "native")
+                with engine("emulated"):
+                    same_numbers(results, run(problem, "native"), problem)
 
 
-def test_sums_of_a_matrix_engine_have_one_order(cell, native):
+@pytest.mark.parametrize("option", PRECISE, ids=lambda option: next(iter(option)))
+def test_sums_of_a_matrix_engine_have_one_order(cell, option):
     """A row alone, steps of a stream, any number of threads and every way to save: the same bits as all at once."""
-    problem = Problem(cell, T=9, B=37, I=33, H=67, num_layers=2, precision="bfloat16")
+    problem = Problem(cell, T=9, B=37, I=33, H=67, num_layers=2, **option)
     drawn, before = inputs(problem), rk.num_threads()
-    with engine("emulated"):
-        layer, expected = layer_of(problem, native), run(problem, native)
+    with emulated_engine():
+        layer, expected = layer_of(problem, "native"), run(problem, "native")
         y, _ = layer(drawn.x, state_of(drawn.state))
         assert np.array_equal(y, expected["y"])
         for count in (1, 5):
@@ -204,9 +219,20 @@ def test_sums_of_a_matrix_engine_have_one_order(cell, native):
         try:
             for threads, save in ((1, "outputs"), (2, "gates"), (3, "checkpoint")):
                 rk.set_num_threads(threads)
-                same_numbers(run(problem, native, save), expected, (threads, save))
+                same_numbers(run(problem, "native", save), expected, (threads, save))
         finally:
             rk.set_num_threads(before)
+
+
+def test_slices_of_floats_on_an_engine_are_as_accurate_as_multiply_adds(cell):
+    """Outputs and gradients obey the rule of float32; a row that is not finite has NaN and infinity where it should."""
+    with emulated_engine():
+        for index, poison in enumerate(("", "nan", "inf")):
+            sizes = [(4, 5, 6, 20), (3, 33, 33, 40), (2, 16, 70, 33)][index]
+            problem = Problem(cell, *sizes, arithmetic="amx", poison=poison, **OPTIONS[index])
+            results, by_fma = run(problem, "native"), run(replace(problem, arithmetic="fma"), "native")
+            assert_accurate(problem, results)
+            assert not all(np.array_equal(results[name], by_fma[name], equal_nan=True) for name in results), problem
 
 
 def test_bfloat16_rounds_the_operands_of_products_and_nothing_else(cell, native):
@@ -264,6 +290,24 @@ def test_linear_rounds_its_operands(backend):
             assert np.abs(one - exact).max() <= 4e-6 * rows  # one operand not rounded: 1e-3
 
 
+def test_linear_on_an_engine_has_the_digits_of_float32():
+    """Product and gradients, of remainders too; a row with infinity is that of multiply-adds."""
+    generator = np.random.default_rng(0)
+    with emulated_engine():
+        for rows, I, F in ((1, 3, 2), (37, 33, 70), (300, 100, 5)):
+            layers = [rk.Linear(I, F, backend="native", seed=1, arithmetic=one) for one in ("fma", "amx")]
+            x, dy = (generator.normal(size=(rows, size)).astype(np.float32) for size in (I, F))
+            x[0, 0] = np.inf
+            found = []
+            for layer in layers:
+                y, tape = layer.forward(x)
+                grads = layer.backward(tape, dy)
+                found.append([y, grads.x, grads.parameters["weight"][:, 1:], grads.parameters["bias"]])
+            for by_fma, sliced in zip(*found, strict=True):
+                assert np.array_equal(np.isinf(by_fma), np.isinf(sliced))
+                assert np.allclose(by_fma, sliced, rtol=0, atol=4e-7 * max(rows, I, F))
+
+
 def test_what_keeps_the_precision_and_what_refuses_it(tmp_path):
     """repr, copies, files and the functional pair keep it; float64 and unknown names are refused."""
     layer = rk.GRU(5, 20, precision="bfloat16", seed=0)
@@ -284,3 +328,30 @@ def test_what_keeps_the_precision_and_what_refuses_it(tmp_path):
             make(3, 4, dtype="float64", precision="bfloat16")
         with pytest.raises(ValueError, match="precision: expected 'float32' or 'bfloat16', got str 'half'"):
             make(3, 4, precision="half")
+
+
+def test_what_keeps_the_arithmetic_and_what_refuses_it(tmp_path, monkeypatch):
+    """repr, copies, files and frozen layers keep it; where there is no engine a warning says so once."""
+    x = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
+    for make in (rk.LSTM, rk.Linear):
+        for options, message in (
+            ({"arithmetic": "gpu"}, "arithmetic: expected 'fma' or 'amx', got str 'gpu'"),
+            ({"arithmetic": "amx", "dtype": "float64"}, "arithmetic: expected 'amx' with dtype float32 alone"),
+            ({"arithmetic": "amx", "precision": "bfloat16"}, "arithmetic: expected 'fma' with precision='bfloat16'"),
+            ({"arithmetic": "amx", "backend": "reference"}, "arithmetic: expected 'fma' on the backend 'reference'"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                make(3, 4, **options)
+    with emulated_engine():
+        model = rk.Sequential(rk.GRU(5, 20, arithmetic="amx", seed=0), rk.Linear(20, 2, arithmetic="amx", seed=1))
+        rk.save_model(tmp_path / "model.npz", model)
+        for one in (rk.load_model(tmp_path / "model.npz"), pickle.loads(pickle.dumps(model)), copy.copy(model)):
+            assert repr(one) == repr(model)
+            assert repr(one).count("arithmetic='amx'") == 2
+            assert np.array_equal(one(x)[0], model(x)[0])
+            assert np.array_equal(one.freeze()(x)[0], model(x)[0])
+    with engine("none"):
+        monkeypatch.setattr(backends, "_said", set())
+        with pytest.warns(UserWarning, match="arithmetic: 'amx' needs a CPU with a matrix engine"):
+            layer = rk.GRU(5, 20, arithmetic="amx", seed=0)
+        assert np.array_equal(pickle.loads(pickle.dumps(layer))(x)[0], rk.GRU(5, 20, seed=0)(x)[0])

@@ -244,6 +244,14 @@ def test_an_explanation_says_what_a_call_does() -> None:
     work = limits.Work(layer._signature.stack, 100, 32)
     assert one.flops == limits.flops(work, False)
     assert one.limits == tuple(limits.limit(work, MACHINE, rk.num_threads(), both) for both in (False, True))
+    assert not one.products
+    of_engine = replace(MACHINE, bfloat16_flops=18e9)
+    rates = (
+        "products  GFLOP/s of a core at best: 1 by multiply-adds, 3 with arithmetic='amx', 18 with precision='bfloat16'"
+    )
+    assert rates in str(rk.explain(layer, (100, 32, 64), limits=of_engine))
+    sliced = limits.Work(replace(work.stack, arithmetic="amx"), 100, 32)
+    assert limits.limit(sliced, of_engine, 1, True).seconds < limits.limit(work, of_engine, 1, True).seconds
     assert one.memory == rk.memory_plan(layer, (100, 32, 64))
     assert str(one).startswith("LSTM(64, 128, num_layers=2), x (100, 32, 64)\nforward ")
     for figure in (one.forward.block_steps, one.backward.block_steps, one.weights, one.memory.peak):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rnnkern import backends
+from rnnkern.backends.native import native_module
 from rnnkern.cells import CELLS
 from rnnkern.testing import assert_accurate
 
@@ -456,6 +457,36 @@ def test_a_module_in_bfloat16_has_the_bits_of_a_layer_in_that_precision():
         assert torch.equal(module.freeze()(x)[0], found)
         assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x)[0], found)
         assert not torch.equal(wide(x.float())[0].bfloat16(), found)
+
+
+def test_a_module_on_a_matrix_engine_computes_what_its_layer_does():
+    """Bit for bit, with gradients, frozen, compiled and copied; its repr says so."""
+    native = native_module()
+    if native is None:
+        pytest.skip("the compiled module is missing")
+    before = native.use_engine("emulated")
+    try:
+        if native.engine() != "emulated":
+            pytest.skip("there are no kernels for AVX-512")
+        module = rt.GRU(5, 33, num_layers=2, arithmetic="amx")
+        assert repr(module) == "GRU(5, 33, num_layers=2, arithmetic=amx)"
+        x, layer = torch.randn(6, 20, 5), rt.to_layer(module)
+        y, _, tape = layer.forward(x.numpy())
+        expected = layer.backward(tape, np.ones_like(y), need_x=False)
+        found, _ = module(x)
+        found.sum().backward()
+        assert torch.equal(found, torch.from_numpy(y.copy()))
+        for name, one in module.named_parameters():
+            assert torch.equal(one.grad, torch.from_numpy(expected.parameters[name])), name
+        with torch.no_grad():
+            assert torch.equal(copy.deepcopy(module).freeze()(x)[0], found)
+            assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x)[0], found)
+            assert not torch.equal(copy.deepcopy(module).double()(x.double())[0].float(), found)
+    finally:
+        native.use_engine(before)
+    for options in ({"arithmetic": "amx", "dtype": torch.float64}, {"arithmetic": "amx", "dtype": torch.bfloat16}):
+        with pytest.raises(ValueError, match="arithmetic: expected"):
+            rt.LSTM(3, 4, **options)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -106,9 +106,9 @@ def lanes(dtype: typing.Any) -> int:
     """
 def limit_caller(count: typing.SupportsInt | typing.SupportsIndex) -> int:
     ...
-def linear_backward(x: typing.Any, weight: typing.Any, dy: typing.Any, dx: typing.Any, dweight: typing.Any, dbias: typing.Any, rounds: bool = False) -> None:
+def linear_backward(x: typing.Any, weight: typing.Any, dy: typing.Any, dx: typing.Any, dweight: typing.Any, dbias: typing.Any, rounds: bool = False, engines: bool = False) -> None:
     ...
-def linear_forward(x: typing.Any, weight: typing.Any, bias: typing.Any, y: typing.Any, rounds: bool = False) -> None:
+def linear_forward(x: typing.Any, weight: typing.Any, bias: typing.Any, y: typing.Any, rounds: bool = False, engines: bool = False) -> None:
     ...
 def measure(name: str, cell: str, repeats: typing.SupportsInt | typing.SupportsIndex, elements: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, runs: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, list[tuple[float, int]]]:
     """
@@ -128,11 +128,11 @@ def next_retreat(before: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
 def num_threads() -> int:
     ...
-def pack(stack: tuple[str, str, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, training: bool) -> Packed:
+def pack(stack: tuple[str, str, bool, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, training: bool) -> Packed:
     ...
 def reserve() -> Reserve:
     ...
-def run(stack: tuple[str, str, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, sizes: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any, reserve: typing.Any) -> tuple:
+def run(stack: tuple[str, str, bool, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, sizes: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any, reserve: typing.Any) -> tuple:
     ...
 def scale(arrays: list, factor: typing.SupportsFloat | typing.SupportsIndex) -> None:
     """

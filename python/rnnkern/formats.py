@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .arguments import describe
 
-__all__ = ["check_format", "check_precision", "copied", "round_to_bfloat16", "rounded"]
+__all__ = ["check_arithmetic", "check_format", "check_precision", "copied", "round_to_bfloat16", "rounded"]
 
 Array = NDArray[Any]
 
@@ -22,6 +22,20 @@ def check_precision(precision: object, dtype: np.dtype[Any]) -> str:
     if precision == "bfloat16" and dtype != np.float32:
         raise ValueError(f"precision: expected 'bfloat16' with dtype float32 alone, got it with {dtype}")
     return precision
+
+
+def check_arithmetic(arithmetic: object, precision: str, dtype: np.dtype[Any]) -> str:
+    """The arithmetic of the products of a layer of this precision and dtype."""
+    if not isinstance(arithmetic, str) or arithmetic not in ("fma", "amx"):
+        raise ValueError(f"arithmetic: expected 'fma' or 'amx', got {describe(arithmetic)}")
+    if arithmetic == "amx" and dtype != np.float32:
+        raise ValueError(f"arithmetic: expected 'amx' with dtype float32 alone, got it with {dtype}")
+    if arithmetic == "amx" and precision != "float32":
+        raise ValueError(
+            f"arithmetic: expected 'fma' with precision={precision!r}, whose products are a matrix engine's wherever "
+            "there is one, got 'amx'"
+        )
+    return arithmetic
 
 
 def check_format(weights: object, dtype: np.dtype[Any]) -> str:

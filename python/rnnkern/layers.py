@@ -26,7 +26,7 @@ from .arguments import (
 from .cells import CELLS, cell_of_nonlinearity
 from .checkpoints import Masks
 from .copies import owned
-from .formats import check_format, check_precision, copied, rounded
+from .formats import check_arithmetic, check_format, check_precision, copied, rounded
 from .functional import (
     Grads,
     Limits,
@@ -118,7 +118,11 @@ class Recurrent(Piece, Generic[StateT]):
     precision
         Of the operands of products, for a layer of float32: `"bfloat16"` rounds the rows and the weights of every
         matrix product, forward and backward, to nearest even; sums, states, gates, biases, gradients and parameters
-        stay float32. Faster where the CPU has instructions for it; the values do not depend on the machine.
+        stay float32. Faster where the CPU has instructions for it; the values do not depend on the machine, but for
+        their last digits on one with matrix engines.
+    arithmetic
+        How products of float32 are made, with the same accuracy: `"fma"` by multiply-adds, `"amx"` by the matrix engine
+        of the CPU, of three bfloat16 slices of each number; where there is none by multiply-adds, with a warning once.
     backend
         A name of `rnnkern.backend_names()`; `"auto"` takes the best present.
     seed
@@ -156,6 +160,7 @@ class Recurrent(Piece, Generic[StateT]):
         *,
         dtype: DTypeLike = "float32",
         precision: str = "float32",
+        arithmetic: str = "fma",
         backend: str = "auto",
         seed: int | None = None,
     ) -> None:
@@ -173,6 +178,7 @@ class Recurrent(Piece, Generic[StateT]):
             (False, True) if flag("bidirectional", bidirectional) else (False,),
             float_dtype(dtype),
             precision=check_precision(precision, float_dtype(dtype)),
+            arithmetic=check_arithmetic(arithmetic, precision, float_dtype(dtype)),
         )
         self._signature = Signature(stack, flag("batch_first", batch_first))
         self._bias = flag("bias", bias)
@@ -195,7 +201,7 @@ class Recurrent(Piece, Generic[StateT]):
 
     def _connect(self) -> None:
         """Make what follows from the rest, in a copy too."""
-        self._backend = backends.pick(self._chosen_backend, self.precision)
+        self._backend = backends.pick(self._chosen_backend, self.precision, self.arithmetic)
         # The parameters as backends take them, one mapping for each layer-direction.
         self._weights = [{key: self._parameters[name] for key, name in names.items()} for names in self._names]
         self._reserve = backends.reserve_of(self._backend) if self._keeps_memory else None
@@ -249,6 +255,11 @@ class Recurrent(Piece, Generic[StateT]):
     def precision(self) -> str:
         """What the operands of products are rounded to, `"float32"` where they are not."""
         return self._signature.stack.precision
+
+    @property
+    def arithmetic(self) -> str:
+        """How products of float32 are made: `"fma"` or `"amx"`."""
+        return self._signature.stack.arithmetic
 
     @property
     def backend(self) -> str:
@@ -576,13 +587,14 @@ class RNN(Recurrent[Array]):
         *,
         dtype: DTypeLike = "float32",
         precision: str = "float32",
+        arithmetic: str = "fma",
         backend: str = "auto",
         seed: int | None = None,
     ) -> None:
         super().__init__(
             cell_of_nonlinearity(nonlinearity),
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            dtype=dtype, precision=precision, backend=backend, seed=seed,
+            dtype=dtype, precision=precision, arithmetic=arithmetic, backend=backend, seed=seed,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
@@ -615,12 +627,13 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         *,
         dtype: DTypeLike = "float32",
         precision: str = "float32",
+        arithmetic: str = "fma",
         backend: str = "auto",
         seed: int | None = None,
     ) -> None:
         super().__init__(
             "lstm", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
-            dtype=dtype, precision=precision, backend=backend, seed=seed,
+            dtype=dtype, precision=precision, arithmetic=arithmetic, backend=backend, seed=seed,
         )  # fmt: skip
 
 
@@ -653,6 +666,7 @@ class GRU(Recurrent[Array]):
         reset_after: bool = True,
         dtype: DTypeLike = "float32",
         precision: str = "float32",
+        arithmetic: str = "fma",
         backend: str = "auto",
         seed: int | None = None,
     ) -> None:
@@ -660,7 +674,7 @@ class GRU(Recurrent[Array]):
         super().__init__(
             "gru" if self.reset_after else "gru_reset_before",
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            dtype=dtype, precision=precision, backend=backend, seed=seed,
+            dtype=dtype, precision=precision, arithmetic=arithmetic, backend=backend, seed=seed,
         )  # fmt: skip
 
 
@@ -700,7 +714,8 @@ class Frozen(Generic[StateT]):
         return self._signature.dtype
 
     def _pack(self) -> None:
-        self._backend = backends.pick(self._chosen_backend, self._signature.stack.precision)
+        stack = self._signature.stack
+        self._backend = backends.pick(self._chosen_backend, stack.precision, stack.arithmetic)
         self._packed = self._backend.pack(self._signature.stack, self._weights, False)
         forward = partial(run_packed, self._backend, self._signature.stack, self._packed)
         self._call = partial(run_inference, self._signature, forward)

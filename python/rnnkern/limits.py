@@ -71,6 +71,11 @@ class Limits:
     unsteady: tuple[str, ...] = ()  # what two measurements disagreed about by more than a twentieth
     bfloat16_flops: float = 0.0  # as `flops`, of products of bfloat16 numbers; 0: there is no instruction for them
 
+    @property
+    def sliced_flops(self) -> float:
+        """As `flops`, of products of floats that are made of six of bfloat16 numbers."""
+        return self.bfloat16_flops / 6
+
 
 @dataclass(frozen=True)
 class Work:
@@ -112,7 +117,7 @@ def limit(work: Work, limits: Limits, threads: int, training: bool) -> Limit:
     - bytes: each step of each layer-direction reads its recurrent weights, G H H numbers, as fast as a working set of
       that size is read, and the input's weights are read once. Traffic of x, y and saved gates is left out.
     - arithmetic: `flops` at the rate of multiply-adds, of bfloat16 numbers where the stack rounds to them and the CPU
-      multiplies them, plus the elementwise parts.
+      multiplies them, a sixth of that where it makes products of slices, plus the elementwise parts.
 
     Training adds the same for backward.
 
@@ -136,8 +141,11 @@ def _plan(work: Work, limits: Limits, training: bool, cores: int, by_rows: bool)
     meeting = 0.0 if by_rows else limits.barrier * (2 if cell.late_gates else 1)
     latency = (T + stack.num_layers - 1) * sum(one.latency + chain + meeting for one in passes)
 
-    in_pairs = stack.rounds and limits.bfloat16_flops > 0
-    rate, size = (limits.bfloat16_flops, FLOAT // 2) if in_pairs else (limits.flops, FLOAT)
+    rate, size = limits.flops, FLOAT
+    if limits.bfloat16_flops and stack.rounds:
+        rate, size = limits.bfloat16_flops, FLOAT // 2
+    elif stack.arithmetic == "amx":
+        rate = max(rate, limits.sliced_flops)
     recurrent = size * gates * H * H
     inputs = size * sum(gates * H * (sizes.input_size + 2) for sizes in stack.layers)
     step = _read(limits, recurrent, cores, same=True) if by_rows else _read(limits, recurrent / cores, cores)
@@ -192,6 +200,8 @@ def measure(threads: int) -> Limits:
     arithmetic, latency = (_Probe(name, lanes) for name in ("multiply_add", "multiply_add_latency"))
     barrier = _Probe("barrier", lanes, threads)
     pairs = [_Probe("multiply_pairs", lanes)] * native.multiplies_pairs()
+    if native.engine() == "amx":
+        pairs = [_Probe("multiply_tiles", lanes)]
     probes = [arithmetic, latency, *pairs, *[barrier] * (threads > 1)]
     probes += [
         _Probe(way, size, 1, cell) for way in ("forward", "backward") for cell in CELLS for size in (lanes, many)

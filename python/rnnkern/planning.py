@@ -106,6 +106,7 @@ class Explanation:
     memory: MemoryPlan
     limits: tuple[Limit, Limit] | None  #: of forward alone, and of both calls
     without_limits: str = ""  #: why there are none
+    products: str = ""  #: how fast a core makes them in each way that there is, where that was measured
 
     def __str__(self) -> str:
         kept, peak = sum(self.memory.kept.values()), self.memory.peak
@@ -120,6 +121,8 @@ class Explanation:
         if self.limits is not None:
             forward, both = (f"{1e3 * one.seconds:.3g} ms ({one.bound})" for one in self.limits)
             lines["limit"] = f"{forward} forward, {both} with backward: nothing is faster on this machine"
+        if self.products:
+            lines["products"] = self.products
         return "\n".join([self.call, *(f"{name:<10}{text}" for name, text in lines.items())])
 
     __repr__ = __str__
@@ -225,7 +228,8 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
         The threads, what they divide among them, the steps in a block and why there are so many, for forward and
         backward; the additions and multiplications; bytes of weights and `memory_plan`; and `limits`, the shortest
         times of a forward alone and of both calls, by `rnnkern.limits.limit`. There are none for float64 and
-        projections, nor where other programs kept the machine busy while it was measured.
+        projections, nor where other programs kept the machine busy while it was measured. Where the CPU has more than
+        multiply-adds, `products` has the rates of a core for each `arithmetic` and `precision`.
 
     Raises
     ------
@@ -245,7 +249,7 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
     """
     steps, batch = _steps_and_batch(layer, shape)
     packed, forward, backward = _plan(layer, steps, batch)
-    found, reason = _limits(layer, steps, batch, limits)
+    found, reason, products = _limits(layer, steps, batch, limits)
     return Explanation(
         f"{layer!r}, x ({', '.join(map(str, shape))})",
         forward,
@@ -255,6 +259,7 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
         _memory(layer, len(shape) == 3, steps, batch, packed, forward, backward, "gates"),
         found,
         reason,
+        products,
     )
 
 
@@ -425,24 +430,37 @@ def _larger(one: Mapping[str, int], other: Mapping[str, int]) -> Mapping[str, in
     return max(one, other, key=lambda parts: sum(parts.values()))
 
 
-def _limits(layer: Recurrent, steps: int, batch: int, limits: Limits | None) -> tuple[tuple[Limit, Limit] | None, str]:
-    """The limits of forward and of both calls, or why there are none."""
+def _limits(
+    layer: Recurrent, steps: int, batch: int, limits: Limits | None
+) -> tuple[tuple[Limit, Limit] | None, str, str]:
+    """The limits of forward and of both calls, or why there are none; and the rates of products."""
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"limits: expected None or what rnnkern.limits.measure returned, got {describe(limits)}")
     stack = layer._signature.stack
     if stack.dtype != np.float32 or stack.proj_size:
-        return None, "the machine is measured for float32 without projections"
+        return None, "the machine is measured for float32 without projections", ""
     if limits is None:
         native = native_module()
         if native is None:
-            return None, "the compiled kernels measure the machine, and they are missing"
+            return None, "the compiled kernels measure the machine, and they are missing", ""
         try:
             limits = _measured(native.isa(), num_threads())
         except RuntimeError as error:
-            return None, str(error)
+            return None, str(error), ""
     work = Work(stack, steps, batch)
     forward, both = (limit(work, limits, num_threads(), training) for training in (False, True))
-    return (forward, both), ""
+    return (forward, both), "", _rates(limits)
+
+
+def _rates(limits: Limits) -> str:
+    """Those of the products of a core, where there is more than one."""
+    rates = {"by multiply-adds": limits.flops}
+    if limits.sliced_flops > limits.flops:  # else there is no engine
+        rates["with arithmetic='amx'"] = limits.sliced_flops
+    if limits.bfloat16_flops > limits.flops:
+        rates["with precision='bfloat16'"] = limits.bfloat16_flops
+    found = ", ".join(f"{rate / 1e9:.0f} {way}" for way, rate in rates.items())
+    return f"GFLOP/s of a core at best: {found}" * (len(rates) > 1)
 
 
 @cache

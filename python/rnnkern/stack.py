@@ -187,6 +187,7 @@ class Stack:
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))
     stored: str = ""  # what packed weights are stored in where that is not dtype: "bfloat16", whose values they are
     precision: str = "float32"  # "bfloat16": what the operands of every product are rounded to
+    arithmetic: str = "fma"  # "amx": products of floats are a matrix engine's
 
     @cached_property
     def format(self) -> str:
@@ -199,10 +200,11 @@ class Stack:
         return self.precision == "bfloat16"
 
     @cached_property
-    def description(self) -> tuple[str, str, bool, int, int, int, int, tuple[bool, ...]]:
-        """What compiled code is told: cell, format, whether operands are rounded, sizes and directions."""
+    def description(self) -> tuple[str, str, bool, bool, int, int, int, int, tuple[bool, ...]]:
+        """What compiled code is told: cell, format, whether operands are rounded, whether engines multiply, sizes and
+        directions."""
         sizes = self.input_size, self.hidden_size, self.proj_size, self.num_layers
-        return self.cell.name, self.format, self.rounds, *sizes, self.directions
+        return self.cell.name, self.format, self.rounds, self.arithmetic == "amx", *sizes, self.directions
 
     @cached_property
     def weight_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -67,6 +67,7 @@ class Problem:
     poison: str = ""  # "nan", "inf" or "-inf": one element of x in the middle
     seed: int = 0
     precision: str = "float32"
+    arithmetic: str = "fma"
 
     @property
     def stack(self) -> Stack:
@@ -80,6 +81,7 @@ class Problem:
             (False, True) if self.bidirectional else (False,),
             np.dtype(self.dtype),
             precision=self.precision,
+            arithmetic=self.arithmetic,
         )
 
 
@@ -146,6 +148,7 @@ def layer_of(problem: Problem, backend: str = "auto") -> Recurrent:
         proj_size=problem.proj_size,
         dtype=problem.dtype,
         precision=problem.precision,
+        arithmetic=problem.arithmetic,
         backend=backend,
     )
     names = parameter_names(problem.stack, problem.bias)

@@ -29,7 +29,7 @@ from .arguments import (
 )
 from .clipping import items_of, mappings_of
 from .copies import shared
-from .formats import check_precision
+from .formats import check_arithmetic, check_precision
 from .functional import Grads, Limits, Parameters, refuse_to_copy, uniform
 from .pieces import Piece, check_room
 
@@ -68,6 +68,8 @@ class Linear(Piece):
         float32 or float64.
     precision
         As for the recurrent layers: `"bfloat16"` rounds the operands of products.
+    arithmetic
+        As for the recurrent layers: `"amx"` makes products of float32 on the matrix engine of the CPU.
     backend
         As for the recurrent layers.
     seed
@@ -97,6 +99,7 @@ class Linear(Piece):
         *,
         dtype: DTypeLike = "float32",
         precision: str = "float32",
+        arithmetic: str = "fma",
         backend: str = "auto",
         seed: int | None = None,
     ) -> None:
@@ -105,8 +108,9 @@ class Linear(Piece):
         self.bias = flag("bias", bias)
         self.dtype = float_dtype(dtype)
         self.precision = check_precision(precision, self.dtype)
+        self.arithmetic = check_arithmetic(arithmetic, precision, self.dtype)
         self._chosen_backend = backend
-        self._backend = backends.pick(backend, self.precision)
+        self._backend = backends.pick(backend, self.precision, self.arithmetic)
         shapes: dict[str, tuple[int, ...]] = {"weight": (self.out_features, self.in_features)}
         if self.bias:
             shapes["bias"] = (self.out_features,)
@@ -124,9 +128,9 @@ class Linear(Piece):
         return name
 
     @property
-    def _rounds(self) -> tuple[bool, ...]:
-        """What a backend that rounds operands is told."""
-        return (True,) if self.precision == "bfloat16" else ()
+    def _products(self) -> tuple[bool, ...]:
+        """What a backend that rounds operands is told, and one that has engines."""
+        return (False, True) if self.arithmetic == "amx" else (True,) if self.precision == "bfloat16" else ()
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -138,7 +142,7 @@ class Linear(Piece):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._backend = backends.pick(self._chosen_backend, self.precision)
+        self._backend = backends.pick(self._chosen_backend, self.precision, self.arithmetic)
 
     def __call__(self, x: Any, *, out: Array | None = None) -> Array:
         """y (..., out_features) of x (..., in_features), to `out` where given; keeps nothing."""
@@ -206,7 +210,7 @@ class Linear(Piece):
         dy = as_parameter("dy", dy, (*tape.shape, self.out_features), self.dtype).reshape(-1, self.out_features)
         x_shape = (*tape.shape, self.in_features)
         if tape.x.size:
-            dx, dweight, dbias = self._backend.linear_backward(tape.x, tape.weight, dy, need_x, wanted, *self._rounds)
+            dx, dweight, dbias = self._backend.linear_backward(tape.x, tape.weight, dy, need_x, wanted, *self._products)
         else:
             dx, dweight, dbias = tape.x, np.zeros_like(tape.weight), np.zeros(self.out_features, self.dtype)
         grads = Grads(
@@ -227,7 +231,9 @@ class Linear(Piece):
         if y is None:
             y = np.empty((len(rows), self.out_features), self.dtype)
         if len(rows):
-            self._backend.linear_forward(rows, self.parameters["weight"], self.parameters.get("bias"), y, *self._rounds)
+            self._backend.linear_forward(
+                rows, self.parameters["weight"], self.parameters.get("bias"), y, *self._products
+            )
         return y
 
 

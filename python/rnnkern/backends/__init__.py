@@ -19,6 +19,13 @@ A backend that rounds the operands of products to bfloat16, where `stack.precisi
     rounds_operands = True
         and `rounds=False` as the last argument of both functions of Linear
 
+One that can make products of floats on a matrix engine, where `stack.arithmetic` says so, also has:
+
+    has_engines = True
+        and `engines=False` behind that argument
+    missing_engine() -> str | None
+        why products are made by multiply-adds here all the same
+
 A backend that runs exact arrays sooner than Python has looked at them also has:
 
     frozen_call(packed, friendly, batch_first) -> call
@@ -94,8 +101,8 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def pick(name: str = "auto", precision: str = "float32") -> ModuleType:
-    """The backend to use, which has to have the precision of its products.
+def pick(name: str = "auto", precision: str = "float32", arithmetic: str = "fma") -> ModuleType:
+    """The backend to use, which has to have the precision of its products and their arithmetic.
 
     `auto` is the environment variable RNNKERN_BACKEND where it is not empty, else the best present of native, numba and
     reference, with one warning when it is not the first.
@@ -103,7 +110,7 @@ def pick(name: str = "auto", precision: str = "float32") -> ModuleType:
     Raises
     ------
     TypeError, ValueError
-        name is not the name of a backend, or the backend lacks the precision.
+        name is not the name of a backend, or the backend lacks the precision or the arithmetic.
     BackendUnavailableError
         A named backend cannot run.
     """
@@ -113,7 +120,23 @@ def pick(name: str = "auto", precision: str = "float32") -> ModuleType:
             f"precision: expected 'float32' on the backend {module.name!r}, which rounds no operands, got "
             f"{precision!r}; the backends 'native' and 'reference' do"
         )
+    if arithmetic != "fma":
+        if not getattr(module, "has_engines", False):
+            raise ValueError(
+                f"arithmetic: expected 'fma' on the backend {module.name!r}, got {arithmetic!r}; 'native' has it"
+            )
+        _say_once(module.missing_engine())
     return module
+
+
+_said: set[str] = set()
+
+
+def _say_once(reason: str | None) -> None:
+    """Warn of what is slower than asked for, the first time in this process."""
+    if reason is not None and reason not in _said:
+        _said.add(reason)
+        warnings.warn(reason, stacklevel=_users_level())
 
 
 def _pick(name: str) -> ModuleType:

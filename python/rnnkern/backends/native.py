@@ -39,8 +39,10 @@ __all__ = [
     "build_failure",
     "forward",
     "frozen_call",
+    "has_engines",
     "linear_backward",
     "linear_forward",
+    "missing_engine",
     "name",
     "native_module",
     "pack",
@@ -57,11 +59,22 @@ Array = NDArray[Any]
 name = "native"
 watches = True
 rounds_operands = True
+has_engines = True
 
 
 def native_module() -> Any:
     """The compiled module, None where it is missing."""
     return _native
+
+
+def missing_engine() -> str | None:
+    """See `backends`."""
+    if _native.engine() != "none":
+        return None
+    return (
+        "arithmetic: 'amx' needs a CPU with a matrix engine (Intel AMX) and kernels for AVX-512; products are made by "
+        "multiply-adds here, as accurately; RNNKERN_AMX=emulated has the engine's bits, slowly"
+    )
 
 
 def build_failure() -> str | None:
@@ -170,17 +183,25 @@ def stream(packed: Any, batch: int, arguments: Callable[..., Any]) -> Any:
     return _native.stream(packed, batch, arguments)
 
 
-def linear_forward(x: Array, weight: Array, bias: Array | None, y: Array, rounds: bool = False) -> None:
+def linear_forward(
+    x: Array, weight: Array, bias: Array | None, y: Array, rounds: bool = False, engines: bool = False
+) -> None:
     """See `backends`."""
-    _native.linear_forward(x, weight, bias, y, rounds)
+    _native.linear_forward(x, weight, bias, y, rounds, engines)
 
 
 def linear_backward(
-    x: Array, weight: Array, dy: Array, need_x: bool, wanted: Wanted = ("weight", "bias"), rounds: bool = False
+    x: Array,
+    weight: Array,
+    dy: Array,
+    need_x: bool,
+    wanted: Wanted = ("weight", "bias"),
+    rounds: bool = False,
+    engines: bool = False,
 ) -> tuple[Array | None, Array | None, Array | None]:
     """See `backends`."""
     dx = np.empty_like(x) if need_x else None
     dweight = np.zeros_like(weight) if "weight" in wanted else None
     dbias = np.zeros(len(weight), weight.dtype) if "bias" in wanted else None
-    _native.linear_backward(x, weight, dy, dx, dweight, dbias, rounds)
+    _native.linear_backward(x, weight, dy, dx, dweight, dbias, rounds, engines)
     return dx, dweight, dbias

@@ -123,7 +123,7 @@ def _again(
 
 _STACK = (
     "str cell, int input_size, int hidden_size, int proj_size, int num_layers, bool bidirectional, bool bias, "
-    "str backend, str precision"
+    "str backend, str precision, str arithmetic"
 )
 _CALL = "Tensor x, Tensor[] state, Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? seed, float dropout"
 torch.library.define("rnnkern::forward", f"({_CALL}, bool training, {_STACK}) -> Tensor[]")

@@ -56,6 +56,7 @@ def to_layer(module: torch.nn.Module) -> Recurrent[Any]:
         module.bias, module.batch_first, module.dropout, module.bidirectional, module.proj_size,
         dtype=DTYPES.get(one.dtype, np.dtype(np.float32)), backend=getattr(module, "backend", "auto"), seed=0,
         precision="bfloat16" if one.dtype is torch.bfloat16 else "float32",
+        arithmetic=getattr(module, "arithmetic", "fma") if one.dtype is torch.float32 else "fma",
     )  # fmt: skip
     layer.load_state_dict({name: one.float() if one.dtype is torch.bfloat16 else one for name, one in weights.items()})
     return layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -303,11 +304,14 @@ def kernels_of(
     bias: bool,
     backend: str,
     precision: str,
+    arithmetic: str,
     dtype: torch.dtype,
 ) -> Kernels:
     """The kernels of a module of these options; the operators have them as arguments too."""
     directions: tuple[bool, ...] = (False, True) if bidirectional else (False,)
     sizes = input_size, hidden_size, proj_size, num_layers
     stack = Stack(CELLS[cell], *sizes, directions, DTYPES[dtype], precision=precision)
+    if dtype is torch.float32 and precision == "float32":  # a module may become of another dtype
+        stack = replace(stack, arithmetic=arithmetic)
     keys = tuple(stack.layers[0].weight_shapes(bias, proj_size > 0))
-    return Kernels(Signature(stack), backends.pick(backend, precision), keys, dtype)
+    return Kernels(Signature(stack), backends.pick(backend, precision, stack.arithmetic), keys, dtype)

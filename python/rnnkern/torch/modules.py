@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
@@ -19,6 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import backends
 from ..arguments import describe, flag
 from ..cells import CELLS
+from ..formats import check_arithmetic
 from .autograd import apply, run_plain
 from .kernels import DTYPES, Kernels, kernels_of, threads_of_torch, too_many_threads
 from .packing import Packing
@@ -28,7 +30,7 @@ __all__ = ["GRU", "LSTM", "OWN", "RNN", "SUPPORTED", "THEIRS", "Layers", "is_sup
 SUPPORTED = "torch.float32, torch.float64 and torch.bfloat16 on the CPU"
 
 THEIRS = {"RNN_TANH": torch.nn.RNN, "RNN_RELU": torch.nn.RNN, "LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}
-OWN = ("_frozen", "_seen", "backend", "reset_after")  # attributes that torch's modules do not have
+OWN = ("_frozen", "_seen", "arithmetic", "backend", "reset_after")  # attributes that torch's modules do not have
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -40,15 +42,22 @@ class Layers(torch.nn.RNNBase):
 
     # Of the modules that `replace` made, which no constructor of ours has seen.
     reset_after = True
+    arithmetic = "fma"
     backend = "auto"
     _frozen: Any = None  # kernels, and the weights packed by `freeze`
     _seen: Any = None  # what the last call read the weights from: options, addresses and shapes; kernels, arrays
 
-    def __init__(self, mode: str, *options: Any, backend: str, device: Any, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, mode: str, *options: Any, arithmetic: str, backend: str, device: Any, dtype: torch.dtype | None
+    ) -> None:
         device = torch.get_default_device() if device is None else torch.device(device)
-        _check_kind("device and dtype", device, torch.get_default_dtype() if dtype is None else dtype)
-        backends.pick(backend)
+        kind = torch.get_default_dtype() if dtype is None else dtype
+        _check_kind("device and dtype", device, kind)
+        precision = "bfloat16" if kind is torch.bfloat16 else "float32"
+        chosen = check_arithmetic(arithmetic, precision, DTYPES.get(kind, np.dtype(np.float32)))
+        backends.pick(backend, arithmetic=chosen)
         super().__init__(mode, *options, device=device, dtype=dtype)
+        self.arithmetic = chosen
         self.backend = backend
 
     @property
@@ -177,6 +186,7 @@ class Layers(torch.nn.RNNBase):
         added = [
             ", nonlinearity=relu" * (self.mode == "RNN_RELU"),
             ", reset_after=False" * (not self.reset_after),
+            f", arithmetic={self.arithmetic}" * (self.arithmetic != "fma"),
             f", backend={self.backend}" * (self.backend != "auto"),
         ]
         return super().extra_repr() + "".join(added)
@@ -248,6 +258,7 @@ class Layers(torch.nn.RNNBase):
             self.bias,
             self.backend,
             precision,
+            self.arithmetic,
         )
 
     def _checked(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -484,7 +495,8 @@ def _is_dispatched(x: Tensor, weight: Tensor) -> bool:
 _requires_grad, _shape = attrgetter("requires_grad"), attrgetter("shape")
 _address, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
 _options = attrgetter(  # on which `_stack` depends
-    "mode", "reset_after", "input_size", "hidden_size", "proj_size", "num_layers", "bidirectional", "bias", "backend"
+    *("mode", "reset_after", "input_size", "hidden_size", "proj_size", "num_layers", "bidirectional", "bias"),
+    *("backend", "arithmetic"),
 )
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
@@ -504,9 +516,10 @@ def _check_kind(name: str, device: torch.device, dtype: torch.dtype) -> None:
 class RNN(Layers):
     """Elman 1990, as `torch.nn.RNN`: h' = f(W_ih x + b_ih + W_hh h + b_hh), f tanh or relu.
 
-    Parameters are those of `torch.nn.RNN`, and `backend`, a name of `rnnkern.backend_names()` or `"auto"`. The call is
-    `forward`. Raises ValueError or TypeError for an argument that is not as there, NotImplementedError for a device or
-    dtype other than float32, float64 and bfloat16 on the CPU, BackendUnavailableError for a backend that cannot run.
+    Parameters are those of `torch.nn.RNN`; `arithmetic`, of products of float32, as of `rnnkern.RNN`; and `backend`, a
+    name of `rnnkern.backend_names()` or `"auto"`. The call is `forward`. Raises ValueError or TypeError for an argument
+    that is not as there, NotImplementedError for a device or dtype other than float32, float64 and bfloat16 on the CPU,
+    BackendUnavailableError for a backend that cannot run.
 
     Examples
     --------
@@ -529,6 +542,7 @@ class RNN(Layers):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        arithmetic: str = "fma",
         backend: str = "auto",
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
@@ -536,7 +550,7 @@ class RNN(Layers):
         super().__init__(
             f"RNN_{nonlinearity.upper()}",
             *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
-            backend=backend, device=device, dtype=dtype,
+            arithmetic=arithmetic, backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
@@ -544,7 +558,7 @@ class RNN(Layers):
 class LSTM(Layers):
     """Hochreiter and Schmidhuber 1997 with forget gates, as `torch.nn.LSTM`, projection (Sak et al. 2014) included.
 
-    Parameters are those of `torch.nn.LSTM`, and `backend`; see `RNN`.
+    Parameters are those of `torch.nn.LSTM`, `arithmetic` and `backend`; see `RNN`.
 
     Examples
     --------
@@ -567,19 +581,20 @@ class LSTM(Layers):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        arithmetic: str = "fma",
         backend: str = "auto",
     ) -> None:
         super().__init__(
             "LSTM",
             *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size),
-            backend=backend, device=device, dtype=dtype,
+            arithmetic=arithmetic, backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
 
 
 class GRU(Layers):
     """Cho et al. 2014, as `torch.nn.GRU`; with `reset_after=False` as in the paper, the reset gate before the product.
 
-    Parameters are those of `torch.nn.GRU`, `reset_after` and `backend`; see `RNN`.
+    Parameters are those of `torch.nn.GRU`, `reset_after`, `arithmetic` and `backend`; see `RNN`.
 
     Examples
     --------
@@ -603,11 +618,12 @@ class GRU(Layers):
         dtype: torch.dtype | None = None,
         *,
         reset_after: bool = True,
+        arithmetic: str = "fma",
         backend: str = "auto",
     ) -> None:
         super().__init__(
             "GRU",
             *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
-            backend=backend, device=device, dtype=dtype,
+            arithmetic=arithmetic, backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
         self.reset_after = flag("reset_after", reset_after)
