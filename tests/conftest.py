@@ -178,7 +178,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """With CI set, a skip is a failure, so that nothing is left out unseen; devices are not to be had everywhere."""
     report = yield
-    if os.environ.get("CI") and report.skipped and call.excinfo is not None and not item.get_closest_marker("gpu"):
+    on_device = any(item.get_closest_marker(name) for name in ("gpu", "engine"))
+    if os.environ.get("CI") and report.skipped and call.excinfo is not None and not on_device:
         reason = call.excinfo.value
         if isinstance(reason, pytest.skip.Exception):
             report.outcome = "failed"

@@ -189,6 +189,7 @@ def test_products_of_pairs_have_the_bits_of_rounded_floats():
                 same_numbers(in_pairs, one_by_one, problem)
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(native_module() is None, reason="the compiled module is missing")
 def test_a_matrix_engine_has_the_bits_of_its_emulation():
     """In every layer that it multiplies for: of all kinds of numbers, and whatever others do with it meanwhile."""
