@@ -58,9 +58,9 @@ def test_kernels_define_one_global_symbol(kernels: Path) -> None:
 
 
 def test_kernels_call_nothing_but_memory_functions(kernels: Path) -> None:
-    """No allocation, no exception, no lock, no libm."""
+    """No exception, no lock, no libm, and no allocation but that of how a thread's tiles are shaped (amx.h)."""
     needed = {name for kind, name in symbols(kernels) if kind == "U"}
-    assert needed <= {"memcpy", "memmove", "memset", "_GLOBAL_OFFSET_TABLE_"}
+    assert needed <= {"memcpy", "memmove", "memset", "_GLOBAL_OFFSET_TABLE_", "__tls_get_addr"}
 
 
 def test_kernels_have_no_static_initialiser(kernels: Path) -> None:
