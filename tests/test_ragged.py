@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import rnnkern as rk
+from rnnkern import backends
 from rnnkern.layers import Recurrent
 
 LENGTHS = np.array([4, 0, 11, 7, 1, 11, 3])
@@ -116,6 +117,8 @@ def test_dropout_without_padding_draws_a_number_for_each_row() -> None:
 @pytest.mark.parametrize("backend", ["numba", "reference"])
 def test_other_backends_know_offsets(backend: str) -> None:
     """As they know lengths, to the bit; the functional pair too, on the first backend."""
+    if (reason := backends.get(backend).unavailable()) is not None:
+        pytest.skip(reason)
     layer = rk.LSTM(5, 6, num_layers=2, bidirectional=True, backend=backend, seed=1)
     x, resets, state, dy, dstate = drawn(layer, True)
     y, final, tape = layer.forward(x, state, lengths=LENGTHS, resets=resets)
