@@ -17,18 +17,22 @@ __all__ = ["forward"]
 MATH = Arithmetic(sigmoid=torch.sigmoid, tanh=torch.tanh, relu=torch.relu)
 
 
-class _Operand(torch.autograd.Function):
-    """The nearest bfloat16 numbers; what comes back is the result of a product, and stays as it is."""
+class _Elementwise(torch.autograd.Function):
+    """Of a tensor alone, with derivatives that need nothing of it."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a: Tensor) -> Tensor:
-        return a.bfloat16().to(a.dtype)
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
+
+
+class _Operand(_Elementwise):
+    """The nearest bfloat16 numbers; what comes back is the result of a product, and stays as it is."""
+
+    @staticmethod
+    def forward(a: Tensor) -> Tensor:
+        return a.bfloat16().to(a.dtype)
 
     @staticmethod
     def backward(_: Any, gradient: Tensor) -> Any:
@@ -39,18 +43,12 @@ class _Operand(torch.autograd.Function):
         return _Operand.apply(tangent)
 
 
-class _Result(torch.autograd.Function):
+class _Result(_Elementwise):
     """What a product gives, as it is; what comes back is an operand of two products, and is rounded."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(a: Tensor) -> Tensor:
         return a.view_as(a)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
 
     @staticmethod
     def backward(_: Any, gradient: Tensor) -> Any:
