@@ -218,8 +218,10 @@ inline Decision decide(const Demand& call, const Supply& supply) noexcept {
 // a microsecond or two each. Those that sleep take 10 to 50 us, on a virtual core up to 300; without them one thread
 // does the first block, an eighth of all work, so that it pays to wait for several of them, and not for one.
 inline std::int64_t wait_at_start(int helpers, int woken, std::int64_t expected_ns) noexcept {
-  const std::int64_t awake = std::clamp<std::int64_t>(expected_ns / 20, 2'000, 2'000 * std::max(helpers, 1));
-  return woken < 2 ? awake : std::clamp<std::int64_t>((helpers - 1) * expected_ns / 32, awake, 300'000);
+  constexpr std::int64_t kLongest = 300'000;
+  const std::int64_t awake =
+      std::clamp<std::int64_t>(expected_ns / 20, 2'000, std::clamp<std::int64_t>(2'000 * helpers, 2'000, kLongest));
+  return woken < 2 ? awake : std::clamp<std::int64_t>((helpers - 1) * expected_ns / 32, awake, kLongest);
 }
 
 constexpr unsigned kLongestRetreat = 63;        // calls, and

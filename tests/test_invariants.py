@@ -431,7 +431,7 @@ def test_the_number_of_helpers_that_a_call_asks_for(monkeypatch):
         # helpers, woken, expected -> at most, all in ns
         *[(1, 0, long, 2_000), (1, 1, long, 2_000), (15, 0, long, 30_000), (15, 1, long, 30_000)],
         *[(2, 2, long, 31_250), (3, 2, long, 62_500), (15, 15, long, 300_000)],
-        *[(15, 0, short, 3_000), (15, 15, short, 26_250)],
+        *[(15, 0, short, 3_000), (15, 15, short, 26_250), (200, 200, 20 * long, 300_000), (200, 0, 20 * long, 300_000)],
     ]
     for helpers, woken, expected_ns, longest in waits:
         assert native.wait_at_start(helpers, woken, expected_ns) == longest, (helpers, woken, expected_ns)
