@@ -448,8 +448,8 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
 
  private:
   void enter() noexcept {
-    this->enter_states(layer_.dlast, s_.carry, s_.zeros);
     if (how.sums_steps && worker.index == 0) copy_row<T>(s_.zeros, nullptr, 0, s_.zero_count);
+    this->enter_states(layer_.dlast, s_.carry, s_.zeros);  // ends in a barrier, behind which all read the zeros
   }
   void leave() noexcept { this->leave_states(s_.carry, layer_.dinitial); }
 
