@@ -22,14 +22,15 @@ struct BFloat16Tiles : BFloat16Pairs {
 };
 
 // The same for batches of few rows, which would fill a small part of the tiles that sum over the rows of a step: these
-// sums have the order of floats. All calls that must give the same gradients have the same batch.
-template <bool emulated>
-struct BFloat16TilesOfFewRows : BFloat16Tiles<emulated> {
-  using Outer = Rounded;
+// sums are those of Sums, in the order of floats. All calls that must give the same gradients have the same batch.
+template <class Tiles, class Sums>
+struct OfFewRows : Tiles {
+  using Outer = Sums;
   static constexpr bool sums_steps = false;
 };
 template <bool emulated>
-constexpr const Arithmetic<float>* kOfFewRows<BFloat16Tiles<emulated>> = &kArithmetic<BFloat16TilesOfFewRows<emulated>>;
+constexpr const Arithmetic<float>* kOfFewRows<BFloat16Tiles<emulated>> =
+    &kArithmetic<OfFewRows<BFloat16Tiles<emulated>, Rounded>>;
 
 // Both sides as three slices: 8 bits each, cut off and not rounded, so that the largest floats stay finite. Numbers
 // that are not finite are their first slice.
@@ -82,12 +83,8 @@ struct SlicedTiles : Sliced {
   static constexpr bool sums_steps = true;
 };
 template <bool emulated>
-struct SlicedTilesOfFewRows : SlicedTiles<emulated> {
-  using Outer = AsStates<float>;
-  static constexpr bool sums_steps = false;
-};
-template <bool emulated>
-constexpr const Arithmetic<float>* kOfFewRows<SlicedTiles<emulated>> = &kArithmetic<SlicedTilesOfFewRows<emulated>>;
+constexpr const Arithmetic<float>* kOfFewRows<SlicedTiles<emulated>> =
+    &kArithmetic<OfFewRows<SlicedTiles<emulated>, AsStates<float>>>;
 
 // The slices of rows and of weights that are multiplied, one after the other.
 struct Term {
