@@ -124,7 +124,7 @@ def torch_cudnn(workload: Workload, threads: int) -> Prepared:
     torch.backends.cudnn.allow_tf32 = False
     settings = f"eager on {torch.cuda.get_device_name()}, arrays on the GPU, no TF32"
     prepared = _torch(workload, threads, lambda module: module, settings, device="cuda")
-    return replace(prepared, eps=4 * prepared.eps)
+    return replace(prepared, eps=max(prepared.eps, 4 * EPS["float32"]))
 
 
 def _torch(
