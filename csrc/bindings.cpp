@@ -47,12 +47,11 @@ void run_linear(Linear& call, const py::dtype& dtype, bool rounds, bool engines,
   call.products = products_of(table, is_double ? WeightFormat::float64 : WeightFormat::float32, rounds, engines, false);
   const double flops = 2.0 * static_cast<double>(call.rows) * static_cast<double>(call.inputs) *
                        static_cast<double>(call.outputs) * (backward ? 2 : 1);
-  const Section section = divide_linear(flops, num_threads());
-  const Scratch scratch(kernels.scratch_bytes(call, section.threads));
+  const Demand demand = divide_linear(flops, num_threads());
+  const Scratch scratch(kernels.scratch_bytes(call, demand.threads));
   call.scratch = scratch.data();
   const WithoutGil gil;
-  run_team(backward ? kernels.backward : kernels.forward, &call, section.threads, section.expected_ns,
-           Joining::at_start);
+  run_team(backward ? kernels.backward : kernels.forward, &call, demand);
 }
 
 // The arrays of a call of Linear, checked.
@@ -122,11 +121,10 @@ double run_rows(const py::list& arrays, double factor, bool measure) {
         checked(arrays[i], {"arrays", i}, dtype, fields.nd == 2 ? Shape{rows, columns} : Shape{columns}, !measure));
     std::vector<double> squares(measure ? static_cast<std::size_t>(rows) : 0);
     if (measure) call.squares = squares.data();
-    const Section section = divide_rows(static_cast<double>(rows) * static_cast<double>(columns), num_threads());
+    const Demand demand = divide_rows(static_cast<double>(rows) * static_cast<double>(columns), num_threads());
     std::optional<WithoutGil> gil;
-    if (section.expected_ns > kKeepsGil) gil.emplace();
-    run_team(dtype.itemsize() == 4 ? table.rows_f32 : table.rows_f64, &call, section.threads, section.expected_ns,
-             Joining::at_start);
+    if (demand.expected_ns > kKeepsGil) gil.emplace();
+    run_team(dtype.itemsize() == 4 ? table.rows_f32 : table.rows_f64, &call, demand);
     total = std::accumulate(squares.begin(), squares.end(), total);
   }
   return total;
@@ -210,7 +208,7 @@ std::pair<std::int64_t, std::vector<std::pair<double, int>>> measure(const std::
   for (int run = 0; run < runs; ++run) {
     Probe call{repeats, elements, data.data, 1};
     const auto start = Clock::now();
-    run_team(probe->run, &call, threads, std::int64_t{10'000'000}, Joining::at_start);
+    run_team(probe->run, &call, {threads, 10'000'000});
     results.emplace_back(std::chrono::duration<double>(Clock::now() - start).count(), call.threads);
   }
   return {work, results};
@@ -333,7 +331,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def(
       "decide",
       [](int threads, std::int64_t expected_ns, std::int64_t since_last, int cpus, int runnable, int awake) {
-        const Decision decision = decide({threads, expected_ns, true, since_last}, {cpus, runnable, awake});
+        const Decision decision = decide({threads, expected_ns, true, {}, since_last}, {cpus, runnable, awake});
         return std::pair(decision.helpers, decision.look_again);
       },
       py::arg("threads"), py::arg("expected_ns"), py::arg("since_last"), py::arg("cpus"), py::arg("runnable"),
@@ -343,6 +341,22 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
       "The CPUs of this machine, and the threads on it that have one or wait for one now, 0 where that is not known.");
   m.def("wait_at_start", &wait_at_start, py::arg("helpers"), py::arg("woken"), py::arg("expected_ns"),
         "How many ns a call waits at its start for its helpers, some of which had to be woken.");
+  py::class_<Worth>(m, "Worth", "Whether helpers are worth their barriers where steps are short, see policy.h; in ns.")
+      .def(py::init<>())
+      .def(
+          "next",
+          [](Worth& self, double step_ns, std::int64_t steps, int meetings, int threads) {
+            return static_cast<int>(self.next({step_ns, step_ns, steps, meetings}, threads));
+          },
+          py::arg("step_ns"), py::arg("steps"), py::arg("meetings"), py::arg("threads"),
+          "0: alone, 1: with helpers, 2: measured.")
+      .def(
+          "found",
+          [](Worth& self, double step_ns, int threads, double alone_ns, double together_ns) {
+            self.found({step_ns, step_ns}, threads, alone_ns, together_ns);
+          },
+          py::arg("step_ns"), py::arg("threads"), py::arg("alone_ns"), py::arg("together_ns"))
+      .def("came_late", &Worth::came_late);
   m.def("next_retreat", &next_retreat, py::arg("before"), "How many calls do without helpers after a crowded one.");
   m.attr("compiler") = RNNKERN_COMPILER;
 }

@@ -84,10 +84,9 @@ void run_side_by_side(const KernelCall& call, Worker& worker, const Arithmetic<T
   if (worker.index > 0) own.poll = nullptr;
   Worker alone{0, 1, &worker, nullptr, -1, nullptr, worker.yield};
   if (worker.admit)
-    alone.admit = [](void* of, std::int64_t place) noexcept {
-      Worker& outer = *static_cast<Worker*>(of);
-      if (outer.admit && outer.admit(outer.team, place) > 1) outer.admit = nullptr;
-      return 1;
+    alone.admit = [](Worker& self, std::int64_t place) noexcept {
+      Worker& outer = *static_cast<Worker*>(self.team);
+      if (outer.admit) outer.admit(outer, place);
     };
   Arena arena(static_cast<char*>(call.scratch) + worker.index * scratch_of<Scratch>(own, how));
   const Scratch scratch(arena, own, how, 0);

@@ -128,9 +128,8 @@ class Network {
     return total;
   }
   void pack(std::size_t i, const LayerWeights<const void*>& weights, bool training, void* to) const {
-    const Section section = divide_packing(packed_bytes(i, training), num_threads());
     PackCall call{products_, sizes(i), weights, training, to};
-    run_team(kernels_.pack, &call, section.threads, section.expected_ns, Joining::at_start);
+    run_team(kernels_.pack, &call, divide_packing(packed_bytes(i, training), num_threads()));
   }
 
   // Arrays of the weights of a layer-direction: w_ih, w_hh, b_ih, b_hh, w_hr, extras, without those it does not have.

@@ -40,6 +40,14 @@ enum class BlockReason : int {
   call,       // there are no more
 };
 
+// The barriers of a call whose threads meet in each step. Times are those that one thread is expected to take.
+struct Meetings {
+  double step_ns = 0;       // with its share of the sums over all steps; 0: they do not meet so
+  double recurrent_ns = 0;  // without
+  std::int64_t steps = 0;   // one behind the other
+  int a_step = 1;
+};
+
 // How a call is divided: among how many threads, by rows, units or layers, and in blocks of how many steps. Results do
 // not depend on it, only the time.
 struct Plan {
@@ -49,6 +57,7 @@ struct Plan {
   std::int64_t expected_ns;
   BlockReason reason;
   std::int64_t rows_together = 0;  // those of one thread once all have come; all where threads do not divide them
+  Meetings meetings{};
 };
 
 struct PlanInput {
@@ -93,6 +102,8 @@ inline Plan make_plan(const PlanInput& in) {
       rows * (weights * (in.backward ? 4 : 2) / kFlopsPerNs + static_cast<double>(in.layers()) * 20);
   const double step_ns = total_ns / static_cast<double>(std::max<std::int64_t>(in.steps * in.layers(), 1));
 
+  const int meetings_a_step = in.backward ? 2 : 1;
+
   Plan plan{Split::rows, in.max_threads, 1, 1, 0, BlockReason::cache};
   SideBySide side{};
   const std::int64_t recurrent_bytes = in.gates * in.hidden * in.outputs * in.element_bytes;
@@ -107,8 +118,8 @@ inline Plan make_plan(const PlanInput& in) {
     // forward, 1.1 backward), GRU 32 a fifth (0.4); GRU 64 gains 1.15x to 1.7x (1.7, 3.3), LSTM 64 1.2x to 1.6x (2.2,
     // 4.4), GRU 128 1.7x (6.5, 13), LSTM 256 2.0x.
     plan.split = Split::units;
-    const double meeting_ns = in.backward ? 1'500 : 750, threads = static_cast<double>(plan.threads);
-    double gain = step_ns / (step_ns / threads + meeting_ns);
+    const double threads = static_cast<double>(plan.threads);
+    double gain = step_ns / (step_ns / threads + 750 * meetings_a_step);
     if (gain < 1) plan.threads = 1, gain = 1;
     side = side_by_side(in);
     if (side.gain > gain) plan.split = Split::layers, plan.threads = side.threads;
@@ -145,34 +156,42 @@ inline Plan make_plan(const PlanInput& in) {
       plan.block_steps = plan.part_steps, plan.reason = BlockReason::layers;
   }
   if (plan.block_steps >= in.steps) plan.reason = BlockReason::call;
+  if (plan.split == Split::units && plan.threads > 1)
+    plan.meetings = {step_ns, static_cast<double>(2 * in.gates * in.hidden * in.outputs) / kFlopsPerNs + 20,
+                     plan.part_steps, meetings_a_step};
   const bool divides = plan.split == Split::rows && plan.threads > 1 && in.row_grain == 1;
   plan.rows_together = divides ? (in.batch + plan.threads - 1) / plan.threads : in.batch;
   return plan;
 }
 
-// Work that helpers join only at its start.
-struct Section {
-  int threads;
+// What a call asks of the team.
+struct Demand {
+  int threads;  // that it can use, the caller among them
   std::int64_t expected_ns;
+  bool at_places = false;  // helpers may join it on its way, see worker.h, and not only at its start
+  Meetings meetings{};
+  std::int64_t since_last = 0;  // ns, from the end of the call before
 };
 
-inline Section divide_section(double total_ns, double worth_help_ns, int max_threads) noexcept {
+inline Demand demand_of(const Plan& plan) noexcept { return {plan.threads, plan.expected_ns, true, plan.meetings}; }
+
+inline Demand divide_section(double total_ns, double worth_help_ns, int max_threads) noexcept {
   const int threads = total_ns < worth_help_ns ? 1 : max_threads;
   return {threads, static_cast<std::int64_t>(total_ns / threads)};
 }
 
 // Packing moves about four bytes a nanosecond.
 inline double packing_ns(std::int64_t bytes) noexcept { return static_cast<double>(bytes) / 4; }
-inline Section divide_packing(std::int64_t bytes, int max_threads) noexcept {
+inline Demand divide_packing(std::int64_t bytes, int max_threads) noexcept {
   return divide_section(packing_ns(bytes), 10'000, max_threads);
 }
 
-inline Section divide_linear(double flops, int max_threads) noexcept {
+inline Demand divide_linear(double flops, int max_threads) noexcept {
   return divide_section(flops / kFlopsPerNs, 2 * kWakeNs, max_threads);
 }
 
 // Squares and factors take about four elements a nanosecond.
-inline Section divide_rows(double elements, int max_threads) noexcept {
+inline Demand divide_rows(double elements, int max_threads) noexcept {
   return divide_section(elements / 4, 2 * kWakeNs, max_threads);
 }
 
@@ -180,13 +199,6 @@ inline Section divide_rows(double elements, int max_threads) noexcept {
 constexpr std::int64_t kIdle = 50'000;          // ns; a helper without work sleeps after this
 constexpr std::int64_t kWorthWaking = 100'000;  // ns; waking a sleeping helper costs the caller up to 10 us
 constexpr std::int64_t kWorthAsking = 50'000;   // ns; to ask which CPUs are free takes a microsecond
-
-struct Demand {
-  int threads;  // that the call can use, the caller among them
-  std::int64_t expected_ns;
-  bool at_places;           // helpers may join it on its way
-  std::int64_t since_last;  // ns, from the end of the call before
-};
 
 // What a call of this length should know before it decides; to find it out is not free.
 inline bool worth_asking(const Demand& call) noexcept {
@@ -223,6 +235,57 @@ inline std::int64_t wait_at_start(int helpers, int woken, std::int64_t expected_
       std::clamp<std::int64_t>(expected_ns / 20, 2'000, std::clamp<std::int64_t>(2'000 * helpers, 2'000, kLongest));
   return woken < 2 ? awake : std::clamp<std::int64_t>((helpers - 1) * expected_ns / 32, awake, kLongest);
 }
+
+// Where steps are short it hangs on how far apart the cores are whether helpers are worth their barriers: LSTM 64, B =
+// 1 takes 0.74 of the time of one thread on two near cores of a virtual machine and 1.66 on two far ones, and which it
+// runs on changes. So it is measured: now and then some calls of forward make steps alone before they let their helpers
+// in. What a barrier costs then decides for steps of any size, and for backward, lest helpers fall asleep between the
+// two; there the rows that a thread reads are those that another has written, so that steps measure less than it costs.
+class Worth {
+ public:
+  static constexpr int kSteps = 8, kCold = 4;            // that are timed, and those of new helpers that are not
+  static constexpr int kLeast = 2 * kSteps + kCold + 1;  // steps that a call needs to measure
+
+  enum class Way { alone, together, measured };
+  // Says how the next call goes, of so many threads.
+  Way next(const Meetings& meetings, int threads) noexcept {
+    if (meetings.step_ns == 0 || meetings.step_ns > kLong) return Way::together;
+    if (rests_ > 0)
+      --rests_;
+    else if (meetings.a_step == 1 && meetings.steps >= kLeast)
+      return Way::measured;
+    else if (tried_ > 0)
+      return Way::together;
+    const double saved_ns = pace_ * meetings.step_ns * (1 - 1.0 / threads);
+    return saved_ns < kMargin * meetings.a_step * meeting_ns_ ? Way::alone : Way::together;
+  }
+  // Notes what a call of so many threads took for a step, alone and with its helpers; or that they came too late.
+  void found(const Meetings& meetings, int threads, double alone_ns, double together_ns) noexcept {
+    paces_[found_] = alone_ns / meetings.recurrent_ns;
+    meetings_ns_[found_] = together_ns - alone_ns / threads;
+    if (++found_ == kOdd) {
+      std::ranges::sort(meetings_ns_);
+      pace_ = std::ranges::min(paces_), meeting_ns_ = meetings_ns_[kOdd / 2];
+    }
+    came_late();
+  }
+  void came_late() noexcept {
+    if (found_ < kOdd && ++tried_ < kTries) return;
+    found_ = tried_ = 0;
+    rests_ = kRests;
+  }
+
+ private:
+  static constexpr double kLong = 16'000;  // ns; a longer step is worth it on any two cores
+  static constexpr double kMargin = 1.5;
+  static constexpr int kOdd = 3;        // measurements, the middle one of which decides
+  static constexpr int kTries = 24;     // calls; a helper that has to wake up misses some
+  static constexpr int kRests = 1'000;  // calls from one time to the next
+
+  double paces_[kOdd] = {}, meetings_ns_[kOdd] = {};
+  double pace_ = 1, meeting_ns_ = 0;  // pace: of one thread, in expected times; meeting: of one barrier
+  int found_ = 0, tried_ = 0, rests_ = 0;
+};
 
 constexpr unsigned kLongestRetreat = 63;        // calls, and
 constexpr std::int64_t kRetreat = 250'000'000;  // ns

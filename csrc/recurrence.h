@@ -198,10 +198,8 @@ struct Context {
   bool takes_part() const noexcept { return place > worker.joins_at; }
   // Begins a block or step; before it, helpers that have come meanwhile are let in. All rows and units are up to date.
   void begin() noexcept {
-    if (worker.admit) [[unlikely]] {
-      worker.count = worker.admit(worker.team, place);
-      if (worker.count > 1) worker.admit = nullptr;
-    }
+    if (worker.admit) [[unlikely]]
+      worker.admit(worker, place);
     ++place;
   }
 

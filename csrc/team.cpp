@@ -34,6 +34,11 @@ constexpr std::size_t kCacheLine = 64;
 
 void yield() noexcept { std::this_thread::yield(); }
 
+void run_alone(Task task, void* context) noexcept {
+  Worker alone{0, 1, nullptr, [](void*) noexcept {}, -1, nullptr, yield};
+  task(context, alone);
+}
+
 // The seats of a call: how many helpers it still wants in all, and how many have checked in. Equal means closed. A
 // helper that finds them closed touches nothing of the call.
 struct Seats {
@@ -74,9 +79,15 @@ class Team {
   bool acquire() noexcept { return !busy_.exchange(true, std::memory_order_acquire); }
   void release() noexcept { busy_.store(false, std::memory_order_release); }
 
-  // The caller has acquired the team.
+  // The caller has acquired the team. Runs the task on its thread alone if helpers are worth nothing to it.
   void run(Task task, void* context, const Demand& demand) noexcept {
     demand_ = demand;
+    const Worth::Way way = worth_.next(demand.meetings, demand.threads);
+    if (way == Worth::Way::alone) {
+      run_alone(task, context);
+      last_end_ = Clock::now();
+      return;
+    }
     task_ = task;
     context_ = context;
     arrivals_.store(0, std::memory_order_relaxed);
@@ -84,17 +95,20 @@ class Team {
     off_core_.store(0, std::memory_order_relaxed);
     joins_at_.store(kUndecided, std::memory_order_relaxed);
     first_came_ = {};
+    places_ = 0;
     const int helpers = ask();
     const Clock::time_point start = Clock::now();
     const int woken = open_seats(helpers);
     if (helpers > 0) await_helpers(start, helpers, woken);
     Worker worker{0, 1, this, barrier, kStart, nullptr, yield};
-    if (!demand.at_places || (seats().closed() && !looks_again_))
+    if (way == Worth::Way::measured && helpers > 0)
+      worker.admit = time_helpers;
+    else if (!demand.at_places || (seats().closed() && !looks_again_))
       worker.count = let_in(kStart);
     else
       worker.admit = admit;
     work(worker);
-    if (worker.admit) let_in(kNever);  // whoever has come by now came for nothing
+    if (worker.count == 1) let_in(kNever);  // whoever has come by now came for nothing
     const std::uint32_t taken = seats().taken();
     for (Patience patience(yield); finished_.load(std::memory_order_acquire) != taken;) patience.wait();
     last_end_ = Clock::now();
@@ -184,20 +198,45 @@ class Team {
 
   // Worker::admit: lets in who has come, once all have or the first has waited long enough for the others. While the
   // cores are wanted by others nobody is asked to come.
-  static int admit(void* team, std::int64_t place) noexcept {
-    Team& self = *static_cast<Team*>(team);
+  static void admit(Worker& worker, std::int64_t place) noexcept {
+    Team& self = *static_cast<Team*>(worker.team);
     if (self.looks_again_) {
       if (Clock::now() >= self.next_look_) self.open_seats(self.ask());
-      return 1;
+      return;
     }
     const Seats now = self.seats();
-    if (now.taken() == 0) return 1;
+    if (now.taken() == 0) return;
     if (!now.closed()) {
       const Clock::time_point time = Clock::now();
       if (self.first_came_ == Clock::time_point{}) self.first_came_ = time;
-      if (time - self.first_came_ < kOthersCheckIn) return 1;
+      if (time - self.first_came_ < kOthersCheckIn) return;
     }
-    return self.let_in(place);
+    worker.count = self.let_in(place);
+    worker.admit = nullptr;
+  }
+
+  static double ns_of_step(nanoseconds took) noexcept { return static_cast<double>(took.count()) / Worth::kSteps; }
+
+  // Worker::admit of a call that measures: the first place is that of a block, steps follow.
+  static void time_helpers(Worker& worker, std::int64_t place) noexcept {
+    Team& self = *static_cast<Team*>(worker.team);
+    constexpr int alone = 1, joined = alone + Worth::kSteps, warm = joined + Worth::kCold, end = warm + Worth::kSteps;
+    const int now = self.places_++;
+    if (now == alone || now == warm) self.timed_from_ = Clock::now();
+    if (now == joined) {
+      self.took_alone_ = Clock::now() - self.timed_from_;
+      if (self.seats().taken() > 0 && self.seats().closed()) {
+        worker.count = self.let_in(place);
+      } else {
+        self.worth_.came_late();
+        worker.admit = admit;
+      }
+    }
+    if (now == end) {
+      const nanoseconds together = Clock::now() - self.timed_from_;
+      self.worth_.found(self.demand_.meetings, worker.count, ns_of_step(self.took_alone_), ns_of_step(together));
+      worker.admit = nullptr;
+    }
   }
 
   // Runs the task and notes for how long this thread was off its core.
@@ -271,6 +310,10 @@ class Team {
   Demand demand_{};                 // of a call
   bool looks_again_ = false;        // nobody is asked to come while the CPUs are wanted by others
   Clock::time_point next_look_{};   // whether they still are
+  Worth worth_;
+  int places_ = 0;  // of a call that measures, which worker 0 has come to; and what it has seen so far
+  Clock::time_point timed_from_{};
+  nanoseconds took_alone_{};
   alignas(kCacheLine) std::atomic<std::uint32_t> seats_ = 0;
   std::atomic<int> sleeping_ = 0;
   alignas(kCacheLine) std::atomic<std::uint64_t> arrivals_ = 0;
@@ -325,20 +368,19 @@ void set_num_threads(int count) noexcept {
   thread_limit.store(std::clamp(count, 1, kMaxThreads), std::memory_order_relaxed);
 }
 
-void run_team(Task task, void* context, int max_threads, std::int64_t expected_ns, Joining joining) noexcept {
+void run_team(Task task, void* context, Demand demand) noexcept {
   Team* team = nullptr;
-  if (max_threads > 1) {
-    max_threads = std::min(max_threads, num_threads());
-    if (max_threads > 1) team = get_team();
+  if (demand.threads > 1) {
+    demand.threads = std::min(demand.threads, num_threads());
+    if (demand.threads > 1) team = get_team();
   }
-  Worker alone{0, 1, nullptr, [](void*) noexcept {}, -1, nullptr, yield};
-  if (team == nullptr || !team->acquire()) return task(context, alone);
-  const std::int64_t since_last = team->since_last();
-  if (team->retreats(since_last)) {
-    task(context, alone);
+  if (team == nullptr || !team->acquire()) return run_alone(task, context);
+  demand.since_last = team->since_last();
+  if (team->retreats(demand.since_last)) {
+    run_alone(task, context);
   } else {
     Team* const before = std::exchange(working, team);
-    team->run(task, context, {max_threads, expected_ns, joining == Joining::at_places, since_last});
+    team->run(task, context, demand);
     working = before;
   }
   team->release();

@@ -7,14 +7,13 @@
 
 namespace rnnkern {
 
-// When helpers may join a task: before it begins, or at any of its places too (see worker.h).
-enum class Joining { at_start, at_places };
+struct Demand;
 
-// Runs task(context, worker) once on each of worker.count <= max_threads threads, the calling one among them, and
+// Runs task(context, worker) once on each of worker.count <= demand.threads threads, the calling one among them, and
 // returns when all are done. Helpers that are asleep are woken; the call goes on without those that do not come in
-// time: a fraction of expected_ns where they can join only at the start. A call that finds the team at work for another
-// caller runs on its own thread alone. Results must therefore not depend on worker.count.
-void run_team(Task task, void* context, int max_threads, std::int64_t expected_ns, Joining joining) noexcept;
+// time: a fraction of what it is expected to take where they can join only at the start. A call that finds the team at
+// work for another caller runs on its own thread alone. Results must therefore not depend on worker.count.
+void run_team(Task task, void* context, Demand demand) noexcept;
 
 // Is the work of helpers missing in the call that this thread is in, since the process was forked meanwhile? Says so
 // once. Such a call ends as if all had taken part; whoever made it has to give it up.

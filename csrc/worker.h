@@ -14,9 +14,10 @@ struct Worker {
 
   // For tasks that helpers may join on the way. Such a task counts the places where they can, from 0 and alike on all
   // threads. A helper works from place `joins_at` on and skips what comes before; -1: it is there from the start.
-  // While worker 0 is alone and helpers may still come, it asks at each place for the new count; then null.
+  // While helpers may still come, worker 0 calls `admit` at each place; it sets the new count, and itself to null in
+  // the end.
   std::int64_t joins_at;
-  int (*admit)(void* team, std::int64_t place) noexcept;
+  void (*admit)(Worker& self, std::int64_t place) noexcept;
 
   void (*yield)() noexcept = nullptr;  // gives the core to whoever else wants it, for a task that waits on its own
 };

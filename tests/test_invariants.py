@@ -394,6 +394,41 @@ def test_more_gate_elements_than_32_bits_count():
     same({"y": y[:, -1:], "h": h[:, -1:], "c": c[:, -1:]}, {"y": alone, "h": h_alone, "c": c_alone})
 
 
+def test_helpers_are_asked_where_their_barriers_are_worth_it():
+    """On far cores short steps go alone, in both directions; when the cores are near again, that is found out."""
+    native = backends.get("native").native_module()
+    if native is None:
+        pytest.skip("the compiled module is missing")
+    worth, (alone, together, measured) = native.Worth(), range(3)
+
+    def way(step_ns=2_000, steps=100, meetings=1, threads=2):
+        return worth.next(step_ns=step_ns, steps=steps, meetings=meetings, threads=threads)
+
+    def measure(alone_ns, together_ns):
+        for already in range(3):
+            assert way() == measured
+            if already:
+                assert way(meetings=2) == together  # lest helpers fall asleep meanwhile
+            worth.found(step_ns=2_000, threads=2, alone_ns=alone_ns, together_ns=together_ns)
+
+    assert way(step_ns=0) == way(step_ns=20_000) == way(steps=10) == together
+    measure(900, 1_400)  # far: a barrier takes 950 ns
+    table = [(2_000, 1, 2, alone), (4_400, 2, 2, alone), (6_500, 1, 2, together), (13_000, 2, 2, together)]
+    for step_ns, meetings, threads, expected in table:
+        assert way(step_ns, meetings=meetings, threads=threads) == expected, (step_ns, meetings, threads)
+    ways = [way() for _ in range(1_000)]
+    assert set(ways[:-4]) == {alone}
+    assert ways[-1] == measured
+    measure(900, 600)  # near: 150 ns
+    assert way() == way(meetings=2) == together
+    while way() != measured:
+        pass
+    for _ in range(24):
+        assert way() == measured
+        worth.came_late()
+    assert way() == together
+
+
 def test_the_number_of_helpers_that_a_call_asks_for(monkeypatch):
     """A CPU that nobody else wants for each, of 1 to 128; all where that is not known; few for a short call."""
     native = backends.get("native").native_module()

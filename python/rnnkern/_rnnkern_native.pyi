@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'activation', 'allow_pairs', 'cells', 'compiler', 'decide', 'engine', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'multiplies_pairs', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'scale', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_engine', 'use_isa', 'wait_at_start']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'Worth', 'activation', 'allow_pairs', 'cells', 'compiler', 'decide', 'engine', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'multiplies_pairs', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'scale', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_engine', 'use_isa', 'wait_at_start']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -70,6 +70,20 @@ class Steps:
     @state.setter
     def state(self, arg1: typing.Any) -> None:
         ...
+class Worth:
+    """
+    Whether helpers are worth their barriers where steps are short, see policy.h; in ns.
+    """
+    def __init__(self) -> None:
+        ...
+    def came_late(self) -> None:
+        ...
+    def found(self, step_ns: typing.SupportsFloat | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, alone_ns: typing.SupportsFloat | typing.SupportsIndex, together_ns: typing.SupportsFloat | typing.SupportsIndex) -> None:
+        ...
+    def next(self, step_ns: typing.SupportsFloat | typing.SupportsIndex, steps: typing.SupportsInt | typing.SupportsIndex, meetings: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        0: alone, 1: with helpers, 2: measured.
+        """
 def activation(name: str, x: numpy.ndarray) -> numpy.ndarray:
     """
     One of the kernels' activations, for tests.
