@@ -35,6 +35,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_domain_indices = False  # the index of names has the modules
 html_theme_options = {"navigation_with_keys": True}
 copybutton_prompt_text = ">>> |... "
 copybutton_prompt_is_regexp = True

@@ -107,7 +107,7 @@ def show_config(mode: str = "text") -> dict[str, Any] | None:
 
     Keys: compiler (None without kernels), isas_built, isa (in use), bfloat16 (whether `precision="bfloat16"` has an
     instruction of this CPU), threads, threads_now (a sentence: how many of them a long call would take at this moment,
-    beside what else runs), backends (name -> None, or why it cannot run), optional (package -> present?).
+    beside what else runs), backends (by name None, or why it cannot run), optional (by package, whether it is there).
 
     Raises
     ------

@@ -308,6 +308,15 @@ def backward(
     ------
     ValueError, TypeError
         An argument is not as above; the message names it.
+
+    Examples
+    --------
+    >>> import numpy as np, rnnkern as rk
+    >>> weights = {"w_ih": np.ones((4, 3)), "w_hh": np.eye(4)}
+    >>> y, h, tape = rk.forward("rnn_tanh", np.ones((5, 2, 3)), weights)
+    >>> grads = rk.backward(tape, dstate=np.ones_like(h), need_x=False, parameters=["w_hh"])
+    >>> grads.state.shape, list(grads.parameters)
+    ((1, 2, 4), ['w_hh'])
     """
     check_tape(tape, None)
     return run_backward(

@@ -258,7 +258,7 @@ class Recurrent(Piece, Generic[StateT]):
 
     @property
     def arithmetic(self) -> str:
-        """How products of float32 are made: `"fma"` or `"amx"`."""
+        """How products of float32 are made, `"fma"` or `"amx"`."""
         return self._signature.stack.arithmetic
 
     @property
@@ -761,6 +761,17 @@ class Stream(Generic[StateT]):
     """B sequences fed step by step through a frozen layer; made by `Frozen.stream`. One thread at a time may use it.
 
     `step` after `step` gives the bits of the frozen layer's call on the whole sequence with the native backend.
+
+    Examples
+    --------
+    >>> import numpy as np, rnnkern as rk
+    >>> stream = rk.GRU(3, 4, seed=0).freeze().stream(batch=2)
+    >>> y_t = stream.step(np.ones((2, 3)))
+    >>> before = stream.state
+    >>> y_t = stream.step(np.ones((2, 3)), out=y_t)  # into the same array
+    >>> stream.state = before  # a step back
+    >>> bool((stream.step(np.ones((2, 3))) == y_t).all())
+    True
     """
 
     def __init__(self, frozen: Frozen[StateT], batch: int = 1) -> None:

@@ -456,6 +456,15 @@ class SequentialStream:
 
     `step` after `step` gives the bits of the frozen model's call on the whole sequence with the native backend; of a
     model with `Last` it gives the y of the sequence if it ended there.
+
+    Examples
+    --------
+    >>> import rnnkern as rk
+    >>> model = rk.Sequential(rk.Embedding(9, 3, seed=0), rk.GRU(3, 4, seed=1), rk.Linear(4, 2, seed=2))
+    >>> stream = model.freeze().stream()
+    >>> stream.step([7]).shape, stream.state[0].shape
+    ((1, 2), (1, 1, 4))
+    >>> stream.reset()  # another sequence begins
     """
 
     def __init__(self, frozen: FrozenSequential, batch: int = 1) -> None:
