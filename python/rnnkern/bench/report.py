@@ -232,6 +232,10 @@ def _select(results: Results, **wanted: Any) -> list[Row]:
     return [one for one in results["rows"] if all(one[key] == value for key, value in wanted.items())]
 
 
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
 def _most_threads(results: Results) -> list[Row]:
     """The rows of the most threads."""
     most = max((one["threads"] for one in results["rows"]), default=0)
@@ -246,7 +250,7 @@ def _parts(results: Results) -> Iterator[tuple[str, list[Row]]]:
                 rows = _select(results, suite=suite, mode=mode, threads=threads)
                 if rows:
                     named = f" ({suite})" if suite else ""
-                    yield f"{title}, {threads} thread{'s' * (threads > 1)}{named}", rows
+                    yield f"{title}, {_threads(threads)}{named}", rows
 
 
 def _mean(rows: Iterable[Row], key: str) -> float | None:
@@ -320,7 +324,7 @@ def _against_whole(results: Results) -> Table:
         pairs = [(times.get((name, *case)), times.get((whole, *case))) for case in cases]
         if whole != name and any(all(pair) for pair in pairs):
             lines.append([name, *(_ratio(own / base if own and base else None) for own, base in pairs)])
-    return Table(["workload", *(f"{mode}\n{count} threads" for mode, count in cases)], lines)
+    return Table(["workload", *(f"{mode}\n{_threads(count)}" for mode, count in cases)], lines)
 
 
 def compare(old: Results, new: Results) -> str:
