@@ -33,10 +33,12 @@ Network network_of(const rnnkern_stack& stack) {
     throw std::invalid_argument("element_bytes: expected 4 or 8, got " + std::to_string(stack.element_bytes));
   if (stack.rounds && stack.element_bytes != 4)
     throw std::invalid_argument("rounds: expected false with element_bytes 8");
+  if (stack.engines && (stack.element_bytes != 4 || stack.rounds))
+    throw std::invalid_argument("engines: expected false with element_bytes 8, and with rounds");
   if (stack.directions < 1 || stack.directions > 2) throw std::invalid_argument("directions: expected one or two");
   return Network(*isa, {stack.cell, stack.element_bytes == 8 ? WeightFormat::float64 : WeightFormat::float32,
-                        stack.rounds, false, stack.input_size, stack.hidden_size, stack.proj_size, stack.num_layers,
-                        std::vector<bool>(stack.reverse, stack.reverse + stack.directions)});
+                        stack.rounds, stack.engines, stack.input_size, stack.hidden_size, stack.proj_size,
+                        stack.num_layers, std::vector<bool>(stack.reverse, stack.reverse + stack.directions)});
 }
 
 void expect(const char* name, const char* what, std::int64_t got, std::int64_t expected) {

@@ -24,14 +24,14 @@ pytestmark = pytest.mark.skipif(native is None, reason="the compiled module is m
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_layer.c"
 INCLUDE = Path(rk.__file__).parent / "include"
-VERSION = 3
+VERSION = 4
 
 
 class Stack(ctypes.Structure):
     _fields_ = [
         *[("isa", c_char_p), ("cell", c_char_p), ("element_bytes", c_int64), ("input_size", c_int64)],
         *[("hidden_size", c_int64), ("proj_size", c_int64), ("num_layers", c_int64), ("directions", c_int64)],
-        *[("reverse", c_bool * 2), ("biased", c_bool), ("rounds", c_bool)],
+        *[("reverse", c_bool * 2), ("biased", c_bool), ("rounds", c_bool), ("engines", c_bool)],
     ]
 
 
@@ -158,6 +158,8 @@ WRONG: list[tuple[Any, str]] = [
     (lambda one: setattr(one.stack, "cell", b"none"), "cell: the compiled module has none named 'none'"),
     (lambda one: setattr(one.stack, "cell", None), "cell: expected a name, got null"),
     (lambda one: setattr(one.stack, "element_bytes", 2), "element_bytes: expected 4 or 8, got 2"),
+    (lambda one: setattr(one.stack, "rounds", True), "rounds: expected false with element_bytes 8"),
+    (lambda one: setattr(one.stack, "engines", True), "engines: expected false with element_bytes 8, and with rounds"),
     (lambda one: setattr(one.stack, "directions", 3), "directions: expected one or two"),
     (lambda one: setattr(one.forward.packed, "bytes", 8), r"packed: expected \d+ bytes, got 8"),
     (lambda one: setattr(one.forward.kept, "bytes", 8), r"kept: expected \d+ bytes, got 8"),

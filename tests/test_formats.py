@@ -64,6 +64,13 @@ def with_rounded_matrices(problem, backend):
     return layer
 
 
+def weights_of(layer):
+    """Those of a layer of one direction, as the functional pair takes them."""
+    return {
+        name.split("_l0")[0].replace("weight", "w").replace("bias", "b"): a for name, a in layer.state_dict().items()
+    }
+
+
 def all_results(call, problem):
     """y and the final state of a call on the numbers of a problem."""
     drawn = inputs(problem)
@@ -320,10 +327,7 @@ def test_what_keeps_the_precision_and_what_refuses_it(tmp_path):
     for one in (rk.load_model(tmp_path / "model.npz"), pickle.loads(pickle.dumps(model)), copy.copy(model)):
         assert repr(one) == repr(model)
         assert np.array_equal(one(x)[0], model(x)[0])
-    weights = {
-        name.split("_l0")[0].replace("weight", "w").replace("bias", "b"): a for name, a in layer.state_dict().items()
-    }
-    assert np.array_equal(rk.forward("gru", x, weights, precision="bfloat16")[0], layer(x)[0])
+    assert np.array_equal(rk.forward("gru", x, weights_of(layer), precision="bfloat16")[0], layer(x)[0])
     for make in (rk.LSTM, rk.Linear):
         with pytest.raises(ValueError, match=r"precision: expected 'bfloat16' with dtype float32 alone, .* float64"):
             make(3, 4, dtype="float64", precision="bfloat16")
@@ -332,7 +336,7 @@ def test_what_keeps_the_precision_and_what_refuses_it(tmp_path):
 
 
 def test_what_keeps_the_arithmetic_and_what_refuses_it(tmp_path, monkeypatch):
-    """repr, copies, files and frozen layers keep it; where there is no engine a warning says so once."""
+    """repr, copies, files, frozen layers and the functional pair keep it; without an engine a warning says so once."""
     x = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
     for make in (rk.LSTM, rk.Linear):
         for options, message in (
@@ -351,6 +355,9 @@ def test_what_keeps_the_arithmetic_and_what_refuses_it(tmp_path, monkeypatch):
             assert repr(one).count("arithmetic='amx'") == 2
             assert np.array_equal(one(x)[0], model(x)[0])
             assert np.array_equal(one.freeze()(x)[0], model(x)[0])
+        layer = model.pieces[0]
+        assert np.array_equal(rk.forward("gru", x, weights_of(layer), arithmetic="amx")[0], layer(x)[0])
+        assert not np.array_equal(rk.forward("gru", x, weights_of(layer))[0], layer(x)[0])
     with engine("none"):
         monkeypatch.setattr(backends, "_said", set())
         with pytest.warns(UserWarning, match="arithmetic: 'amx' needs a CPU with a matrix engine"):

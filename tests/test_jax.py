@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import rnnkern as rk
+from rnnkern.backends.native import native_module
 from rnnkern.cells import CELLS
 from rnnkern.functional import Parameters
 from rnnkern.layers import parameter_names
@@ -85,7 +86,8 @@ def results_of(problem, function):
 def ours(problem):
     """Our function with the options of a problem."""
     *_, rows = arguments_of(problem)
-    return lambda params, x, state: rj.recurrent(problem.cell, params, x, state, precision=problem.precision, **rows)
+    products = {"precision": problem.precision, "arithmetic": problem.arithmetic}
+    return lambda params, x, state: rj.recurrent(problem.cell, params, x, state, **products, **rows)
 
 
 def scan(problem):
@@ -158,10 +160,16 @@ def name_of(problem):
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 def test_results_and_gradients_are_those_of_the_layer_to_the_bit(problem):
-    """Every cell, with every option, under jit; the first options in bfloat16 too."""
+    """Every cell, with every option, under jit; the first options in bfloat16 and on a matrix engine too."""
     if problem.dtype == "float32" and name_of(problem).endswith("plain-float32"):
-        rounded = replace(problem, precision="bfloat16", H=40)
-        assert_equal(results_of(rounded, ours(rounded)), run(rounded, "native"))
+        best = native_module().use_engine("emulated")
+        try:
+            for products in ({"precision": "bfloat16"}, {"arithmetic": "amx"}):
+                one = replace(problem, H=40, **products)
+                if native_module().engine() != "none" or one.arithmetic == "fma":
+                    assert_equal(results_of(one, ours(one)), run(one, "native"))
+        finally:
+            native_module().use_engine(best)
     theirs, results = run(problem, "native"), results_of(problem, ours(problem))
     assert set(results) == set(theirs)
     for name, array in results.items():

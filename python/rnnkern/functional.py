@@ -32,7 +32,7 @@ from .cells import CELLS, Cell
 from .checkpoints import Checkpoints, Masks
 from .clipping import clip_grad_value, norm_of, scale_down
 from .copies import shared
-from .formats import check_precision
+from .formats import check_arithmetic, check_precision
 from .stack import Backward, Forward, LayerSizes, Stack, State, Weights
 
 __all__ = ["Flow", "Grads", "Parameters", "Tape", "backward", "forward"]
@@ -198,6 +198,7 @@ def forward(
     reverse: bool = False,
     save: str = "gates",
     precision: str = "float32",
+    arithmetic: str = "fma",
 ) -> tuple[Any, Any, Tape]:
     """Run one layer in one direction and keep what `backward` needs.
 
@@ -223,6 +224,8 @@ def forward(
         `"checkpoint"`: states every sqrt(T) steps; backward runs the steps between them again.
     precision
         `"bfloat16"`: the operands of every product, in `backward` too, are rounded to it, as for the layers.
+    arithmetic
+        `"amx"`: products of float32 are the matrix engine's, in `backward` too, as for the layers.
 
     Returns
     -------
@@ -247,7 +250,8 @@ def forward(
     check_save(save)
     entry = CELLS[cell]
     stack = _stack_of(entry, weights, flag("reverse", reverse))
-    stack = replace(stack, precision=check_precision(precision, stack.dtype))
+    precision = check_precision(precision, stack.dtype)
+    stack = replace(stack, precision=precision, arithmetic=check_arithmetic(arithmetic, precision, stack.dtype))
     shapes = stack.layers[0].weight_shapes(True, stack.proj_size > 0)
     given = {
         name: as_parameter(f"weights[{name!r}]", weights[name], shape, stack.dtype)
@@ -259,9 +263,8 @@ def forward(
         given = {name: given[name] if name in given else np.zeros(shape, stack.dtype) for name, shape in shapes.items()}
     signature = Signature(stack)
     arguments = signature.arguments(x, state, lengths, resets, offsets)
-    return run_forward(
-        signature, backends.pick(precision=stack.precision), [given], [names], None, arguments, None, save
-    )
+    backend = backends.pick(precision=precision, arithmetic=arithmetic)
+    return run_forward(signature, backend, [given], [names], None, arguments, None, save)
 
 
 def backward(

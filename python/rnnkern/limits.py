@@ -144,7 +144,7 @@ def _plan(work: Work, limits: Limits, training: bool, cores: int, by_rows: bool)
     rate, size = limits.flops, FLOAT
     if limits.bfloat16_flops and stack.rounds:
         rate, size = limits.bfloat16_flops, FLOAT // 2
-    elif stack.arithmetic == "amx":
+    elif stack.engines:
         rate = max(rate, limits.sliced_flops)
     recurrent = size * gates * H * H
     inputs = size * sum(gates * H * (sizes.input_size + 2) for sizes in stack.layers)

@@ -199,12 +199,17 @@ class Stack:
         """Whether the operands of products are rounded to bfloat16."""
         return self.precision == "bfloat16"
 
+    @property
+    def engines(self) -> bool:
+        """Whether products of floats are a matrix engine's."""
+        return self.arithmetic == "amx"
+
     @cached_property
     def description(self) -> tuple[str, str, bool, bool, int, int, int, int, tuple[bool, ...]]:
         """What compiled code is told: cell, format, whether operands are rounded, whether engines multiply, sizes and
         directions."""
         sizes = self.input_size, self.hidden_size, self.proj_size, self.num_layers
-        return self.cell.name, self.format, self.rounds, self.arithmetic == "amx", *sizes, self.directions
+        return self.cell.name, self.format, self.rounds, self.engines, *sizes, self.directions
 
     @cached_property
     def weight_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

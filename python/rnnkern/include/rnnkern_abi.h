@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define RNNKERN_ABI_VERSION 3
+#define RNNKERN_ABI_VERSION 4
 
 typedef struct {
   const char* isa;       /* null: the one in use; the layout of packed weights and of what is kept depends on it */
@@ -23,7 +23,8 @@ typedef struct {
   int64_t directions; /* 1 or 2 */
   bool reverse[2];    /* of each direction: does it run from the last step to the first? */
   bool biased;
-  bool rounds; /* the operands of products to bfloat16; with element_bytes 4 */
+  bool rounds;  /* the operands of products to bfloat16; with element_bytes 4 */
+  bool engines; /* makes products of floats on a matrix engine where there is one; with element_bytes 4, not rounds */
 } rnnkern_stack;
 
 typedef struct {

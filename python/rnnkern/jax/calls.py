@@ -100,7 +100,8 @@ def _bytes(call: Call, x: Any) -> tuple[int, int, int]:
     stack = call.stack
     assert call.isa is not None
     reverse = (*stack.directions, False)[:2]
-    numbers = stack.dtype.itemsize, *_sizes(call), len(stack.directions), *reverse, stack.rounds, *x.shape[:2]
+    products = stack.rounds, stack.engines
+    numbers = stack.dtype.itemsize, *_sizes(call), len(stack.directions), *reverse, *products, *x.shape[:2]
     inference, training, kept = find_bytes(call.isa, stack.cell.name, numbers)
     return inference, training, kept
 
@@ -114,8 +115,7 @@ def _handler(call: Call, name: str, results: Sequence[jax.ShapeDtypeStruct], **o
         cell=call.stack.cell.name,
         sizes=np.array(_sizes(call), np.int64),
         reverse=np.array(call.stack.directions, np.int64),
-        biased=call.bias,
-        rounds=call.stack.rounds,
+        flags=np.array([call.bias, call.stack.rounds, call.stack.engines], np.int64),
         **options,
     )
 
@@ -173,7 +173,8 @@ def _run(
     call: Call, training: bool, x: Any, state: Any, lengths: Any, resets: Any, weights: Any
 ) -> tuple[Array, State, Any]:
     """y, the final state, and the backward of this forward."""
-    backend, stack, x = backends.pick(precision=call.stack.precision), call.stack, _numpy(x)
+    stack, x = call.stack, _numpy(x)
+    backend = backends.pick(precision=stack.precision, arithmetic=stack.arithmetic)
     steps, batch, _ = x.shape
     if lengths is not None:
         lengths = _numpy(lengths).astype(np.int64)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import backends
 from ..arguments import as_array, check_names, describe, flag
 from ..backends.native import native_module
 from ..cells import CELLS, Cell, cell_of_nonlinearity
-from ..formats import check_precision
+from ..formats import check_arithmetic, check_precision
 from ..functional import Parameters
 from ..layers import parameter_names
 from ..stack import Stack
@@ -36,10 +37,12 @@ def rnn(
     resets: Any = None,
     reverse: bool = False,
     precision: str = "float32",
+    arithmetic: str = "fma",
 ) -> tuple[Array, Array]:
     """`rnnkern.RNN` as a function; see `recurrent`. `nonlinearity` is tanh, relu or sigmoid."""
     cell = cell_of_nonlinearity(nonlinearity)
-    return recurrent(cell, params, x, state, lengths=lengths, resets=resets, reverse=reverse, precision=precision)
+    options = {"lengths": lengths, "resets": resets, "reverse": reverse, "precision": precision}
+    return recurrent(cell, params, x, state, **options, arithmetic=arithmetic)
 
 
 def lstm(
@@ -51,9 +54,11 @@ def lstm(
     resets: Any = None,
     reverse: bool = False,
     precision: str = "float32",
+    arithmetic: str = "fma",
 ) -> tuple[Array, tuple[Array, Array]]:
     """`rnnkern.LSTM` as a function; see `recurrent`. The state is (h, c)."""
-    return recurrent("lstm", params, x, state, lengths=lengths, resets=resets, reverse=reverse, precision=precision)
+    options = {"lengths": lengths, "resets": resets, "reverse": reverse, "precision": precision}
+    return recurrent("lstm", params, x, state, **options, arithmetic=arithmetic)
 
 
 def gru(
@@ -66,10 +71,12 @@ def gru(
     resets: Any = None,
     reverse: bool = False,
     precision: str = "float32",
+    arithmetic: str = "fma",
 ) -> tuple[Array, Array]:
     """`rnnkern.GRU` as a function; see `recurrent`. `reset_after` as there."""
     cell = "gru" if flag("reset_after", reset_after) else "gru_reset_before"
-    return recurrent(cell, params, x, state, lengths=lengths, resets=resets, reverse=reverse, precision=precision)
+    options = {"lengths": lengths, "resets": resets, "reverse": reverse, "precision": precision}
+    return recurrent(cell, params, x, state, **options, arithmetic=arithmetic)
 
 
 def recurrent(
@@ -82,6 +89,7 @@ def recurrent(
     resets: Any = None,
     reverse: bool = False,
     precision: str = "float32",
+    arithmetic: str = "fma",
 ) -> tuple[Array, Any]:
     """A stack of layers of any cell of the registry.
 
@@ -103,6 +111,9 @@ def recurrent(
         Run one direction from the last step to the first.
     precision
         As for the layers: `"bfloat16"` rounds the operands of products, forward and backward, with params in float32.
+    arithmetic
+        As for the layers: `"amx"` makes products of float32 on the matrix engine of the CPU, and where there is none by
+        multiply-adds, with a warning once.
 
     Returns
     -------
@@ -132,7 +143,8 @@ def recurrent(
     ((6, 5, 8), (6, 2, 4))
     """
     stack, bias, names = _structure(CELLS[cell], params, flag("reverse", reverse))
-    stack = replace(stack, precision=check_precision(precision, stack.dtype))
+    precision = check_precision(precision, stack.dtype)
+    stack = replace(stack, precision=precision, arithmetic=check_arithmetic(arithmetic, precision, stack.dtype))
     weights = _weights(stack, bias, names, params)
     x = _floats("x", x, stack.dtype)
     unbatched = x.ndim == 2
@@ -147,7 +159,9 @@ def recurrent(
         rows.append(_lengths(lengths, steps, batch, unbatched))
     if resets is not None:
         rows.append(_resets(resets, steps, batch, unbatched))
-    isa = native_module().isa() if registered() else None
+    compiled = registered()
+    backends.pick("native" if compiled else "auto", stack.precision, stack.arithmetic)  # or refuses, or warns
+    isa = native_module().isa() if compiled else None
     call = Call(stack, bias, lengths is not None, resets is not None, isa)
     y, *final = bind(call, x, states, rows, weights)
     if unbatched:

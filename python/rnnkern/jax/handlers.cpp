@@ -27,8 +27,8 @@ struct Stack {
   std::string isa, cell;
   rnnkern_stack value{};
 
-  // sizes: input, hidden, proj, layers; reverse: one for each direction
-  Stack(std::string_view isa_name, std::string_view cell_name, Numbers sizes, Numbers reverse, bool biased, bool rounds,
+  // sizes: input, hidden, proj, layers; reverse: one for each direction; flags: biased, rounds, engines
+  Stack(std::string_view isa_name, std::string_view cell_name, Numbers sizes, Numbers reverse, Numbers flags,
         ffi::DataType type)
       : isa(isa_name), cell(cell_name) {
     value.isa = isa.c_str();
@@ -37,8 +37,7 @@ struct Stack {
     value.input_size = sizes[0], value.hidden_size = sizes[1], value.proj_size = sizes[2], value.num_layers = sizes[3];
     value.directions = static_cast<std::int64_t>(reverse.size());
     for (std::size_t d = 0; d < reverse.size() && d < 2; ++d) value.reverse[d] = reverse[d] != 0;
-    value.biased = biased;
-    value.rounds = rounds;
+    value.biased = flags[0] != 0, value.rounds = flags[1] != 0, value.engines = flags[2] != 0;
   }
 };
 
@@ -95,16 +94,16 @@ struct Rows {
 
 // weights -> packed
 ffi::Error pack(ffi::RemainingArgs weights, ffi::Result<Bytes> packed, std::string_view isa, std::string_view cell,
-                Numbers sizes, Numbers reverse, bool biased, bool rounds, bool training) {
+                Numbers sizes, Numbers reverse, Numbers flags, bool training) {
   const std::vector<void*> data = data_of(weights);
-  const Stack stack(isa, cell, sizes, reverse, biased, rounds, weights.get<ffi::AnyBuffer>(0)->element_type());
+  const Stack stack(isa, cell, sizes, reverse, flags, weights.get<ffi::AnyBuffer>(0)->element_type());
   return run(functions->pack, stack, rnnkern_pack{training, part(data, 0, data.size()), memory(*packed)});
 }
 
 // x, lengths, resets, packed, states -> y, last states, and in training what is kept
 ffi::Error forward(ffi::AnyBuffer x, Lengths lengths, Resets resets, Bytes packed, ffi::RemainingArgs initial,
                    ffi::Result<ffi::AnyBuffer> y, ffi::RemainingRets rets, std::string_view isa, std::string_view cell,
-                   Numbers sizes, Numbers reverse, bool biased, bool rounds) {
+                   Numbers sizes, Numbers reverse, Numbers flags) {
   const std::vector<void*> states = data_of(initial);
   const std::vector<ffi::AnyBuffer> results = buffers_of(rets);
   const std::vector<void*> data = data_of(results);
@@ -114,14 +113,14 @@ ffi::Error forward(ffi::AnyBuffer x, Lengths lengths, Resets resets, Bytes packe
   rows.call.last = part(data, 0, states.size());
   rows.call.training = results.size() > states.size();
   if (rows.call.training) rows.call.kept = memory(results.back());
-  return run(functions->forward, Stack(isa, cell, sizes, reverse, biased, rounds, x.element_type()), rows.call);
+  return run(functions->forward, Stack(isa, cell, sizes, reverse, flags, x.element_type()), rows.call);
 }
 
 // x, lengths, resets, packed, y, kept, dy, initial states, gradients of the last states
 // -> dx where wanted, gradients of the initial states, of the weights
 ffi::Error backward(ffi::AnyBuffer x, Lengths lengths, Resets resets, Bytes packed, ffi::AnyBuffer y, Bytes kept,
                     ffi::AnyBuffer dy, ffi::RemainingArgs states, ffi::RemainingRets rets, std::string_view isa,
-                    std::string_view cell, Numbers sizes, Numbers reverse, bool biased, bool rounds, bool need_x) {
+                    std::string_view cell, Numbers sizes, Numbers reverse, Numbers flags, bool need_x) {
   const std::vector<void*> given = data_of(states);
   const std::vector<ffi::AnyBuffer> results = buffers_of(rets);
   const std::vector<void*> data = data_of(results);
@@ -139,7 +138,7 @@ ffi::Error backward(ffi::AnyBuffer x, Lengths lengths, Resets resets, Bytes pack
   call.dx = need_x ? data[0] : nullptr;
   call.dinitial = part(data, first, first + count);
   call.gradients = part(data, first + count, data.size());
-  return run(functions->backward, Stack(isa, cell, sizes, reverse, biased, rounds, x.element_type()), call);
+  return run(functions->backward, Stack(isa, cell, sizes, reverse, flags, x.element_type()), call);
 }
 
 template <class Binding>
@@ -149,8 +148,7 @@ auto with_stack(Binding&& binding) {
       .template Attr<std::string_view>("cell")
       .template Attr<Numbers>("sizes")
       .template Attr<Numbers>("reverse")
-      .template Attr<bool>("biased")
-      .template Attr<bool>("rounds");
+      .template Attr<Numbers>("flags");
 }
 
 auto rows_binding() { return ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<Lengths>().Arg<Resets>().Arg<Bytes>(); }
@@ -164,13 +162,14 @@ extern "C" bool rnnkern_connect(decltype(rnnkern_abi)* lookup) {
 }
 
 // Asks for the bytes of the weights packed for inference and for training, and of what training keeps.
-//   numbers: bytes of an element, the four sizes, directions, reverse for two of them, rounds, steps and batch
+//   numbers: bytes of an element, the four sizes, directions, reverse for two of them, rounds, engines, steps and batch
 extern "C" bool rnnkern_find_bytes(const char* isa, const char* cell, const std::int64_t* numbers, std::int64_t* bytes,
                                    rnnkern_message* message) {
   const std::int64_t* n = numbers;
-  const rnnkern_stack stack{isa, cell, n[0], n[1], n[2], n[3], n[4], n[5], {n[6] != 0, n[7] != 0}, false, n[8] != 0};
+  const rnnkern_stack stack{isa,   cell,      n[0],     n[1], n[2], n[3], n[4], n[5], {n[6] != 0, n[7] != 0},
+                            false, n[8] != 0, n[9] != 0};
   rnnkern_sizes sizes{};
-  if (!functions->sizes(&stack, n[9], n[10], &sizes, message)) return false;
+  if (!functions->sizes(&stack, n[10], n[11], &sizes, message)) return false;
   bytes[0] = sizes.packed_for_inference, bytes[1] = sizes.packed_for_training, bytes[2] = sizes.kept;
   return true;
 }
