@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -487,6 +488,29 @@ def test_a_module_on_a_matrix_engine_computes_what_its_layer_does():
     for options in ({"arithmetic": "amx", "dtype": torch.float64}, {"arithmetic": "amx", "dtype": torch.bfloat16}):
         with pytest.raises(ValueError, match="arithmetic: expected"):
             rt.LSTM(3, 4, **options)
+
+
+def test_torch_in_bfloat16_and_ours_take_turns():
+    """Call by call and from threads, forward and backward: each computes what it does alone, matrix engine or not."""
+    torch.manual_seed(0)
+    theirs, x = torch.nn.LSTM(48, 64).bfloat16(), torch.randn(5, 20, 48).bfloat16()
+    ours, dy = copy.deepcopy(theirs), torch.randn(5, 20, 64).bfloat16()
+    rt.replace(ours)
+
+    def results(module):
+        leaf = x.clone().requires_grad_()
+        y, _ = module(leaf)
+        return y.detach(), *torch.autograd.grad(y, (leaf, module.weight_hh_l0), dy)
+
+    alone = [results(module) for module in (theirs, ours)]
+
+    def take_turns(_):
+        for _ in range(8):
+            for module, expected in zip((theirs, ours), alone, strict=True):
+                assert all(map(torch.equal, results(module), expected)), type(module)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(take_turns, range(3)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
