@@ -408,7 +408,7 @@ def test_results_survive_a_file(tmp_path: Path) -> None:
 
 
 def test_published_are_whole_runs_with_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With torch, JAX and ONNX Runtime; the page has the picture and says what machine that was."""
+    """With torch, JAX and ONNX Runtime; the page has the picture, says what machine that was, and keeps its end."""
     with pytest.raises(ValueError, match="got none of jax: not asked for"):
         report.publish(some_results(), tmp_path)
     whole = some_results(jax=entry(2e-4), onnxruntime=entry(5e-4))
@@ -417,7 +417,13 @@ def test_published_are_whole_runs_with_peers(tmp_path: Path, capsys: pytest.Capt
     source = report.write(whole, tmp_path)[0]
     assert cli.main(["bench", "--publish", str(source), str(tmp_path / "docs")]) == 0
     assert "| Training, 2 threads | 4.00x | 4.00x | " in capsys.readouterr().out
-    page = (tmp_path / "docs" / "performance.md").read_text(encoding="utf-8")
+    path = tmp_path / "docs" / "performance.md"
+    page = path.read_text(encoding="utf-8")
+    by_hand = f"\n{report.BY_HAND}\n\n## Goals\n"
+    path.write_text(f"of an older run\n{by_hand}", encoding="utf-8")
+    for _ in range(2):
+        report.publish(whole, path.parent)
+        assert path.read_text(encoding="utf-8") == page + by_hand
     assert whole["machine"]["cpu"] in page
     assert "(performance.svg)" in page
     ET.parse(tmp_path / "docs" / "performance.svg")

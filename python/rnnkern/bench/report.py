@@ -54,6 +54,7 @@ DASH = "-"
 REQUIRED = ("torch", "jax", "onnxruntime")  # without a time of each, nothing is published
 UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 TITLES = {"training": "Training", "inference": "Inference"}
+BY_HAND = "<!-- What follows is written by hand, and kept by `rnnkern bench --publish`. -->"
 AGAINST_WHOLE = "Our time for a step that a row has, over that of whole rows"
 MOST_OF_LIMIT = 1.05  # a larger share says that the limits or the times are wrong
 MOST_NAMED = 8  # of the limits that were not reproduced
@@ -179,6 +180,8 @@ def load(path: Path | str) -> Results:
 def publish(results: Results, folder: Path) -> list[Path]:
     """Write performance.md, the whole report, and performance.svg, its picture, into a folder.
 
+    What stands in an earlier performance.md there from `BY_HAND` on is kept.
+
     Raises
     ------
     ValueError
@@ -194,7 +197,11 @@ def publish(results: Results, folder: Path) -> list[Path]:
             reasons = sorted({one["missing"] for one in entries}) or ["no workload was run"]
             raise ValueError(f"results: expected times of {', '.join(REQUIRED)}, got none of {name}: {reasons[0]}")
     text = render_markdown(results, "![Our share of the limit, workload by workload](performance.svg)")
-    return _write_files(folder, {"performance.md": text, "performance.svg": plots.picture(_most_threads(results))})
+    page = folder / "performance.md"
+    _, mark, kept = page.read_text(encoding="utf-8").partition(BY_HAND) if page.exists() else ("", "", "")
+    if mark:
+        text += f"\n{mark}{kept}"
+    return _write_files(folder, {page.name: text, "performance.svg": plots.picture(_most_threads(results))})
 
 
 # What is derived
