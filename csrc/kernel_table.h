@@ -200,7 +200,8 @@ struct KernelTable {
   LinearKernels linear_f32, linear_f64;
   bool has_pairs, emulates_pairs;  // Products::bfloat16_pairs, and without an instruction for it; emulated tiles
   bool has_tiles;                  // Products::bfloat16_tiles
-  Task rows_f32, rows_f64;         // context: const Rows*
+  std::int64_t (*weight_bytes)(Products) noexcept;  // of one packed weight
+  Task rows_f32, rows_f64;                          // context: const Rows*
   const ActivationKernel* activations;
   int activation_count;
   const ProbeKernel* probes;

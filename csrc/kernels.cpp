@@ -157,6 +157,11 @@ const Arithmetic<T>& arithmetic_of(const Linear& call) noexcept {
   return arithmetic_of<T>(call.products);
 }
 
+std::int64_t weight_bytes(Products products) noexcept {
+  return products == Products::float64 ? arithmetic_of<double>(products).packing.stored.bytes
+                                       : arithmetic_of<float>(products).packing.stored.bytes;
+}
+
 template <class Cell, class T>
 std::int64_t packed_bytes(Products products, const LayerSizes& sizes, bool training) noexcept {
   return PackedLayout<Cell, T>(sizes, training, arithmetic_of<T>(products).packing.stored).total;
@@ -350,21 +355,11 @@ constexpr ActivationKernel kActivations[] = {
 namespace RNNKERN_ISA {
 
 extern const KernelTable table;
-const KernelTable table = {Entries<Cells>::all,
-                           Cells::count,
-                           kLinear<float>,
-                           kLinear<double>,
-                           kHasPairs,
-                           kEmulatesPairs,
-                           kHasEngine,
-                           run_rows<float>,
-                           run_rows<double>,
-                           kActivations,
-                           sizeof kActivations / sizeof *kActivations,
-                           Probes<Cells>::all,
-                           Probes<Cells>::count,
-                           kLanes<float>,
-                           kLanes<double>};
+const KernelTable table = {
+    Entries<Cells>::all, Cells::count,         kLinear<float>, kLinear<double>,
+    kHasPairs,           kEmulatesPairs,       kHasEngine,     weight_bytes,
+    run_rows<float>,     run_rows<double>,     kActivations,   sizeof kActivations / sizeof *kActivations,
+    Probes<Cells>::all,  Probes<Cells>::count, kLanes<float>,  kLanes<double>};
 
 }  // namespace RNNKERN_ISA
 }  // namespace rnnkern

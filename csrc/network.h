@@ -73,6 +73,7 @@ class Network {
         products_(products_of(*isa.table, of.format, of.rounds, of.engines,
                               of.hidden_size < isa.table->lanes_f32 && of.proj_size == 0)),
         kernels_(bytes_ == 8 ? entry_.f64 : entry_.f32),
+        weight_bytes_(isa.table->weight_bytes(products_)),
         isa_(isa.name),
         inputs_(of.input_size),
         hidden_(of.hidden_size),
@@ -186,10 +187,10 @@ class Network {
     const std::size_t first = lowest * directions();
     const auto count = static_cast<std::int64_t>(layer_count() - lowest);
     if (call.masks) call.masks += lowest;
-    const Plan plan = make_plan({call.steps, call.batch, call.rows, sizes(first).inputs, hidden_, outputs_, count,
-                                 static_cast<std::int64_t>(directions()),
-                                 kernels_.row_grain(sizes(0), call.batch, call.save), entry_.gates, entry_.saved,
-                                 num_threads(), bytes_, private_cache(), backward, call.masks != nullptr});
+    const Plan plan = make_plan(
+        {call.steps, call.batch, call.rows, sizes(first).inputs, hidden_, outputs_, count,
+         static_cast<std::int64_t>(directions()), kernels_.row_grain(sizes(0), call.batch, call.save), entry_.gates,
+         entry_.saved, num_threads(), bytes_, weight_bytes_, private_cache(), backward, call.masks != nullptr});
     call.products = products_;
     call.layer_count = static_cast<int>(count);
     call.directions = static_cast<int>(directions());
@@ -219,6 +220,7 @@ class Network {
   const std::int64_t bytes_;  // of an element of a state
   const Products products_;
   const CellKernels& kernels_;
+  const std::int64_t weight_bytes_;  // of a packed one
   const char* isa_;
   std::int64_t inputs_, hidden_, outputs_;
   bool projected_;

@@ -27,7 +27,7 @@ constexpr double kFlopsPerNs = 30, kWakeNs = 15'000;
 // Where W_hh exceeds the private cache, each thread that has rows of its own streams all of it in every step; threads
 // that share the units stream it once in all. With fewer rows than this to a thread that costs more than the barrier:
 // on two cores of a Zen 4 server units take 0.81 to 0.93 of the time of rows for LSTM 1024 and 4 to 24 rows to a
-// thread, and 0.95 to 1.02 for LSTM and GRU of 512 units.
+// thread, and 0.95 to 1.02 for LSTM and GRU of 512 units. What it is on an engine is not known.
 constexpr std::int64_t kRowsToStream = 32;
 
 // A helper that only takes part in the sums over rows fetches every gradient of a gate from the core that has made it,
@@ -71,7 +71,8 @@ struct PlanInput {
   std::int64_t inputs, hidden, outputs, layer_count, directions;
   std::int64_t row_grain;  // rows that one thread works on together
   int gates, saved, max_threads;
-  std::int64_t element_bytes, private_cache;  // private_cache: bytes, of a core
+  std::int64_t element_bytes, weight_bytes;  // of a state and of a packed weight
+  std::int64_t private_cache;                // bytes, of a core
   bool backward;
   bool masked;  // dropout between the layers
 
@@ -112,7 +113,7 @@ inline Plan make_plan(const PlanInput& in) {
 
   Plan plan{Split::rows, in.max_threads, 1, 1, 0, BlockReason::cache};
   SideBySide side{};
-  const std::int64_t recurrent_bytes = in.gates * in.hidden * in.outputs * in.element_bytes;
+  const std::int64_t recurrent_bytes = in.gates * in.hidden * in.outputs * in.weight_bytes;
   const std::int64_t fewest_rows = recurrent_bytes > in.private_cache ? kRowsToStream : 1;  // of a step and a thread
   if (in.row_grain > 1) {
     // Backward divides its sums over rows whatever the steps divide.
@@ -144,7 +145,7 @@ inline Plan make_plan(const PlanInput& in) {
   // least enough rows to pay for that where the private cache does not hold it, though the gates of so many rows leave
   // it too. On one thread of a Zen 4 server LSTM 1536, B = 8 takes 0.74 of the time of blocks of one step.
   const std::int64_t widest = std::max(in.inputs, in.layer_count > 1 ? in.directions * in.outputs : 0);
-  const bool streams = in.backward || in.gates * in.hidden * widest * in.element_bytes > in.private_cache;
+  const bool streams = in.backward || in.gates * in.hidden * widest * in.weight_bytes > in.private_cache;
   if (streams && block_rows < 256)
     block_rows = 256, plan.reason = in.backward ? BlockReason::gradients : BlockReason::weights;
   block_rows = std::clamp<std::int64_t>(block_rows, 1, 4096);

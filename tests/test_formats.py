@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from bisect import bisect_left
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
 import pytest
 
 import rnnkern as rk
-from rnnkern import backends, config
+from rnnkern import backends, config, planning
 from rnnkern.backends.native import native_module
 from rnnkern.cells import CELLS
 from rnnkern.formats import round_to_bfloat16
@@ -209,6 +211,26 @@ def test_a_matrix_engine_has_the_bits_of_its_emulation():
                 results = run(problem, "native")
                 with engine("emulated"):
                     same_numbers(results, run(problem, "native"), problem)
+
+
+def test_a_call_is_divided_by_the_bytes_of_its_packed_weights():
+    """Of few rows units are divided where they exceed a core's cache: that is one size of cache for all formats."""
+    step, before, borders = 16, rk.num_threads(), []
+
+    def divides_units(H, **options):
+        layer = rk.RNN(H, H, backend="native", **options)
+        return planning._plan(layer, 20, 8)[1].split == "units"
+
+    with emulated_engine():
+        try:
+            rk.set_num_threads(2)
+            for bytes_of_weight, options in (4, {}), (8, {"dtype": "float64"}), *zip((2, 6), PRECISE, strict=True):
+                sizes = range(128, 2048, step)
+                H = sizes[bisect_left(sizes, True, key=partial(divides_units, **options))]
+                borders.append(((H - step) ** 2 * bytes_of_weight, H**2 * bytes_of_weight))
+        finally:
+            rk.set_num_threads(before)
+    assert max(below for below, _ in borders) <= min(above for _, above in borders), borders
 
 
 @pytest.mark.parametrize("option", PRECISE, ids=lambda option: next(iter(option)))
