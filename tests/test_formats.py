@@ -377,6 +377,7 @@ def test_what_keeps_the_arithmetic_and_what_refuses_it(tmp_path, monkeypatch):
             assert repr(one).count("arithmetic='amx'") == 2
             assert np.array_equal(one(x)[0], model(x)[0])
             assert np.array_equal(one.freeze()(x)[0], model(x)[0])
+        assert config.show_config("dicts")["engine"] == "emulated"
         layer = model.pieces[0]
         assert np.array_equal(rk.forward("gru", x, weights_of(layer), arithmetic="amx")[0], layer(x)[0])
         assert not np.array_equal(rk.forward("gru", x, weights_of(layer))[0], layer(x)[0])
