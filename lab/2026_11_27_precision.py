@@ -1,4 +1,4 @@
-"""Trains the demo and two examples in float32 and in bfloat16, and draws their losses side by side.
+"""Trains the demo and three examples in float32 and in bfloat16, and draws their losses side by side.
 
 The programs are those of `examples/` as they are; layers are made with `precision` and what `rk.fit` returns is read.
 The loss is that of validation, of the demo that of its text's held-out end. Medians of three seeds.
@@ -119,9 +119,10 @@ def main() -> None:
         for name, title in (
             ("forecasting", "forecasting, mean absolute error"),
             ("speech", "speech, cross-entropy"),
+            ("language_model", "language model of words, cross-entropy"),
         )
     }
-    lines, places = [], [(50, 50), (420, 50), (790, 50)]
+    lines, places = [], [(50, 50), (420, 50), (50, 290), (420, 290)]
     for (title, run), place in zip(runs.items(), places, strict=True):
         curves = {precision: [run(precision, seed) for seed in SEEDS] for precision in PRECISIONS}
         best = {precision: statistics.median(map(min, some)) for precision, some in curves.items()}
@@ -130,13 +131,13 @@ def main() -> None:
         print("   ", *(f"{min(one):.4f}" for some in curves.values() for one in some), flush=True)
         lines += drawn(title, curves, *place)
     key = [
-        '<path class="float32" d="M50 260h40"/><text x="98" y="264">float32</text>',
-        '<path class="bfloat16" d="M180 260h40"/><text x="228" y="264">bfloat16, three seeds of each</text>',
+        '<path class="float32" d="M50 500h40"/><text x="98" y="504">float32</text>',
+        '<path class="bfloat16" d="M180 500h40"/><text x="228" y="504">bfloat16, three seeds of each</text>',
     ]
     picture.write_text(
         "\n".join(
             [
-                '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1110 280" width="1110" height="280" role="img">',
+                '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 520" width="740" height="520" role="img">',
                 "<title>Losses of validation, trained in float32 and in bfloat16</title>",
                 STYLE,
                 *lines,
