@@ -41,8 +41,8 @@ def rnn(
 ) -> tuple[Array, Array]:
     """`rnnkern.RNN` as a function; see `recurrent`. `nonlinearity` is tanh, relu or sigmoid."""
     cell = cell_of_nonlinearity(nonlinearity)
-    options = {"lengths": lengths, "resets": resets, "reverse": reverse, "precision": precision}
-    return recurrent(cell, params, x, state, **options, arithmetic=arithmetic)
+    rows = {"lengths": lengths, "resets": resets, "reverse": reverse}
+    return recurrent(cell, params, x, state, **rows, precision=precision, arithmetic=arithmetic)
 
 
 def lstm(
@@ -57,8 +57,8 @@ def lstm(
     arithmetic: str = "fma",
 ) -> tuple[Array, tuple[Array, Array]]:
     """`rnnkern.LSTM` as a function; see `recurrent`. The state is (h, c)."""
-    options = {"lengths": lengths, "resets": resets, "reverse": reverse, "precision": precision}
-    return recurrent("lstm", params, x, state, **options, arithmetic=arithmetic)
+    rows = {"lengths": lengths, "resets": resets, "reverse": reverse}
+    return recurrent("lstm", params, x, state, **rows, precision=precision, arithmetic=arithmetic)
 
 
 def gru(
@@ -75,8 +75,8 @@ def gru(
 ) -> tuple[Array, Array]:
     """`rnnkern.GRU` as a function; see `recurrent`. `reset_after` as there."""
     cell = "gru" if flag("reset_after", reset_after) else "gru_reset_before"
-    options = {"lengths": lengths, "resets": resets, "reverse": reverse, "precision": precision}
-    return recurrent(cell, params, x, state, **options, arithmetic=arithmetic)
+    rows = {"lengths": lengths, "resets": resets, "reverse": reverse}
+    return recurrent(cell, params, x, state, **rows, precision=precision, arithmetic=arithmetic)
 
 
 def recurrent(
