@@ -269,7 +269,7 @@ def test_an_explanation_names_what_threads_divide() -> None:
         both_ways = rk.explain(rk.LSTM(64, 64, bidirectional=True, seed=0), (100, 64), limits=MACHINE)
         one_after_the_other = rk.explain(rk.LSTM(64, 64, 2, seed=0), (100, 64), limits=MACHINE)
         alone = rk.explain(rk.LSTM(2, 2, seed=0), (1, 1, 2), limits=MACHINE)
-        few_units = [rk.explain(rk.GRU(size, 2, seed=0), (9999, 12, size), limits=MACHINE) for size in (2, 80)]
+        few_units = [rk.explain(rk.GRU(size, 2, seed=0), (9999, 4, size), limits=MACHINE) for size in (2, 80)]
         rk.set_num_threads(1)
         reasons = {
             name: rk.explain(layer, (T, 4, layer.input_size), limits=MACHINE)
