@@ -30,6 +30,10 @@ constexpr double kFlopsPerNs = 30, kWakeNs = 15'000;
 // thread, and 0.95 to 1.02 for LSTM and GRU of 512 units. What it is on an engine is not known.
 constexpr std::int64_t kRowsToStream = 32;
 
+// Threads add to one counter at a barrier, one after the other: to each of them it costs so much, where its work gets
+// shorter by ever less. As many meet as take the shortest time in all.
+constexpr double kMeetingNs = 375;
+
 // A helper that only takes part in the sums over rows fetches every gradient of a gate from the core that has made it,
 // and multiplies it with so many elements of x and h. On two cores of a Zen 4 server, one vector of rows, backward on
 // two threads and on one, cores near and far: LSTM of 8 units and 8 inputs 0.88 and 1.15 to 1.5 of the time, of GRU 2
@@ -125,10 +129,14 @@ inline Plan make_plan(const PlanInput& in) {
     // server, B = 1, AVX2 and AVX-512, against one thread, by the step of this estimate: RNN 64 loses a tenth (0.6 us
     // forward, 1.1 backward), GRU 32 a fifth (0.4); GRU 64 gains 1.15x to 1.7x (1.7, 3.3), LSTM 64 1.2x to 1.6x (2.2,
     // 4.4), GRU 128 1.7x (6.5, 13), LSTM 256 2.0x.
-    plan.split = Split::units;
-    const double threads = static_cast<double>(plan.threads);
-    double gain = step_ns / (step_ns / threads + 750 * meetings_a_step);
-    if (gain < 1) plan.threads = 1, gain = 1;
+    const double meeting_ns = kMeetingNs * meetings_a_step;  // of each thread
+    const auto meet = static_cast<int>(std::lround(std::sqrt(step_ns / meeting_ns)));
+    plan.split = Split::units, plan.threads = std::clamp(meet, std::min(2, in.max_threads), in.max_threads);
+    double gain = step_ns / (step_ns / plan.threads + meeting_ns * plan.threads);
+    // Threads with a row or more of their own meet nowhere.
+    const double rows_of_step = fewest_rows > 1 ? 1 : rows / static_cast<double>(std::max<std::int64_t>(in.steps, 1));
+    const double own = std::clamp<double>(rows_of_step, 1, in.max_threads);
+    if (own >= gain) plan.split = Split::rows, plan.threads = static_cast<int>(own), gain = own;
     side = side_by_side(in);
     if (side.gain > gain) plan.split = Split::layers, plan.threads = side.threads;
   }
@@ -265,12 +273,12 @@ class Worth {
     else if (tried_ > 0)
       return Way::together;
     const double saved_ns = pace_ * meetings.step_ns * (1 - 1.0 / threads);
-    return saved_ns < kMargin * meetings.a_step * meeting_ns_ ? Way::alone : Way::together;
+    return saved_ns < kMargin * meetings.a_step * threads * meeting_ns_ ? Way::alone : Way::together;
   }
   // Notes what a call of so many threads took for a step, alone and with its helpers; or that they came too late.
   void found(const Meetings& meetings, int threads, double alone_ns, double together_ns) noexcept {
     paces_[found_] = alone_ns / meetings.recurrent_ns;
-    meetings_ns_[found_] = together_ns - alone_ns / threads;
+    meetings_ns_[found_] = (together_ns - alone_ns / threads) / threads;
     if (++found_ == kOdd) {
       std::ranges::sort(meetings_ns_);
       pace_ = std::ranges::min(paces_), meeting_ns_ = meetings_ns_[kOdd / 2];
@@ -291,7 +299,7 @@ class Worth {
   static constexpr int kRests = 1'000;  // calls from one time to the next
 
   double paces_[kOdd] = {}, meetings_ns_[kOdd] = {};
-  double pace_ = 1, meeting_ns_ = 0;  // pace: of one thread, in expected times; meeting: of one barrier
+  double pace_ = 1, meeting_ns_ = 0;  // pace: of one thread, in expected times; meeting: of a barrier, for each thread
   int found_ = 0, tried_ = 0, rests_ = 0;
 };
 

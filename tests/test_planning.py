@@ -270,6 +270,11 @@ def test_an_explanation_names_what_threads_divide() -> None:
         one_after_the_other = rk.explain(rk.LSTM(64, 64, 2, seed=0), (100, 64), limits=MACHINE)
         alone = rk.explain(rk.LSTM(2, 2, seed=0), (1, 1, 2), limits=MACHINE)
         few_units = [rk.explain(rk.GRU(size, 2, seed=0), (9999, 4, size), limits=MACHINE) for size in (2, 80)]
+        rk.set_num_threads(16)
+        of_many = [
+            str(rk.explain(rk.LSTM(size, size, seed=0), (50, batch, size), limits=MACHINE)).partition("backward")[0]
+            for size, batch in ((64, 1), (512, 1), (128, 8), (128, 64))
+        ]
         rk.set_num_threads(1)
         reasons = {
             name: rk.explain(layer, (T, 4, layer.input_size), limits=MACHINE)
@@ -286,6 +291,9 @@ def test_an_explanation_names_what_threads_divide() -> None:
     assert "the gradients of the weights" in str(rows).partition("backward")[2]
     assert "2 threads divide the rows;" in str(rows)
     assert "2 threads divide the units and meet at every step;" in str(units)
+    expected = ["2 threads divide the units", "16 threads divide the units", *["8 threads divide", "16 threads divide"]]
+    for text, found in zip(expected, of_many, strict=True):
+        assert text in found
     for layers in (both_ways, one_after_the_other):
         assert str(layers).count("2 threads work on layers and directions side by side;") == 2
     assert "1 thread; blocks of 1 steps, all there are;" in str(alone)
