@@ -72,7 +72,9 @@ struct BackwardScratch {
     arena.take_for_workers(call.max_threads, worker_index, [&] {
       for (const T**& one : before) one = arena.take<const T*>(again);
       left = arena.take<const T*>(rows), right = arena.take<const T*>(rows), outputs = arena.take<T*>(rows);
-      const std::int64_t filled_rows = how.sums_steps ? call.block_steps * round_up(B, kSumRows) : 0;
+      // Where rows end, a block has as many steps as there is room for their rows, with a row each at worst.
+      const std::int64_t most_steps = call.lengths ? smaller(rows, call.steps) : call.block_steps;
+      const std::int64_t filled_rows = how.sums_steps ? rows + most_steps * (kSumRows - 1) : 0;
       for (const T**& one : filled) one = arena.take<const T*>(filled_rows);
       buffer = arena.take<T>(kOuterBuffer<T>);
       for (T**& one : carry_rows) one = arena.take<T*>(B);

@@ -265,6 +265,21 @@ def test_slices_of_floats_on_an_engine_are_as_accurate_as_multiply_adds(cell):
             assert not all(np.array_equal(results[name], by_fma[name], equal_nan=True) for name in results), problem
 
 
+@pytest.mark.parametrize("option", PRECISE, ids=lambda option: next(iter(option)))
+def test_an_engine_fills_up_steps_of_few_rows(option):
+    """A block of many steps, most of which only one row still has, is filled up to many more rows than it has."""
+    problem = Problem("gru", T=300, B=18, I=5, H=20, **option)
+    x, dy = inputs(problem).x, inputs(problem).dy.copy()
+    dy[:, 1:] = 0
+    gradients = []
+    with emulated_engine():
+        layer = layer_of(problem, "native")
+        for options in {"lengths": np.array([300, *range(17)])}, {}:
+            _, _, tape = layer.forward(x, **options)
+            gradients.append(layer.backward(tape, dy).parameters)
+    same_numbers(*gradients, problem)
+
+
 def test_bfloat16_rounds_the_operands_of_products_and_nothing_else(cell, native):
     """A step from operands that are bfloat16 numbers is that of float32, and so are the gradients of biases."""
     for sizes in ((1, 3, 5, 9), (1, 1, 8, 40), (1, 20, 3, 3)):
