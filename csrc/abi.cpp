@@ -95,16 +95,6 @@ struct Host {
   }
 };
 
-// Tells a network where its packed weights lie, one layer-direction after the other.
-void use_packed(Network& network, const rnnkern_memory& packed, bool training) {
-  expect("packed", "bytes", packed.bytes, network.packed_bytes(training));
-  std::int64_t at = 0;
-  for (std::size_t i = 0; i < network.layer_directions(); ++i) {
-    network.add(advance(packed.data, at));
-    at += network.packed_bytes(i, training);
-  }
-}
-
 // A forward that has been checked, with the network that it runs on.
 struct Checked {
   Network network;
@@ -120,7 +110,8 @@ struct Checked {
     const std::int64_t together = network.saved_together(given.batch, save);
     const Sequences whole(given.steps, given.batch, together);
     rows = given.lengths ? Sequences::padded(given.lengths, given.steps, given.batch, together) : whole;
-    use_packed(network, given.packed, given.training);
+    expect("packed", "bytes", given.packed.bytes, network.packed_bytes(given.training));
+    network.place(given.packed.data, given.training);
     if (given.masks && !given.training) throw std::invalid_argument("masks: expected null in inference");
     if (given.training)
       expect("kept", "bytes", given.kept.bytes, kept_bytes(network, whole, Save::gates, given.masks != nullptr));
@@ -144,18 +135,15 @@ void find_sizes(const rnnkern_stack& stack, std::int64_t steps, std::int64_t bat
 }
 
 void pack_all(const rnnkern_stack& stack, const rnnkern_pack* call) {
-  const Network network = network_of(stack);
+  Network network = network_of(stack);
   expect("weights", "arrays", call->weights.count, weights_of(network, stack));
   expect("packed", "bytes", call->packed.bytes, network.packed_bytes(call->training));
-  const std::size_t count = network.weight_count(stack.biased);
   prefer_huge_pages(call->packed);
-  std::int64_t at = 0;
-  for (std::size_t i = 0; i < network.layer_directions(); ++i) {
-    const std::vector<const void*> arrays(call->weights.data + i * count, call->weights.data + (i + 1) * count);
-    const auto weights = network.weights_at(arrays.data(), stack.biased);
-    network.pack(i, weights, call->training, advance(call->packed.data, at));
-    at += network.packed_bytes(i, call->training);
-  }
+  const std::vector<const void*> arrays(call->weights.data, call->weights.data + call->weights.count);
+  std::vector<LayerWeights<const void*>> weights;
+  for (std::size_t i = 0; i < network.layer_directions(); ++i)
+    weights.push_back(network.weights_at(arrays.data() + i * network.weight_count(stack.biased), stack.biased));
+  network.pack(weights, call->training, call->packed.data);
 }
 
 void run_forward(const rnnkern_stack& stack, const rnnkern_forward* given) {

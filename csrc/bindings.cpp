@@ -171,16 +171,15 @@ Packed* pack(const GivenStack& stack, const py::tuple& names, const py::object& 
 
 // Packs weights and runs a forward with them: what two calls would do, in one crossing. Returns the packed weights, the
 // final state and, where something is saved, what backward needs.
-py::tuple run_unpacked(const GivenStack& stack, const py::tuple& names, const py::object& weights, const py::object& x,
-                       const py::object& state, const py::object& lengths, const py::object& offsets,
-                       const py::object& sizes, const py::object& resets, const py::object& masks, const py::object& y,
-                       const py::object& save, const py::object& reserve) {
+py::tuple run_unpacked(const GivenStack& stack, const py::tuple& names, const py::object& weights,
+                       const py::object& fields) {
+  const Packed::Request request = Packed::request_of(fields);
+  const auto& [x, state, y, save, lengths, resets, masks, reserve, offsets, sizes] = request;
   if (!reserve.is_none() && !py::isinstance<Reserve>(reserve))
     throw py::type_error("reserve: expected a Reserve or None");
   const py::object packed =
       py::cast(pack_into(stack, names, weights, !save.is_none(), reserve), py::return_value_policy::take_ownership);
-  const py::tuple results =
-      packed.cast<const Packed&>().forward(x, state, lengths, offsets, sizes, resets, masks, y, save);
+  const py::tuple results = packed.cast<const Packed&>().forward(request);
   return py::make_tuple(packed, results[0], results[1]);
 }
 
@@ -254,11 +253,13 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
 
   seal(py::class_<Packed>(m, "Packed", "The weights of a stack, packed for the ISA that was active when it was made.",
                           py::is_final())
-           .def("forward", &Packed::forward, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("offsets"),
-                py::arg("sizes"), py::arg("resets"), py::arg("masks"), py::arg("y"), py::arg("save"))
+           .def(
+               "forward",
+               [](const Packed& self, const py::object& request) { return self.forward(Packed::request_of(request)); },
+               py::arg("request"))
            .def("backward", &Packed::backward, py::arg("saved"), py::arg("dy"), py::arg("dlast"), py::arg("need_x"),
-                py::arg("need_state"), py::arg("wanted"), py::arg("sums"), py::arg("bound"), py::arg("saturated"),
-                py::arg("flow"), py::arg("dx"))
+                py::arg("need_state"), py::arg("gradients"), py::arg("bound"), py::arg("saturated"), py::arg("flow"),
+                py::arg("dx"))
            .def("plan", &Packed::plan, py::arg("steps"), py::arg("batch"), py::arg("save"), py::arg("backward"),
                 py::arg("offsets") = py::none())
            .def_property_readonly("names", [](const Packed& self) { return self.names(); })
@@ -269,9 +270,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
 
   m.def("pack", &pack, py::arg("stack"), py::arg("names"), py::arg("weights"), py::arg("training"));
 
-  m.def("run", &run_unpacked, py::arg("stack"), py::arg("names"), py::arg("weights"), py::arg("x"), py::arg("state"),
-        py::arg("lengths"), py::arg("offsets"), py::arg("sizes"), py::arg("resets"), py::arg("masks"), py::arg("y"),
-        py::arg("save"), py::arg("reserve"));
+  m.def("run", &run_unpacked, py::arg("stack"), py::arg("names"), py::arg("weights"), py::arg("request"));
 
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"),
         py::arg("rounds") = false, py::arg("engines") = false);

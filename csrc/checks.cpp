@@ -59,13 +59,15 @@ std::vector<py::object> elements(const py::object& object, const Name& name, std
     return name.text() + ": expected a sequence of " + std::to_string(count) + " elements, got ";
   };
   if (!py::isinstance<py::sequence>(object)) throw py::type_error(expected() + Py_TYPE(object.ptr())->tp_name);
-  const Py_ssize_t size = in_python(PySequence_Size, object.ptr());
+  const bool is_tuple = PyTuple_Check(object.ptr());
+  const Py_ssize_t size = is_tuple ? PyTuple_GET_SIZE(object.ptr()) : in_python(PySequence_Size, object.ptr());
   if (size < 0) throw py::error_already_set();
   if (static_cast<std::size_t>(size) != count) throw py::value_error(expected() + std::to_string(size));
   std::vector<py::object> all;
   all.reserve(count);
-  for (std::size_t i = 0; i < count; ++i)
-    all.push_back(owned(in_python(PySequence_GetItem, object.ptr(), static_cast<Py_ssize_t>(i))));
+  for (Py_ssize_t i = 0; i < size; ++i)
+    all.push_back(is_tuple ? py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(object.ptr(), i))
+                           : owned(in_python(PySequence_GetItem, object.ptr(), i)));
   return all;
 }
 

@@ -93,14 +93,16 @@ class Network {
     width_ = outputs_ * static_cast<std::int64_t>(reverse_.size());
   }
 
-  // The weights of the next layer-direction. A call needs those of all.
-  void add(const void* packed) {
-    const std::size_t i = layers_.size();
-    Layer layer{};
-    layer.sizes = sizes(i);
-    layer.reverse = reverse_[i % reverse_.size()];
-    layer.packed = packed;
-    layers_.push_back(layer);
+  // Says where the packed weights lie, those of one layer-direction after the other. A call needs them.
+  void place(void* packed, bool training) {
+    for (std::size_t i = 0; i < layer_directions(); ++i) {
+      Layer layer{};
+      layer.sizes = sizes(i);
+      layer.reverse = reverse_[i % reverse_.size()];
+      layer.packed = packed;
+      layers_.push_back(layer);
+      packed = static_cast<char*>(packed) + packed_bytes(i, training);
+    }
   }
 
   const CellEntry& entry() const { return entry_; }
@@ -128,9 +130,15 @@ class Network {
     for (std::size_t i = 0; i < layer_directions(); ++i) total += packed_bytes(i, training);
     return total;
   }
-  void pack(std::size_t i, const LayerWeights<const void*>& weights, bool training, void* to) const {
-    PackCall call{products_, sizes(i), weights, training, to};
-    run_team(kernels_.pack, &call, divide_packing(packed_bytes(i, training), num_threads()));
+  // Packs the weights of all layer-directions to where they are then placed.
+  void pack(const std::vector<LayerWeights<const void*>>& weights, bool training, void* to) {
+    place(to, training);
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      const std::int64_t bytes = packed_bytes(i, training);
+      PackCall call{products_, sizes(i), weights[i], training, to};
+      run_team(kernels_.pack, &call, divide_packing(bytes, num_threads()));
+      to = static_cast<char*>(to) + bytes;
+    }
   }
 
   // Arrays of the weights of a layer-direction: w_ih, w_hh, b_ih, b_hh, w_hr, extras, without those it does not have.

@@ -79,35 +79,38 @@ Packed::Packed(const Description& of, const py::tuple& names, const py::object& 
     throw py::value_error("names: expected " + std::to_string(weight_count(biased_)) + " strings");
   if (training && of.format == WeightFormat::bfloat16)
     throw py::value_error("format: expected float32 or float64 for training, got bfloat16");
-  const auto given = elements(weights, "weights", layer_directions());
-  char* to = static_cast<char*>(packed_.buffer().data);
-  for (std::size_t i = 0; i < given.size(); to += packed_bytes(i, training), ++i) pack_next(i, given[i], to);
+  const auto arrays = elements_of(weights, "weights");
+  std::vector<LayerWeights<const void*>> given;
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    const std::vector<Shape> shapes = weight_shapes(i);
+    std::vector<const void*> data;
+    for (std::size_t k = 0; k < shapes.size(); ++k) {
+      if (!arrays[i][k])
+        throw py::value_error(Name{"weights", i}.text() + ": expected an array named " +
+                              std::string(py::repr(names_[k])) + ", got none");
+      data.push_back(bytes_of(checked(arrays[i][k], {"weights", i, k}, dtype_, shapes[k])));
+    }
+    given.push_back(weights_at(data.data(), biased_));
+  }
+  std::optional<WithoutGil> gil;
+  if (packing_ns(Network::packed_bytes(training)) >= kKeepsGil) gil.emplace();
+  pack(given, training, packed_.buffer().data);
 }
 
-void Packed::pack_next(std::size_t i, const py::object& weights, void* to) {
-  const Name name{"weights", i};
-  if (!py::isinstance<py::dict>(weights)) throw py::type_error(name.text() + ": expected a dict of arrays");
-  const auto dict = py::reinterpret_borrow<py::dict>(weights);
-  if (dict.size() != names_.size())
-    throw py::value_error(name.text() + ": expected " + std::to_string(names_.size()) + " arrays");
-  std::vector<py::object> given;
-  for (const py::handle key : names_) {
-    given.push_back(value_of(dict, key));
-    if (!given.back())
-      throw py::value_error(name.text() + ": expected an array named " + std::string(py::repr(key)) + ", got none");
+// The arrays of a dict for each layer-direction, in the order of names_; null where a dict has none.
+std::vector<std::vector<py::object>> Packed::elements_of(const py::object& dicts, const char* name) const {
+  std::vector<std::vector<py::object>> all;
+  for (const py::object& one : elements(dicts, name, layer_directions())) {
+    if (!py::isinstance<py::dict>(one))
+      throw py::type_error(Name{name, all.size()}.text() + ": expected a dict of arrays");
+    const auto dict = py::reinterpret_borrow<py::dict>(one);
+    if (dict.size() > names_.size())
+      throw py::value_error(Name{name, all.size()}.text() + ": expected at most " + std::to_string(names_.size()) +
+                            " arrays");
+    auto& arrays = all.emplace_back();
+    for (const py::handle key : names_) arrays.push_back(value_of(dict, key));
   }
-  const std::vector<Shape> shapes = weight_shapes(i);
-  std::vector<const void*> data;
-  for (std::size_t k = 0; k < given.size(); ++k)
-    data.push_back(bytes_of(checked(given[k], {"weights", i, k}, dtype_, shapes[k])));
-  add(to);
-  const auto pointers = weights_at(data.data(), biased_);
-  if (packing_ns(packed_bytes(i, training_)) < kKeepsGil) {
-    pack(i, pointers, training_, to);
-  } else {
-    const WithoutGil gil;
-    pack(i, pointers, training_, to);
-  }
+  return all;
 }
 
 // Of the weights of layer-direction i, in the order of LayerWeights.
@@ -187,9 +190,14 @@ ForwardCall Packed::call_of(const Saved& saved, std::vector<const void*>& masks)
   return call;
 }
 
-py::tuple Packed::forward(const py::object& x, const py::object& state, const py::object& lengths,
-                          const py::object& offsets, const py::object& sizes, const py::object& resets,
-                          const py::object& masks, const py::object& y, const py::object& save) const {
+Packed::Request Packed::request_of(const py::object& fields) {
+  Request request;
+  std::ranges::move(elements(fields, "request", request.size()), request.begin());
+  return request;
+}
+
+py::tuple Packed::forward(const Request& request) const {
+  const auto& [x, state, y, save, lengths, resets, masks, reserve, offsets, sizes] = request;
   const auto initial = state_elements(state, "state", state_count());
   Saved saved;
   saved.packed_id = id_;
@@ -226,48 +234,52 @@ py::tuple Packed::forward(const py::object& x, const py::object& state, const py
 }
 
 py::tuple Packed::backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x,
-                           bool need_state, const Wanted& wanted, const py::object& sums, const GivenBound& bound,
+                           bool need_state, const py::object& gradients, const GivenBound& bound,
                            const GivenSaturated& saturated, const py::object& flow, const py::object& dx_sum) const {
   if (saved.packed_id != id_) throw py::value_error("saved: expected what forward of these weights returned");
-  const auto dlast_objects = state_elements(dlast, "dlast", state_count());
-  std::vector<std::vector<py::object>> given(layer_directions());
-  if (!sums.is_none())
-    for (std::size_t i = 0; const py::object& one : elements(sums, "sums", layer_directions()))
-      given[i] = elements(one, {"sums", i}, names_.size()), ++i;
   BackwardCall slopes{};
   slopes.watch = watch_of(bound, saturated);
-  const std::vector<py::object> flows =
-      slopes.watch.flow ? elements(flow, "flow", layer_directions()) : std::vector<py::object>();
-  const std::int64_t B = saved.rows.batch();
+  const auto given_dlast = state_elements(dlast, "dlast", state_count());
+  auto arrays = elements_of(gradients, "gradients");
+  const auto flows = slopes.watch.flow ? elements(flow, "flow", layer_directions()) : std::vector<py::object>();
   check(saved);
-  for (std::size_t i = 0; i < flows.size(); ++i)
-    slopes.flow.push_back(
-        bytes_of(checked(flows[i], {"flow", i}, dtype_, shape_of(saved, 0, entry().states + entry().gates), true)));
-  const auto dfinal = checked_states(dlast_objects, "dlast", B);
-  if (!dy.is_none()) checked(dy, "dy", dtype_, shape_of(saved, output_size()));
+  const std::int64_t B = saved.rows.batch();
+  slopes.dy = dy.is_none() ? nullptr : bytes_of(checked(dy, "dy", dtype_, shape_of(saved, output_size())));
+  slopes.dlast = bytes_of(checked_states(given_dlast, "dlast", B));
   const Shape dx_shape = shape_of(saved, input_size());
   py::object dx = py::none();
   if (need_x) dx = dx_sum.is_none() ? new_array(dtype_, dx_shape) : checked(dx_sum, "dx", dtype_, dx_shape, true);
-  const std::vector<py::array> dinitial = need_state ? new_states(B) : std::vector<py::array>{};
-  if (wanted && wanted->size() != layer_directions())
-    throw py::value_error("wanted: expected one for each of " + std::to_string(layer_directions()) +
-                          " layer-directions");
-  std::vector<Gradients> gradients;
-  for (std::size_t i = 0; i < layer_directions(); ++i) gradients.push_back(gradients_of(i, wanted, given[i]));
-  std::vector<const void*> mask_data;
-  const ForwardCall call = call_of(saved, mask_data);
-  slopes.dy = dy.is_none() ? nullptr : bytes_of(dy), slopes.dlast = bytes_of(dfinal);
   slopes.dx = need_x ? bytes_of(dx) : nullptr, slopes.add_to_dx = !dx_sum.is_none();
+  const std::vector<py::array> dinitial = need_state ? new_states(B) : std::vector<py::array>{};
   slopes.dinitial = bytes_of(dinitial);
-  for (const auto& arrays : gradients) {
-    std::vector<void*> data;
-    for (const auto& one : arrays) data.push_back(one ? bytes_of(*one) : nullptr);
-    slopes.gradients.push_back(weights_at(data.data(), biased_));
-  }
-  run<PythonHost>(*this, call, &slopes);
+  for (std::size_t i = 0; i < flows.size(); ++i)
+    slopes.flow.push_back(
+        bytes_of(checked(flows[i], {"flow", i}, dtype_, shape_of(saved, 0, entry().states + entry().gates), true)));
+  for (std::size_t i = 0; i < arrays.size(); ++i) slopes.gradients.push_back(gradients_of(arrays[i], i));
+  std::vector<const void*> mask_data;
+  run<PythonHost>(*this, call_of(saved, mask_data), &slopes);
   py::list found;
-  for (const auto& one : gradients) found.append(dict_of(one));
+  for (const auto& of_layer : arrays) {
+    py::dict dict;
+    for (std::size_t k = 0; k < of_layer.size(); ++k)
+      if (of_layer[k]) dict[names_[k]] = of_layer[k];
+    found.append(std::move(dict));
+  }
   return py::make_tuple(dx, tuple_of(dinitial), found);
+}
+
+// Where the gradients of layer-direction i are added; puts zeros in place of None.
+LayerWeights<void*> Packed::gradients_of(std::vector<py::object>& arrays, std::size_t i) const {
+  const std::vector<Shape> shapes = weight_shapes(i);
+  std::vector<void*> data;
+  for (std::size_t k = 0; k < arrays.size(); ++k) {
+    if (arrays[k] && arrays[k].is_none()) {
+      arrays[k] = new_array(dtype_, shapes[k]);
+      fill_with_zeros(arrays[k]);
+    }
+    data.push_back(arrays[k] ? bytes_of(checked(arrays[k], {"gradients", i, k}, dtype_, shapes[k], true)) : nullptr);
+  }
+  return weights_at(data.data(), biased_);
 }
 
 Watch Packed::watch_of(const GivenBound& bound, const GivenSaturated& saturated) const {
@@ -284,31 +296,6 @@ Watch Packed::watch_of(const GivenBound& bound, const GivenSaturated& saturated)
   for (std::size_t gate = 0; gate < saturated->size(); ++gate)
     std::tie(watch.low[gate], watch.high[gate]) = (*saturated)[gate];
   return watch;
-}
-
-// The wanted gradients of layer-direction i: those given, or zeros.
-Packed::Gradients Packed::gradients_of(std::size_t i, const Wanted& wanted, const std::vector<py::object>& sums) const {
-  const std::vector<Shape> shapes = weight_shapes(i);
-  if (wanted && (*wanted)[i].size() != shapes.size())
-    throw py::value_error(Name{"wanted", i}.text() + ": expected " + std::to_string(shapes.size()) + " flags");
-  Gradients gradients(shapes.size());
-  for (std::size_t k = 0; k < shapes.size(); ++k) {
-    if (wanted && !(*wanted)[i][k]) continue;
-    if (!sums.empty()) {
-      gradients[k] = checked(sums[k], {"sums", i, k}, dtype_, shapes[k], true);
-      continue;
-    }
-    gradients[k] = new_array(dtype_, shapes[k]);
-    fill_with_zeros(*gradients[k]);
-  }
-  return gradients;
-}
-
-py::dict Packed::dict_of(const Gradients& gradients) const {
-  py::dict dict;
-  for (std::size_t k = 0; k < gradients.size(); ++k)
-    if (gradients[k]) dict[names_[k]] = *gradients[k];
-  return dict;
 }
 
 py::dict Packed::plan(std::int64_t steps, std::int64_t batch, const py::object& save, bool backward,

@@ -5,6 +5,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <optional>
@@ -58,28 +59,26 @@ class Packed : public Network {
   Packed(const Description& of, const py::tuple& names, const py::object& weights, bool training,
          const py::object& reserve);
 
-  // Fills y. Returns the final state, and what backward needs, None where `save` is. None for the state, or in place of
-  // one, is zeros. At most one of lengths (B,), offsets (B + 1,) and sizes (T,) is given; see Sequences. Resets are
-  // read again by backward.
-  py::tuple forward(const py::object& x, const py::object& state, const py::object& lengths, const py::object& offsets,
-                    const py::object& sizes, const py::object& resets, const py::object& masks, const py::object& y,
-                    const py::object& save) const;
+  // The fields of Forward of python/rnnkern/stack.py, in their order.
+  using Request = std::array<py::object, 10>;
+  static Request request_of(const py::object& fields);
 
-  // Which weights of each layer-direction, in the order of LayerWeights, are to get a gradient; none: all of them.
-  using Wanted = std::optional<std::vector<std::vector<bool>>>;
+  // Fills y. Returns the final state, and what backward needs, None where `save` is. At most one of lengths, offsets
+  // and sizes is given; see Sequences. Resets are read again by backward.
+  py::tuple forward(const Request& request) const;
+
   using GivenBound = std::optional<std::pair<std::string, double>>;              // "norm" or "value", and how much
   using GivenSaturated = std::optional<std::vector<std::pair<double, double>>>;  // of each gate: at most, or above
 
-  // Returns the gradients of x (None unless need_x), of the initial state (() unless need_state), and of the wanted
-  // weights of each layer-direction, in dicts like those they were packed from. None for dlast, or in place of one, is
-  // zeros. Gradients of weights are added to those in `sums`, for each layer-direction a list in the order of
-  // `names()`, of which those not wanted are not looked at; None makes new ones. The gradients of the states after each
-  // step are bounded by `bound`, and where `saturated` has two bounds for each gate the arrays (states + gates, T, B)
-  // of `flow`, one for each layer-direction, are filled: see Watch.
+  // Returns the gradients of x (None unless need_x), of the initial state (() unless need_state), and of the weights of
+  // each layer-direction, in dicts like those they were packed from: of those that the dicts of `gradients` have, added
+  // to what is there, None: to zeros. None for dy, dlast, or in place of a state, is zeros. The gradients of the states
+  // after each step are bounded by `bound`, and where `saturated` has two bounds for each gate the arrays
+  // (states + gates, T, B) of `flow`, one for each layer-direction, are filled: see Watch.
   // The gradient of x is added to `dx` where that is not None.
   py::tuple backward(const Saved& saved, const py::object& dy, const py::object& dlast, bool need_x, bool need_state,
-                     const Wanted& wanted, const py::object& sums, const GivenBound& bound,
-                     const GivenSaturated& saturated, const py::object& flow, const py::object& dx) const;
+                     const py::object& gradients, const GivenBound& bound, const GivenSaturated& saturated,
+                     const py::object& flow, const py::object& dx) const;
 
   // How a training call of this size is divided, and the bytes that NumPy allocates in it beside states, y and
   // gradients: `kept` for as long as there is what it saves, `scratch` while it runs.
@@ -93,19 +92,16 @@ class Packed : public Network {
     return {static_cast<std::int64_t>(layer_directions()), B, state_size(s)};
   }
   std::vector<py::array> new_states(std::int64_t B) const;
+  // None for the state, or in place of one array, stays None.
   std::vector<py::object> checked_states(const std::vector<py::object>& given, const char* name, std::int64_t B) const;
 
   std::int64_t nbytes() const { return packed_.buffer().owner.nbytes(); }
 
  private:
-  // Of the weights of a layer-direction, in the order of LayerWeights; none: not wanted.
-  using Gradients = std::vector<std::optional<py::array>>;
-
-  void pack_next(std::size_t i, const py::object& weights, void* to);
+  std::vector<std::vector<py::object>> elements_of(const py::object& dicts, const char* name) const;
   std::vector<Shape> weight_shapes(std::size_t i) const;
+  LayerWeights<void*> gradients_of(std::vector<py::object>& arrays, std::size_t i) const;
   Watch watch_of(const GivenBound& bound, const GivenSaturated& saturated) const;
-  Gradients gradients_of(std::size_t i, const Wanted& wanted, const std::vector<py::object>& sums) const;
-  py::dict dict_of(const Gradients& gradients) const;
   Sequences rows_of(const std::vector<std::int64_t>& leading, const py::object& lengths, const py::object& offsets,
                     const py::object& sizes, Save save) const;
   void check(const Saved& saved) const;

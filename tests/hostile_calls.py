@@ -24,7 +24,7 @@ import rnnkern as rk
 from rnnkern import config
 from rnnkern.backends.native import native_module
 from rnnkern.cells import CELLS
-from rnnkern.stack import Stack
+from rnnkern.stack import Forward, Stack
 
 native = native_module()
 
@@ -507,10 +507,12 @@ class Native:
         self.saved = [self.run(stack)[1] for stack in self.stacks]
 
     def pack_arguments(self, stack: Stack, training: bool, bias: bool) -> dict[str, Any]:
-        shapes = [sizes.weight_shapes(bias, stack.proj_size > 0) for sizes in stack.layers]
         return {
             "stack": stack.description, "names": stack.weight_names[bias], "training": training,
-            "weights": [{name: floats(*shape, dtype=stack.dtype) for name, shape in one.items()} for one in shapes],
+            "weights": [
+                {name: floats(*shape, dtype=stack.dtype) for name, shape in one.items()}
+                for one in stack.weight_shapes[bias]
+            ],
         }  # fmt: skip
 
     def state(self, stack: Stack) -> tuple[Any, ...]:
@@ -538,7 +540,7 @@ class Native:
     def run(self, stack: Stack, bias: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         packed = native.pack(**self.pack_arguments(stack, True, bias))
         arguments = self.forward_arguments(stack) | {"save": self.rng.choice(("gates", "outputs"))}
-        return packed, packed.forward(**arguments)[1], arguments
+        return packed, packed.forward(Forward(**arguments))[1], arguments
 
     def pack(self) -> Call:
         stack = self.rng.choice(self.stacks)
@@ -547,7 +549,9 @@ class Native:
     def forward(self) -> Call:
         stack = self.rng.choice(self.stacks)
         packed = native.pack(**self.pack_arguments(stack, self.rng.random() < 0.5, True))
-        return packed.forward, self.forward_arguments(stack), ("y",)
+        if self.rng.random() < 0.1:
+            return packed.forward, {"request": tuple(Forward(**self.forward_arguments(stack)))}, ("request",)
+        return (lambda **fields: packed.forward(Forward(**fields))), self.forward_arguments(stack), ("y",)
 
     def plan(self) -> Call:
         packed = native.pack(**self.pack_arguments(self.rng.choice(self.stacks), self.rng.random() < 0.9, True))
@@ -570,30 +574,30 @@ class Native:
             "dlast": self.state(stack),
             "need_x": True,
             "need_state": self.rng.random() < 0.5,
-            "wanted": self.rng.choice((None, self.wanted(stack, bias))),
-            "sums": self.rng.choice((None, self.sums(stack, bias))),
+            "gradients": self.gradients(stack, bias),
             "bound": self.rng.choice((None, ("norm", 1.0), ("value", 0.5))),
             "saturated": self.rng.choice((None, stack.cell.saturated)),
             "flow": self.flow(stack, lead),
             "dx": self.rng.choice((None, np.zeros((*lead, stack.input_size), stack.dtype))),
         }
-        return packed.backward, arguments, ("sums", "flow", "dx")
+        return packed.backward, arguments, ("gradients", "flow", "dx")
 
     def flow(self, stack: Stack, lead: tuple[int, ...]) -> list[Any]:
         """Arrays for what is measured of each layer-direction in a call of these rows."""
         shape = (len(stack.cell.states) + len(stack.cell.gates), *lead)
         return [np.zeros(shape, stack.dtype) for _ in stack.layers]
 
-    def sums(self, stack: Stack, bias: bool) -> list[list[Any]]:
-        """Arrays to add gradients to, of which one may be missing."""
-        shapes = [sizes.weight_shapes(bias, stack.proj_size > 0).values() for sizes in stack.layers]
-        return [[None if self.rng.random() < 0.02 else np.zeros(one, stack.dtype) for one in of] for of in shapes]
-
-    def wanted(self, stack: Stack, bias: bool) -> list[list[bool]]:
-        """Which gradients are asked for, sometimes of the wrong count."""
-        count = len(stack.layers[0].weight_shapes(bias, stack.proj_size > 0)) + (self.rng.random() < 0.1)
-        layers = len(stack.layers) + (self.rng.random() < 0.1)
-        return [[self.rng.random() < 0.5 for _ in range(count)] for _ in range(layers)]
+    def gradients(self, stack: Stack, bias: bool) -> list[dict[str, Any]]:
+        """Arrays to add gradients to, None for new ones, without some of them."""
+        wanted, given = self.rng.choice((0.5, 1)), self.rng.random() < 0.5
+        return [
+            {
+                name: np.zeros(shape, stack.dtype) if given else None
+                for name, shape in one.items()
+                if self.rng.random() < wanted
+            }
+            for one in stack.weight_shapes[bias]
+        ]
 
     def frozen_call(self) -> Call:
         stack = self.rng.choice(self.stacks)

@@ -30,9 +30,9 @@ class Packed:
     """
     The weights of a stack, packed for the ISA that was active when it was made.
     """
-    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool, need_state: bool, wanted: collections.abc.Sequence[collections.abc.Sequence[bool]] | None, sums: typing.Any, bound: tuple[str, typing.SupportsFloat | typing.SupportsIndex] | None, saturated: collections.abc.Sequence[tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex]] | None, flow: typing.Any, dx: typing.Any) -> tuple:
+    def backward(self, saved: Saved, dy: typing.Any, dlast: typing.Any, need_x: bool, need_state: bool, gradients: typing.Any, bound: tuple[str, typing.SupportsFloat | typing.SupportsIndex] | None, saturated: collections.abc.Sequence[tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex]] | None, flow: typing.Any, dx: typing.Any) -> tuple:
         ...
-    def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, sizes: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any) -> tuple:
+    def forward(self, request: typing.Any) -> tuple:
         ...
     def plan(self, steps: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex, save: typing.Any, backward: bool, offsets: typing.Any = None) -> dict:
         ...
@@ -146,7 +146,7 @@ def pack(stack: tuple[str, str, bool, bool, typing.SupportsInt | typing.Supports
     ...
 def reserve() -> Reserve:
     ...
-def run(stack: tuple[str, str, bool, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, sizes: typing.Any, resets: typing.Any, masks: typing.Any, y: typing.Any, save: typing.Any, reserve: typing.Any) -> tuple:
+def run(stack: tuple[str, str, bool, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, request: typing.Any) -> tuple:
     ...
 def scale(arrays: list, factor: typing.SupportsFloat | typing.SupportsIndex) -> None:
     """

@@ -212,10 +212,14 @@ class Stack:
         return self.cell.name, self.format, self.rounds, self.engines, *sizes, self.directions
 
     @cached_property
-    def weight_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def weight_shapes(self) -> tuple[list[dict[str, tuple[int, ...]]], ...]:
+        """Those of each layer-direction: without biases, and with them."""
+        return tuple([one.weight_shapes(bias, self.proj_size > 0) for one in self.layers] for bias in (False, True))
+
+    @cached_property
+    def weight_names(self) -> tuple[tuple[str, ...], ...]:
         """Of a layer-direction, in the order of `LayerSizes.weight_shapes`: without biases, and with them."""
-        without, with_biases = [tuple(self.layers[0].weight_shapes(bias, self.proj_size > 0)) for bias in (False, True)]
-        return without, with_biases
+        return tuple(tuple(shapes[0]) for shapes in self.weight_shapes)
 
     @property
     def state_size(self) -> int:

@@ -114,11 +114,8 @@ def pack(stack: Stack, weights: Sequence[Mapping[str, Array]], training: bool) -
 
 def run(stack: Stack, weights: Sequence[Mapping[str, Array]], call: Forward) -> tuple[Any, State, Any]:
     """See `backends`."""
-    x, state, y, save, lengths, resets, masks, reserve, offsets, sizes = call
     names = stack.weight_names["b_ih" in weights[0]]
-    results: tuple[Any, State, Any] = _native.run(
-        stack.description, names, weights, x, state, lengths, offsets, sizes, resets, masks, y, save, reserve
-    )
+    results: tuple[Any, State, Any] = _native.run(stack.description, names, weights, call)
     return results
 
 
@@ -129,8 +126,7 @@ def reserve() -> Any:
 
 def forward(stack: Stack, packed: Any, call: Forward) -> tuple[State, Any]:
     """See `backends`."""
-    x, state, y, save, lengths, resets, masks, _, offsets, sizes = call
-    final, saved = packed.forward(x, state, lengths, offsets, sizes, resets, masks, y, save)
+    final, saved = packed.forward(call)
     return final, saved
 
 
@@ -138,23 +134,25 @@ def backward(
     stack: Stack, packed: Any, saved: Any, call: Forward, asked: Backward
 ) -> tuple[Array | None, State, list[dict[str, Array]]]:
     """See `backends`; what `call` says is in `saved`."""
-    flags = None if asked.wanted is None else [[name in one for name in packed.names] for one in asked.wanted]
-    sums = None if asked.sums is None else [[one.get(name) for name in packed.names] for one in asked.sums]
+    names: tuple[str, ...] = packed.names
+    gradients: Sequence[Mapping[str, Array | None]] = asked.sums or [dict.fromkeys(names)] * len(stack.layers)
+    if asked.wanted is not None:
+        pairs = zip(gradients, asked.wanted, strict=True)
+        gradients = [{name: one[name] for name in names if name in wanted} for one, wanted in pairs]
     saturated = None if asked.flow is None else stack.cell.saturated
-    dx, dinitial, gradients = packed.backward(
+    results: tuple[Array | None, State, list[dict[str, Array]]] = packed.backward(
         saved,
         asked.dy,
         asked.dstate,
         asked.need_x,
         asked.need_state,
-        flags,
-        sums,
+        gradients,
         asked.bound,
         saturated,
         asked.flow,
         asked.dx,
     )
-    return dx, dinitial, gradients
+    return results
 
 
 def plan(
