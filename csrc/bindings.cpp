@@ -37,12 +37,36 @@
 namespace rnnkern {
 namespace {
 
-constexpr std::string_view kEngines[] = {"none", "emulated", "amx"};
+constexpr std::string_view kEngines[] = {"none", "pairs", "emulated", "amx"};
 
-// A call of Linear's kernels over rows of x (rows, inputs).
-void run_linear(Linear& call, const py::dtype& dtype, bool rounds, bool engines, bool backward) {
+// Linear's kernels over the rows of x (rows, inputs): forward where there is y, else backward, which adds to dweight
+// and dbias; None for what is not there or not wanted. With `rounds` the operands of products are rounded to bfloat16,
+// with `engines` products of floats are a matrix engine's; without effect on float64.
+void linear(const py::object& x, const py::object& weight, const py::object& bias, const py::object& y,
+            const py::object& dy, const py::object& dx, const py::object& dweight, const py::object& dbias, bool rounds,
+            bool engines) {
+  if (!py::isinstance<py::array>(x) || !py::isinstance<py::array>(weight))
+    throw py::type_error("x, weight: expected arrays");
+  const auto &of_x = fields_of(x), &of_weight = fields_of(weight);
+  if (of_x.nd != 2 || of_weight.nd != 2) throw py::value_error("x, weight: expected two dimensions");
+  if (y.is_none() && dy.is_none()) throw py::value_error("y, dy: expected one of them");
+  Linear call{};
+  call.rows = of_x.dimensions[0], call.inputs = of_weight.dimensions[1], call.outputs = of_weight.dimensions[0];
+  // An array without elements may have more rows than there is memory.
+  if (call.inputs < 1 || call.outputs < 1) throw py::value_error("weight: expected at least one row and one column");
+  const py::dtype dtype = float_dtype(py::reinterpret_borrow<py::array>(x).dtype());
+  const auto data_of = [&](const py::object& array, const char* name, const Shape& shape, bool writable = false) {
+    return array.is_none() ? nullptr : bytes_of(checked(array, name, dtype, shape, writable));
+  };
+  const Shape of_inputs{call.rows, call.inputs}, of_outputs{call.rows, call.outputs}, matrix{call.outputs, call.inputs};
+  call.x = data_of(x, "x", of_inputs), call.weight = data_of(weight, "weight", matrix);
+  call.bias = data_of(bias, "bias", {call.outputs}), call.y = data_of(y, "y", of_outputs, true);
+  call.dy = data_of(dy, "dy", of_outputs), call.dx = data_of(dx, "dx", of_inputs, true);
+  call.dweight = data_of(dweight, "dweight", matrix, true), call.dbias = data_of(dbias, "dbias", {call.outputs}, true);
+  if (call.rows == 0) return;
+
   const KernelTable& table = *active().table;
-  const bool is_double = dtype.itemsize() == 8;
+  const bool is_double = dtype.itemsize() == 8, backward = y.is_none();
   const LinearKernels& kernels = is_double ? table.linear_f64 : table.linear_f32;
   call.products = products_of(table, is_double ? WeightFormat::float64 : WeightFormat::float32, rounds, engines, false);
   const double flops = 2.0 * static_cast<double>(call.rows) * static_cast<double>(call.inputs) *
@@ -52,56 +76,6 @@ void run_linear(Linear& call, const py::dtype& dtype, bool rounds, bool engines,
   call.scratch = scratch.data();
   const WithoutGil gil;
   run_team(backward ? kernels.backward : kernels.forward, &call, demand);
-}
-
-// The arrays of a call of Linear, checked.
-struct LinearArrays {
-  py::dtype dtype;
-  Linear call{};
-
-  LinearArrays(const py::object& x, const py::object& weight) : dtype(py::dtype::of<float>()) {
-    if (!py::isinstance<py::array>(x) || !py::isinstance<py::array>(weight))
-      throw py::type_error("x, weight: expected arrays");
-    const auto &of_x = fields_of(x), &of_weight = fields_of(weight);
-    if (of_x.nd != 2 || of_weight.nd != 2) throw py::value_error("x, weight: expected two dimensions");
-    call.rows = of_x.dimensions[0], call.inputs = of_weight.dimensions[1], call.outputs = of_weight.dimensions[0];
-    // An array without elements may have more rows than there is memory.
-    if (call.inputs < 1 || call.outputs < 1) throw py::value_error("weight: expected at least one row and one column");
-    dtype = float_dtype(py::reinterpret_borrow<py::array>(x).dtype());
-    call.x = data_of(x, "x", {call.rows, call.inputs});
-    call.weight = data_of(weight, "weight", {call.outputs, call.inputs});
-  }
-
-  void* data_of(const py::object& array, const char* name, const Shape& shape, bool writable = false) const {
-    return bytes_of(checked(array, name, dtype, shape, writable));
-  }
-  // Null for None.
-  void* given(const py::object& array, const char* name, const Shape& shape, bool writable = false) const {
-    return array.is_none() ? nullptr : data_of(array, name, shape, writable);
-  }
-};
-
-// With `rounds` the operands of products are rounded to bfloat16, with `engines` products of floats are a matrix
-// engine's; without effect on float64.
-void linear_forward(const py::object& x, const py::object& weight, const py::object& bias, const py::object& y,
-                    bool rounds, bool engines) {
-  LinearArrays arrays(x, weight);
-  Linear& call = arrays.call;
-  call.y = arrays.data_of(y, "y", {call.rows, call.outputs}, true);
-  call.bias = arrays.given(bias, "bias", {call.outputs});
-  if (call.rows > 0) run_linear(call, arrays.dtype, rounds, engines, false);
-}
-
-// Adds to dweight and dbias.
-void linear_backward(const py::object& x, const py::object& weight, const py::object& dy, const py::object& dx,
-                     const py::object& dweight, const py::object& dbias, bool rounds, bool engines) {
-  LinearArrays arrays(x, weight);
-  Linear& call = arrays.call;
-  call.dy = arrays.data_of(dy, "dy", {call.rows, call.outputs});
-  call.dx = arrays.given(dx, "dx", {call.rows, call.inputs}, true);
-  call.dweight = arrays.given(dweight, "dweight", {call.outputs, call.inputs}, true);
-  call.dbias = arrays.given(dbias, "dbias", {call.outputs}, true);
-  if (call.rows > 0) run_linear(call, arrays.dtype, rounds, engines, true);
 }
 
 // Runs the kernels over the rows of vectors and matrices: for the sums of their squares, or by `factor`. Returns the
@@ -132,23 +106,6 @@ double run_rows(const py::list& arrays, double factor, bool measure) {
 
 double sum_of_squares(const py::list& arrays) { return run_rows(arrays, 0, true); }
 void scale(const py::list& arrays, double factor) { run_rows(arrays, factor, false); }
-
-py::array activation(const std::string& name, const py::array& x) {
-  const KernelTable& table = *active().table;
-  const py::dtype dtype = float_dtype(x.dtype());
-  const py::array from = checked(x, "x", dtype, {x.size()});
-  py::array y = new_array(dtype, {x.size()});
-  for (int i = 0; i < table.activation_count; ++i) {
-    const ActivationKernel& kernel = table.activations[i];
-    if (name != kernel.name) continue;
-    if (dtype.itemsize() == 4)
-      kernel.f32(static_cast<const float*>(from.data()), static_cast<float*>(y.mutable_data()), from.size());
-    else
-      kernel.f64(static_cast<const double*>(from.data()), static_cast<double*>(y.mutable_data()), from.size());
-    return y;
-  }
-  throw py::value_error("name: the compiled module has no activation '" + name + "'");
-}
 
 // What stack.Stack.description has: cell, format, whether operands are rounded, whether engines multiply, input_size,
 // hidden_size, proj_size, num_layers, directions.
@@ -272,14 +229,11 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
 
   m.def("run", &run_unpacked, py::arg("stack"), py::arg("names"), py::arg("weights"), py::arg("request"));
 
-  m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"),
-        py::arg("rounds") = false, py::arg("engines") = false);
-  m.def("linear_backward", &linear_backward, py::arg("x"), py::arg("weight"), py::arg("dy"), py::arg("dx"),
-        py::arg("dweight"), py::arg("dbias"), py::arg("rounds") = false, py::arg("engines") = false);
+  m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("dy"), py::arg("dx"),
+        py::arg("dweight"), py::arg("dbias"), py::arg("rounds"), py::arg("engines"));
   m.def("sum_of_squares", &sum_of_squares, py::arg("arrays"),
         "In float64, the elements of a row first and then the rows; the same on any number of threads.");
   m.def("scale", &scale, py::arg("arrays"), py::arg("factor"), "Multiplies arrays in place.");
-  m.def("activation", &activation, py::arg("name"), py::arg("x"), "One of the kernels' activations, for tests.");
   m.def("measure", &measure, py::arg("name"), py::arg("cell"), py::arg("repeats"), py::arg("elements"),
         py::arg("threads"), py::arg("runs"), "Times a loop that only the machine limits, for rnnkern.limits.");
   m.def("cells", &cell_descriptions, "What the compiled module knows of each cell.");
@@ -299,22 +253,17 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
       },
       py::arg("name"), "Packs weights for another ISA from now on.");
   m.def(
-      "multiplies_pairs", [] { return multiplies_pairs(*active().table); },
-      "Whether products of bfloat16 numbers are made in pairs, by the ISA in use.");
-  m.def("allow_pairs", &allow_pairs, py::arg("allowed"),
-        "Lets them be made so, or not, for what is packed from now on.");
-  m.def(
       "engine", [] { return std::string(kEngines[static_cast<int>(engine(*active().table))]); },
-      "What multiplies tiles of bfloat16 numbers: 'none', 'emulated' or 'amx'.");
+      "What multiplies bfloat16 numbers: 'none', 'pairs', 'emulated' or 'amx', a matrix engine.");
   m.def(
       "use_engine",
       [](const std::string& best) {
         const auto* const found = std::ranges::find(kEngines, best);
-        if (found == std::end(kEngines)) throw py::value_error("best: expected 'none', 'emulated' or 'amx'");
+        if (found == std::end(kEngines)) throw py::value_error("best: expected 'none', 'pairs', 'emulated' or 'amx'");
         return std::string(kEngines[static_cast<int>(use_engine(static_cast<Engine>(found - kEngines)))]);
       },
       py::arg("best"),
-      "Lets tiles be multiplied so, where that is there, for what is packed from now on.\n\nReturns what was best "
+      "The best that may, where it is there, for what is packed from now on.\n\nReturns what was best "
       "before.");
   m.def(
       "lanes",

@@ -37,8 +37,6 @@ std::atomic<const Isa*>& current() noexcept {
   return isa;
 }
 
-std::atomic<bool> pairs_allowed = true;
-
 // Intel's takes twice the time of the multiply-adds that it stands for.
 bool has_instruction_for_pairs() noexcept {
 #if defined(__x86_64__)
@@ -70,7 +68,7 @@ std::atomic<Engine>& best_engine() noexcept {
   static std::atomic<Engine> best = [] {
     const char* const asked = std::getenv("RNNKERN_AMX");
     const std::string_view name = asked ? asked : "";
-    return name == "off" ? Engine::none : name == "emulated" ? Engine::emulated : Engine::amx;
+    return name == "off" ? Engine::pairs : name == "emulated" ? Engine::emulated : Engine::amx;
   }();
   return best;
 }
@@ -79,18 +77,13 @@ std::atomic<Engine>& best_engine() noexcept {
 
 Engine engine(const KernelTable& table) noexcept {
   const Engine best = best_engine().load(std::memory_order_relaxed);
-  if (best == Engine::amx) return table.has_tiles && has_engine() ? Engine::amx : Engine::none;
-  return table.has_pairs ? best : Engine::none;
+  if (best == Engine::amx && table.has_tiles && has_engine()) return best;
+  if (best == Engine::emulated && table.has_pairs) return best;
+  const bool has_pairs = table.has_pairs && (table.emulates_pairs || has_instruction_for_pairs());
+  return has_pairs && best != Engine::none ? Engine::pairs : Engine::none;
 }
 
 Engine use_engine(Engine best) noexcept { return best_engine().exchange(best, std::memory_order_relaxed); }
-
-bool multiplies_pairs(const KernelTable& table) noexcept {
-  return table.has_pairs && (table.emulates_pairs || has_instruction_for_pairs()) &&
-         pairs_allowed.load(std::memory_order_relaxed);
-}
-
-void allow_pairs(bool allowed) noexcept { pairs_allowed.store(allowed, std::memory_order_relaxed); }
 
 std::span<const Isa> isas() noexcept {
 #define RNNKERN_ROW(name, supported) {#name, static_cast<bool>(supported), &name::table},

@@ -25,16 +25,12 @@ const Isa* find_isa(std::string_view name) noexcept;
 // names none.
 const Isa& active() noexcept;
 
-// Says whether products of bfloat16 numbers are made in pairs: where the ISA has kernels for it and the CPU the
-// instruction, or where it is emulated. Results have the same bits either way.
-bool multiplies_pairs(const KernelTable& table) noexcept;
-// Lets them be made so, or not, from now on; for tests.
-void allow_pairs(bool allowed) noexcept;
+// What multiplies bfloat16 numbers, the best last: multiply-adds of floats; the instruction for pairs, of the CPU or
+// emulated; code that computes what a matrix engine does; the engine. The first two give the same bits, and so do the
+// last two.
+enum class Engine { none, pairs, emulated, amx };
 
-// What multiplies tiles of bfloat16 numbers: nothing, code that computes what a matrix engine does, or the engine.
-enum class Engine { none, emulated, amx };
-
-// What an ISA's kernels use: what use_engine has set where that is there, else nothing.
+// The best one that an ISA's kernels and the CPU have, no better than what use_engine has set.
 Engine engine(const KernelTable& table) noexcept;
 // Sets it for what is packed from now on, and returns what was set before: at first what RNNKERN_AMX says, "off" or
 // "emulated", else the engine.

@@ -165,13 +165,6 @@ struct LinearKernels {
   Task backward;
 };
 
-// elementwise function of n elements, for tests of the approximations
-struct ActivationKernel {
-  const char* name;
-  void (*f32)(const float* x, float* y, std::int64_t n) noexcept;
-  void (*f64)(const double* x, double* y, std::int64_t n) noexcept;
-};
-
 // One run of a loop of probes.h.
 struct Probe {
   std::int64_t repeats;
@@ -202,8 +195,6 @@ struct KernelTable {
   bool has_tiles;                  // Products::bfloat16_tiles
   std::int64_t (*weight_bytes)(Products) noexcept;  // of one packed weight
   Task rows_f32, rows_f64;                          // context: const Rows*
-  const ActivationKernel* activations;
-  int activation_count;
   const ProbeKernel* probes;
   int probe_count;
   int lanes_f32, lanes_f64;

@@ -303,15 +303,6 @@ void run_rows(void* context, Worker& worker) noexcept {
   }
 }
 
-template <class V, V (*function)(V) noexcept>
-void apply(const Scalar<V>* x, Scalar<V>* y, std::int64_t n) noexcept {
-  constexpr int lanes = kLanes<Scalar<V>>;
-  for (std::int64_t i = 0; i < n; i += lanes) {
-    const int some = n - i < lanes ? static_cast<int>(n - i) : lanes;
-    store_some<V>(y + i, function(load_some<V>(x + i, some)), some);
-  }
-}
-
 template <class Cell, class T>
 constexpr CellKernels kKernels{packed_bytes<Cell, T>,  run_packing<Cell, T>, saved_elements<Cell, T>,
                                scratch_bytes<Cell, T>, row_grain<Cell, T>,   run_forward<Cell, T>,
@@ -344,22 +335,14 @@ struct Entries<CellList<C...>> {
 template <class T>
 constexpr LinearKernels kLinear{linear_scratch_bytes<T>, linear_forward<T>, linear_backward<T>};
 
-constexpr ActivationKernel kActivations[] = {
-    {"sigmoid", apply<F32, sigmoid<F32>>, apply<F64, sigmoid<F64>>},
-    {"tanh", apply<F32, tanh<F32>>, apply<F64, tanh<F64>>},
-    {"relu", apply<F32, relu<F32>>, apply<F64, relu<F64>>},
-};
-
 }  // namespace
 
 namespace RNNKERN_ISA {
 
 extern const KernelTable table;
-const KernelTable table = {
-    Entries<Cells>::all, Cells::count,         kLinear<float>, kLinear<double>,
-    kHasPairs,           kEmulatesPairs,       kHasEngine,     weight_bytes,
-    run_rows<float>,     run_rows<double>,     kActivations,   sizeof kActivations / sizeof *kActivations,
-    Probes<Cells>::all,  Probes<Cells>::count, kLanes<float>,  kLanes<double>};
+const KernelTable table = {Entries<Cells>::all, Cells::count,         kLinear<float>, kLinear<double>, kHasPairs,
+                           kEmulatesPairs,      kHasEngine,           weight_bytes,   run_rows<float>, run_rows<double>,
+                           Probes<Cells>::all,  Probes<Cells>::count, kLanes<float>,  kLanes<double>};
 
 }  // namespace RNNKERN_ISA
 }  // namespace rnnkern

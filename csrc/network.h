@@ -56,13 +56,13 @@ inline Products products_of(const KernelTable& table, WeightFormat format, bool 
   const Engine multiplies = few ? Engine::none : engine(table);
   if (!rounds) {
     if (narrow) return Products::bfloat16_weights;
-    if (!engines || multiplies == Engine::none) return Products::float32;
+    if (!engines || multiplies < Engine::emulated) return Products::float32;
     return multiplies == Engine::amx ? Products::sliced_tiles : Products::emulated_sliced_tiles;
   }
-  if (multiplies == Engine::amx) return Products::bfloat16_tiles;
-  if (multiplies == Engine::emulated) return Products::emulated_bfloat16_tiles;
-  if (multiplies_pairs(table) && !few) return Products::bfloat16_pairs;
-  return narrow ? Products::rounded_bfloat16_weights : Products::rounded;
+  constexpr Products of_engines[] = {Products::rounded, Products::bfloat16_pairs, Products::emulated_bfloat16_tiles,
+                                     Products::bfloat16_tiles};
+  if (narrow && multiplies == Engine::none) return Products::rounded_bfloat16_weights;
+  return of_engines[static_cast<int>(multiplies)];
 }
 
 class Network {

@@ -642,16 +642,18 @@ class Native:
     def linear(self) -> Call:
         dtype = self.rng.choice((np.float32, np.float64))
         x, weight, y = floats(5, 3, dtype=dtype), floats(2, 3, dtype=dtype), floats(5, 2, dtype=dtype)
-        bias, precision = floats(2, dtype=dtype), {"rounds": self.rng.random() < 0.5}
+        bias, products = floats(2, dtype=dtype), {"rounds": self.rng.random() < 0.5, "engines": self.rng.random() < 0.5}
+        gradients = {"dx": np.zeros_like(x), "dweight": np.zeros_like(weight), "dbias": np.zeros_like(bias)}
         if self.rng.random() < 0.5:
-            return native.linear_forward, {"x": x, "weight": weight, "bias": bias, "y": y} | precision, ("y",)
-        filled = {"dx": np.zeros_like(x), "dweight": np.zeros_like(weight), "dbias": np.zeros_like(bias)}
-        return native.linear_backward, {"x": x, "weight": weight, "dy": y} | filled | precision, tuple(filled)
+            given = {"bias": bias, "y": y, "dy": None} | dict.fromkeys(gradients)
+        else:
+            given = {"bias": None, "y": None, "dy": y} | gradients
+        return native.linear, {"x": x, "weight": weight} | given | products, ("y", *gradients)
 
     def small(self) -> Call:
         packed, saved, _ = self.run(self.stacks[0])
         calls: tuple[Call, ...] = (
-            (native.activation, {"name": "tanh", "x": floats(9)}, ()),
+            (native.sum_of_squares, {"arrays": [floats(9), floats(2, 3)]}, ()),
             (native.set_num_threads, {"count": 2}, ()),
             (native.lanes, {"dtype": "float32"}, ()),
             ((lambda name: native.use_isa(name)), {"name": native.isa()}, ()),

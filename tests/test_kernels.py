@@ -229,7 +229,7 @@ class Case:
         """Of the ISA, which is in use, and the dtype."""
         native, dtype = native_module(), np.dtype(self.options["dtype"])
         lanes = native.lanes(dtype)
-        in_pairs = self.options.get("precision") == "bfloat16" and native.multiplies_pairs()
+        in_pairs = self.options.get("precision") == "bfloat16" and native.engine() == "pairs"
         itemsize = 2 if in_pairs else dtype.itemsize
         return Vectors(lanes, lanes * dtype.itemsize, lanes * itemsize, len(CELLS[self.cell].gates))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'Worth', 'activation', 'allow_pairs', 'cells', 'compiler', 'decide', 'engine', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear_backward', 'linear_forward', 'measure', 'most_threads', 'multiplies_pairs', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'scale', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_engine', 'use_isa', 'wait_at_start']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'Worth', 'cells', 'compiler', 'decide', 'engine', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'scale', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_engine', 'use_isa', 'wait_at_start']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -84,14 +84,6 @@ class Worth:
         """
         0: alone, 1: with helpers, 2: measured.
         """
-def activation(name: str, x: numpy.ndarray) -> numpy.ndarray:
-    """
-    One of the kernels' activations, for tests.
-    """
-def allow_pairs(allowed: bool) -> None:
-    """
-    Lets them be made so, or not, for what is packed from now on.
-    """
 def cells() -> list:
     """
     What the compiled module knows of each cell.
@@ -102,7 +94,7 @@ def decide(threads: typing.SupportsInt | typing.SupportsIndex, expected_ns: typi
     """
 def engine() -> str:
     """
-    What multiplies tiles of bfloat16 numbers: 'none', 'emulated' or 'amx'.
+    What multiplies bfloat16 numbers: 'none', 'pairs', 'emulated' or 'amx', a matrix engine.
     """
 def frozen_call(packed: Packed, friendly: typing.Any, batch_first: bool) -> FrozenCall:
     ...
@@ -120,9 +112,7 @@ def lanes(dtype: typing.Any) -> int:
     """
 def limit_caller(count: typing.SupportsInt | typing.SupportsIndex) -> int:
     ...
-def linear_backward(x: typing.Any, weight: typing.Any, dy: typing.Any, dx: typing.Any, dweight: typing.Any, dbias: typing.Any, rounds: bool = False, engines: bool = False) -> None:
-    ...
-def linear_forward(x: typing.Any, weight: typing.Any, bias: typing.Any, y: typing.Any, rounds: bool = False, engines: bool = False) -> None:
+def linear(x: typing.Any, weight: typing.Any, bias: typing.Any, y: typing.Any, dy: typing.Any, dx: typing.Any, dweight: typing.Any, dbias: typing.Any, rounds: bool, engines: bool) -> None:
     ...
 def measure(name: str, cell: str, repeats: typing.SupportsInt | typing.SupportsIndex, elements: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, runs: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, list[tuple[float, int]]]:
     """
@@ -131,10 +121,6 @@ def measure(name: str, cell: str, repeats: typing.SupportsInt | typing.SupportsI
 def most_threads(siblings: collections.abc.Sequence[str], quota: typing.SupportsFloat | typing.SupportsIndex) -> int:
     """
     The threads of a process whose CPUs share cores with these, under a quota of CPUs' worth of time.
-    """
-def multiplies_pairs() -> bool:
-    """
-    Whether products of bfloat16 numbers are made in pairs, by the ISA in use.
     """
 def next_retreat(before: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
@@ -166,7 +152,7 @@ def supply() -> tuple[int, int]:
     """
 def use_engine(best: str) -> str:
     """
-    Lets tiles be multiplied so, where that is there, for what is packed from now on.
+    The best that may, where it is there, for what is packed from now on.
     
     Returns what was best before.
     """

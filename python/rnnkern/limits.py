@@ -199,9 +199,8 @@ def measure(threads: int) -> Limits:
 
     arithmetic, latency = (_Probe(name, lanes) for name in ("multiply_add", "multiply_add_latency"))
     barrier = _Probe("barrier", lanes, threads)
-    pairs = [_Probe("multiply_pairs", lanes)] * native.multiplies_pairs()
-    if native.engine() == "amx":
-        pairs = [_Probe("multiply_tiles", lanes)]
+    of_engine = {"pairs": "multiply_pairs", "amx": "multiply_tiles"}.get(native.engine())
+    pairs = [] if of_engine is None else [_Probe(of_engine, lanes)]
     probes = [arithmetic, latency, *pairs, *[barrier] * (threads > 1)]
     probes += [
         _Probe(way, size, 1, cell) for way in ("forward", "backward") for cell in CELLS for size in (lanes, many)

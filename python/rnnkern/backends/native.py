@@ -69,7 +69,7 @@ def native_module() -> Any:
 
 def missing_engine() -> str | None:
     """See `backends`."""
-    if _native.engine() != "none":
+    if _native.engine() in ("emulated", "amx"):
         return None
     return (
         "arithmetic: 'amx' needs a CPU with a matrix engine (Intel AMX) and kernels for AVX-512; products are made by "
@@ -185,7 +185,7 @@ def linear_forward(
     x: Array, weight: Array, bias: Array | None, y: Array, rounds: bool = False, engines: bool = False
 ) -> None:
     """See `backends`."""
-    _native.linear_forward(x, weight, bias, y, rounds, engines)
+    _native.linear(x, weight, bias, y, None, None, None, None, rounds, engines)
 
 
 def linear_backward(
@@ -201,5 +201,5 @@ def linear_backward(
     dx = np.empty_like(x) if need_x else None
     dweight = np.zeros_like(weight) if "weight" in wanted else None
     dbias = np.zeros(len(weight), weight.dtype) if "bias" in wanted else None
-    _native.linear_backward(x, weight, dy, dx, dweight, dbias, rounds, engines)
+    _native.linear(x, weight, None, None, dy, dx, dweight, dbias, rounds, engines)
     return dx, dweight, dbias
