@@ -78,9 +78,9 @@ void linear(const py::object& x, const py::object& weight, const py::object& bia
   run_team(backward ? kernels.backward : kernels.forward, &call, demand);
 }
 
-// Runs the kernels over the rows of vectors and matrices: for the sums of their squares, or by `factor`. Returns the
-// sum of all squares, those of a row first.
-double run_rows(const py::list& arrays, double factor, bool measure) {
+// Of vectors and matrices. In float64, the elements of a row first and then the rows; the same on any number of
+// threads.
+double sum_of_squares(const py::list& arrays) {
   const KernelTable& table = *active().table;
   double total = 0;
   for (std::size_t i = 0; i < arrays.size(); ++i) {
@@ -90,22 +90,17 @@ double run_rows(const py::list& arrays, double factor, bool measure) {
     if (fields.nd != 1 && fields.nd != 2)
       throw py::value_error(Name{"arrays", i}.text() + ": expected one or two dimensions");
     const std::int64_t rows = fields.nd == 2 ? fields.dimensions[0] : 1, columns = fields.dimensions[fields.nd - 1];
-    Rows call{rows, columns, nullptr, nullptr, factor};
-    call.values = bytes_of(
-        checked(arrays[i], {"arrays", i}, dtype, fields.nd == 2 ? Shape{rows, columns} : Shape{columns}, !measure));
-    std::vector<double> squares(measure ? static_cast<std::size_t>(rows) : 0);
-    if (measure) call.squares = squares.data();
-    const Demand demand = divide_rows(static_cast<double>(rows) * static_cast<double>(columns), num_threads());
+    const Shape shape = fields.nd == 2 ? Shape{rows, columns} : Shape{columns};
+    std::vector<double> squares(static_cast<std::size_t>(rows));
+    Squares call{rows, columns, bytes_of(checked(arrays[i], {"arrays", i}, dtype, shape)), squares.data()};
+    const Demand demand = divide_squares(static_cast<double>(rows) * static_cast<double>(columns), num_threads());
     std::optional<WithoutGil> gil;
     if (demand.expected_ns > kKeepsGil) gil.emplace();
-    run_team(dtype.itemsize() == 4 ? table.rows_f32 : table.rows_f64, &call, demand);
+    run_team(dtype.itemsize() == 4 ? table.squares_f32 : table.squares_f64, &call, demand);
     total = std::accumulate(squares.begin(), squares.end(), total);
   }
   return total;
 }
-
-double sum_of_squares(const py::list& arrays) { return run_rows(arrays, 0, true); }
-void scale(const py::list& arrays, double factor) { run_rows(arrays, factor, false); }
 
 // What stack.Stack.description has: cell, format, whether operands are rounded, whether engines multiply, input_size,
 // hidden_size, proj_size, num_layers, directions.
@@ -171,21 +166,15 @@ std::pair<std::int64_t, std::vector<std::pair<double, int>>> measure(const std::
 }
 
 py::list cell_descriptions() {
+  using namespace py::literals;
   py::list cells;
   const KernelTable& table = *active().table;
   for (int i = 0; i < table.cell_count; ++i) {
     const CellEntry& cell = table.cells[i];
-    py::dict one;
-    one["name"] = cell.name;
-    one["gates"] = cell.gates;
-    one["states"] = cell.states;
-    one["saved"] = cell.saved;
-    one["kept"] = std::vector<int>(cell.kept, cell.kept + cell.states);
-    one["extras"] = cell.extras;
-    one["late_gates"] = cell.late_gates;
-    one["projects"] = cell.projects;
-    one["separate_recurrent"] = cell.separate_recurrent;
-    cells.append(one);
+    cells.append(py::dict("name"_a = cell.name, "gates"_a = cell.gates, "states"_a = cell.states,
+                          "saved"_a = cell.saved, "kept"_a = std::vector<int>(cell.kept, cell.kept + cell.states),
+                          "extras"_a = cell.extras, "late_gates"_a = cell.late_gates, "projects"_a = cell.projects,
+                          "separate_recurrent"_a = cell.separate_recurrent));
   }
   return cells;
 }
@@ -233,7 +222,6 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
         py::arg("dweight"), py::arg("dbias"), py::arg("rounds"), py::arg("engines"));
   m.def("sum_of_squares", &sum_of_squares, py::arg("arrays"),
         "In float64, the elements of a row first and then the rows; the same on any number of threads.");
-  m.def("scale", &scale, py::arg("arrays"), py::arg("factor"), "Multiplies arrays in place.");
   m.def("measure", &measure, py::arg("name"), py::arg("cell"), py::arg("repeats"), py::arg("elements"),
         py::arg("threads"), py::arg("runs"), "Times a loop that only the machine limits, for rnnkern.limits.");
   m.def("cells", &cell_descriptions, "What the compiled module knows of each cell.");
@@ -274,8 +262,6 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", [](int count) { set_num_threads(count); }, py::arg("count"));
   m.def("limit_caller", &limit_caller, py::arg("count"));
-  m.def("most_threads", &most_threads, py::arg("siblings"), py::arg("quota"),
-        "The threads of a process whose CPUs share cores with these, under a quota of CPUs' worth of time.");
   m.def(
       "decide",
       [](int threads, std::int64_t expected_ns, std::int64_t since_last, int cpus, int runnable, int awake) {

@@ -1,4 +1,4 @@
-// How many threads can run at once in this process, and where one that is woken should run.
+// What the machine has, who uses it at this moment, and where a thread that is woken should run.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,6 @@
 #endif
 
 namespace rnnkern {
-
-// The physical cores among the CPUs that scheduling affinity allows, no more than the cgroup's CPU quota (rounded up);
-// at least 1.
-int usable_cores();
 
 // Bytes of the largest cache that a core has to itself, as the system says; a guess where it does not.
 std::int64_t private_cache() noexcept;

@@ -151,12 +151,11 @@ struct CellKernels {
   Task backward;                                                                    // the same
 };
 
-// The sum of the squares of each of `rows` rows of `columns` elements, and their product with a factor.
-struct Rows {
+// The sum of the squares of each of `rows` rows of `columns` elements.
+struct Squares {
   std::int64_t rows, columns;
-  void* values;
-  double* squares;  // [rows]: written where that is not null
-  double factor;    // by which they are multiplied otherwise
+  const void* values;
+  double* sums;  // [rows]
 };
 
 struct LinearKernels {
@@ -194,7 +193,7 @@ struct KernelTable {
   bool has_pairs, emulates_pairs;  // Products::bfloat16_pairs, and without an instruction for it; emulated tiles
   bool has_tiles;                  // Products::bfloat16_tiles
   std::int64_t (*weight_bytes)(Products) noexcept;  // of one packed weight
-  Task rows_f32, rows_f64;                          // context: const Rows*
+  Task squares_f32, squares_f64;                    // context: const Squares*
   const ProbeKernel* probes;
   int probe_count;
   int lanes_f32, lanes_f64;

@@ -291,16 +291,11 @@ void linear_backward(void* context, Worker& worker) noexcept {
 }
 
 template <class T>
-void run_rows(void* context, Worker& worker) noexcept {
-  const Rows& call = *static_cast<const Rows*>(context);
+void run_squares(void* context, Worker& worker) noexcept {
+  const Squares& call = *static_cast<const Squares*>(context);
   const Range own = share(call.rows, worker.index, worker.count);
-  for (std::int64_t row = own.begin; row < own.end; ++row) {
-    T* const values = static_cast<T*>(call.values) + row * call.columns;
-    if (call.squares)
-      call.squares[row] = sum_of_squares(values, call.columns);
-    else
-      scale(values, call.columns, static_cast<T>(call.factor));
-  }
+  for (std::int64_t row = own.begin; row < own.end; ++row)
+    call.sums[row] = sum_of_squares(static_cast<const T*>(call.values) + row * call.columns, call.columns);
 }
 
 template <class Cell, class T>
@@ -340,9 +335,10 @@ constexpr LinearKernels kLinear{linear_scratch_bytes<T>, linear_forward<T>, line
 namespace RNNKERN_ISA {
 
 extern const KernelTable table;
-const KernelTable table = {Entries<Cells>::all, Cells::count,         kLinear<float>, kLinear<double>, kHasPairs,
-                           kEmulatesPairs,      kHasEngine,           weight_bytes,   run_rows<float>, run_rows<double>,
-                           Probes<Cells>::all,  Probes<Cells>::count, kLanes<float>,  kLanes<double>};
+const KernelTable table = {Entries<Cells>::all, Cells::count,        kLinear<float>,     kLinear<double>,
+                           kHasPairs,           kEmulatesPairs,      kHasEngine,         weight_bytes,
+                           run_squares<float>,  run_squares<double>, Probes<Cells>::all, Probes<Cells>::count,
+                           kLanes<float>,       kLanes<double>};
 
 }  // namespace RNNKERN_ISA
 }  // namespace rnnkern

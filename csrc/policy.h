@@ -1,25 +1,15 @@
-// All that is decided about threads: how many a process has, how a call is divided among them, and how many helpers are
-// asked for. Functions of sizes, counts and times alone; network.h and team.cpp ask them and do what they say.
+// All that is decided about threads: how a call is divided among them, and how many helpers are asked for; how many a
+// process has is said by python/rnnkern/cores.py. Functions of sizes, counts and times alone; network.h and team.cpp
+// ask them and do what they say.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <set>
-#include <string>
-#include <vector>
 
 #include "kernel_table.h"
 
 namespace rnnkern {
-
-// The threads that a process may use where its cgroup grants `quota` CPUs' worth of time, infinite for no limit: one
-// for each core. `siblings` says of each CPU that it may run on which CPUs share its core, such as "0,64"; two threads
-// of a core have one set of units for multiply-adds.
-inline int most_threads(const std::vector<std::string>& siblings, double quota) {
-  const auto cores = static_cast<double>(std::set<std::string>(siblings.begin(), siblings.end()).size());
-  return static_cast<int>(std::max(1.0, std::min(cores, std::ceil(quota))));
-}
 
 // Of one core, within a factor of two: they only weigh work against the cost of waking and waiting.
 constexpr double kFlopsPerNs = 30, kWakeNs = 15'000;
@@ -206,8 +196,8 @@ inline Demand divide_linear(double flops, int max_threads) noexcept {
   return divide_section(flops / kFlopsPerNs, 2 * kWakeNs, max_threads);
 }
 
-// Squares and factors take about four elements a nanosecond.
-inline Demand divide_rows(double elements, int max_threads) noexcept {
+// Squares take about four elements a nanosecond.
+inline Demand divide_squares(double elements, int max_threads) noexcept {
   return divide_section(elements / 4, 2 * kWakeNs, max_threads);
 }
 

@@ -6,7 +6,6 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <forward_list>
 #include <initializer_list>
 #include <mutex>
@@ -345,17 +344,7 @@ Team* get_team() noexcept {
   return team;
 }
 
-int default_threads() noexcept {
-  int threads = usable_cores();
-  for (const char* name : {"RNNKERN_NUM_THREADS", "OMP_NUM_THREADS"}) {
-    const char* value = std::getenv(name);
-    const long bound = value == nullptr ? 0 : std::strtol(value, nullptr, 10);
-    if (bound >= 1) threads = static_cast<int>(std::min<long>(threads, bound));
-  }
-  return std::min(threads, kMaxThreads);
-}
-
-std::atomic<int> thread_limit = default_threads();
+std::atomic<int> thread_limit = 1;  // until Python says how many cores there are
 thread_local int caller_limit = kMaxThreads;
 
 }  // namespace

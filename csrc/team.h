@@ -22,8 +22,7 @@ bool lost_helpers() noexcept;
 // How many forks led from the process that loaded this module to this one.
 unsigned forks() noexcept;
 
-// The upper bound on the threads of a call, at least 1. At first min(physical cores, scheduling affinity, cgroup CPU
-// quota, RNNKERN_NUM_THREADS, OMP_NUM_THREADS).
+// The upper bound on the threads of a call, at least 1. At first 1; see python/rnnkern/cores.py.
 int num_threads() noexcept;
 
 // Values below 1 count as 1.

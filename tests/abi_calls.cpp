@@ -1,6 +1,6 @@
 // Makes the calls of rnnkern_abi.h that come from the standard input, and writes what they give to the standard output:
 // for machines that are emulated, where Python is not. tools/bits is at the other end; `Program` there says what an
-// array is and in which order they come.
+// array is and in which order they come. Its argument is how many threads to use.
 #include <rnnkern_abi.h>
 
 #include <cstdint>
@@ -123,7 +123,10 @@ void run(const rnnkern_functions& kernels, const Call& given) {
 
 }  // namespace
 
-int main() {
+extern "C" void rnnkern_set_num_threads(int count);
+
+int main(int, char** arguments) {
+  if (arguments[1]) rnnkern_set_num_threads(std::atoi(arguments[1]));
   const rnnkern_functions* kernels = rnnkern_abi(RNNKERN_ABI_VERSION);
   if (kernels == nullptr) fail("rnnkern_abi", "another version");
   for (Call call; read(&call, sizeof call);) run(*kernels, call);

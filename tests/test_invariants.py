@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import rnnkern as rk
-from rnnkern import backends, config
+from rnnkern import backends, config, cores
 from rnnkern.cells import CELLS
 from rnnkern.functional import SAVES
 from rnnkern.testing import Problem, assert_accurate, infer, inputs, layer_of, run, state_of
@@ -429,7 +429,7 @@ def test_helpers_are_asked_where_their_barriers_are_worth_it():
     assert way() == together
 
 
-def test_the_number_of_helpers_that_a_call_asks_for(monkeypatch):
+def test_the_number_of_helpers_that_a_call_asks_for(monkeypatch, tmp_path):
     """A CPU that nobody else wants for each, of 1 to 128; all where that is not known; few for a short call."""
     native = backends.get("native").native_module()
     if native is None:
@@ -481,7 +481,28 @@ def test_the_number_of_helpers_that_a_call_asks_for(monkeypatch):
         *[(paired[5::64], np.inf, 1)],  # affinity to both threads of one core
     ]
     for siblings, quota, threads in quotas:
-        assert native.most_threads(siblings, quota) == threads
+        assert cores.most_threads(siblings, quota) == threads
+    cgroups = [
+        # files, and the quota that follows from them
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "150000 100000\n"}, 1.5),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "max 100000\n"}, np.inf),
+        ({"proc/self/cgroup": "0::/../of/the/host\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/a\n3:cpuset:/a\n",
+                "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            0.5,
+        ),
+        ({}, np.inf),
+    ]
+    for case, (files, quota) in enumerate(cgroups):
+        for name, text in files.items():
+            (tmp_path / str(case) / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / str(case) / name).write_text(text)
+        assert cores.cgroup_quota(tmp_path / str(case)) == quota, files
     retreats = [0]
     while len(retreats) < 8:
         retreats.append(native.next_retreat(retreats[-1]))

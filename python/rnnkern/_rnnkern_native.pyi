@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'Worth', 'cells', 'compiler', 'decide', 'engine', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear', 'measure', 'most_threads', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'scale', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_engine', 'use_isa', 'wait_at_start']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'Worth', 'cells', 'compiler', 'decide', 'engine', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear', 'measure', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_engine', 'use_isa', 'wait_at_start']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -118,10 +118,6 @@ def measure(name: str, cell: str, repeats: typing.SupportsInt | typing.SupportsI
     """
     Times a loop that only the machine limits, for rnnkern.limits.
     """
-def most_threads(siblings: collections.abc.Sequence[str], quota: typing.SupportsFloat | typing.SupportsIndex) -> int:
-    """
-    The threads of a process whose CPUs share cores with these, under a quota of CPUs' worth of time.
-    """
 def next_retreat(before: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
     How many calls do without helpers after a crowded one.
@@ -134,10 +130,6 @@ def reserve() -> Reserve:
     ...
 def run(stack: tuple[str, str, bool, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, request: typing.Any) -> tuple:
     ...
-def scale(arrays: list, factor: typing.SupportsFloat | typing.SupportsIndex) -> None:
-    """
-    Multiplies arrays in place.
-    """
 def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def stream(packed: Packed, batch: typing.SupportsInt | typing.SupportsIndex, arguments: typing.Any) -> Steps:

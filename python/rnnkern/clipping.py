@@ -146,26 +146,18 @@ def scale_down(arrays: list[Array], norm: float, limit: float) -> float:
     factor = limit / (norm + 1e-6)
     if not math.isfinite(norm) or factor >= 1:
         return 1.0
-    if _are_exact(arrays):
-        native_module().scale(arrays, factor)
-    else:
-        for array in arrays:
-            array *= factor
+    for array in arrays:
+        array *= factor
     return factor
 
 
 def _sum_of_squares(arrays: list[Array]) -> float:
     """In float64, by the rows of a matrix, in an order that does not depend on threads."""
-    if _are_exact(arrays):
+    if native_module() is not None and all(map(_is_exact, arrays)):
         return float(native_module().sum_of_squares(arrays))
     flat = [array.ravel(order="K") for array in arrays]
     # einsum goes through a small buffer, whatever the dtype.
     return sum(float(np.einsum("i,i->", one, one, dtype=np.float64)) for one in flat)
-
-
-def _are_exact(arrays: list[Array]) -> bool:
-    """Whether the compiled kernels are there and take these arrays as they are."""
-    return native_module() is not None and all(map(_is_exact, arrays))
 
 
 def _is_exact(array: Array) -> bool:

@@ -16,6 +16,7 @@ from urllib.request import url2pathname
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cores import default_threads
 from ..stack import Backward, Forward, Stack, State, Wanted
 
 _native: Any
@@ -33,6 +34,7 @@ else:
     _asked = os.environ.get("RNNKERN_NUM_THREADS") or "1"  # empty: not set
     if not _asked.isdecimal() or int(_asked) < 1:
         raise ValueError(f"RNNKERN_NUM_THREADS: expected a positive integer, got {_asked!r}")
+    _native.set_num_threads(default_threads())
 
 __all__ = [
     "backward",

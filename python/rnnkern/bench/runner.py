@@ -28,6 +28,7 @@ import numpy as np
 
 from .. import __version__, limits
 from ..config import num_threads, set_num_threads, show_config
+from ..cores import siblings
 from . import report
 from .peers import ENTRANTS, OF_BFLOAT16, OWN, PACKAGES, PEERS, Missing, Prepared
 from .workloads import QUICK, SUITES, Workload, assert_right, named, numbers
@@ -261,8 +262,7 @@ def _choose(cpus: set[int], count: int) -> list[int]:
     seen = set[str]()
     first, second = list[int](), list[int]()
     for cpu in sorted(cpus, reverse=True):
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = topology.read_text() if topology.exists() else str(cpu)
+        core = siblings(cpu)
         (second if core in seen else first).append(cpu)
         seen.add(core)
     return (first + second)[:count]
