@@ -15,9 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "calls.h"
 #include "checks.h"
-#include "cores.h"
 #include "dispatch.h"
 #include "gil.h"
 #include "kernel_table.h"
@@ -25,6 +23,7 @@
 #include "packed.h"
 #include "policy.h"
 #include "pybind11_inside.h"
+#include "system.h"
 #include "team.h"
 #include "wiring.h"
 

@@ -2,7 +2,7 @@
 // arguments straight from the interpreter, past pybind11's dispatch. Arrays exactly as the kernels need them go there
 // at once; whatever else comes goes first to a function of Python, which converts it or has the words for what is
 // wrong.
-#include "calls.h"
+#include "packed.h"
 
 #include <algorithm>
 #include <array>
@@ -18,7 +18,6 @@
 #include "checks.h"
 #include "gil.h"
 #include "network.h"
-#include "packed.h"
 #include "team.h"
 #include "wiring.h"
 

@@ -11,11 +11,11 @@
 #include <utility>
 #include <vector>
 
-#include "cores.h"
 #include "dispatch.h"
 #include "kernel_table.h"
 #include "policy.h"
 #include "sequences.h"
+#include "system.h"
 #include "team.h"
 
 namespace rnnkern {

@@ -118,4 +118,7 @@ class Packed : public Network {
   Borrowed packed_;     // of all layer-directions, one after the other
 };
 
+// Adds the frozen call and the step of a stream to the module, see calls.cpp.
+void add_calls(py::module_& m);
+
 }  // namespace rnnkern

@@ -13,7 +13,6 @@
 #include <thread>
 #include <utility>
 
-#include "cores.h"
 #include "patience.h"
 #include "policy.h"
 #include "system.h"
