@@ -152,10 +152,6 @@ const Arithmetic<T>& arithmetic_of(const KernelCall& call) noexcept {
   const Arithmetic<T>& how = arithmetic_of<T>(call.products);
   return how.of_few_rows && call.batch < kSumRows / 2 ? *how.of_few_rows : how;
 }
-template <class T>
-const Arithmetic<T>& arithmetic_of(const Linear& call) noexcept {
-  return arithmetic_of<T>(call.products);
-}
 
 std::int64_t weight_bytes(Products products) noexcept {
   return products == Products::float64 ? arithmetic_of<double>(products).packing.stored.bytes
@@ -238,7 +234,7 @@ struct LinearScratch {
 template <class T>
 std::int64_t linear_scratch_bytes(const Linear& call, int max_threads) noexcept {
   Arena arena(nullptr);
-  LinearScratch<T>(arena, call, arithmetic_of<T>(call), 0, max_threads);
+  LinearScratch<T>(arena, call, arithmetic_of<T>(call.products), 0, max_threads);
   return arena.used();
 }
 
@@ -246,7 +242,7 @@ template <class T>
 void linear_forward(void* context, Worker& worker) noexcept {
   const KernelMode mode;
   const Linear& call = *static_cast<const Linear*>(context);
-  const Arithmetic<T>& how = arithmetic_of<T>(call);
+  const Arithmetic<T>& how = arithmetic_of<T>(call.products);
   Arena arena(call.scratch);
   const LinearScratch<T> s(arena, call, how, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
@@ -267,7 +263,7 @@ template <class T>
 void linear_backward(void* context, Worker& worker) noexcept {
   const KernelMode mode;
   const Linear& call = *static_cast<const Linear*>(context);
-  const Arithmetic<T>& how = arithmetic_of<T>(call);
+  const Arithmetic<T>& how = arithmetic_of<T>(call.products);
   Arena arena(call.scratch);
   const LinearScratch<T> s(arena, call, how, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;

@@ -15,18 +15,19 @@ RNNKERN_INLINE void use(V value) noexcept {
   __asm__ volatile("" : : "m"(value));
 }
 
-// Every thread begins when all are there.
-RNNKERN_INLINE void begin(Probe& probe, const Worker& worker) noexcept {
+// Returns the probe of a task; every thread begins when all are there.
+RNNKERN_INLINE Probe& begin(void* context, const Worker& worker) noexcept {
+  Probe& probe = *static_cast<Probe*>(context);
   if (worker.index == 0) probe.threads = worker.count;
   if (worker.count > 1) worker.wait(worker.team);
+  return probe;
 }
 
 // `chains` multiply-adds a repeat, or sums of products of pairs, independent of each other; each waits for its own of
 // the repeat before.
 template <int chains, bool pairs = false>
 void multiply_add(void* context, Worker& worker) noexcept {
-  Probe& probe = *static_cast<Probe*>(context);
-  begin(probe, worker);
+  const Probe& probe = begin(context, worker);
   const F32 half = set<F32>(0.5f), one = set<F32>(1);
   F32 sums[chains];
   for (int chain = 0; chain < chains; ++chain) sums[chain] = set<F32>(static_cast<const float*>(probe.data)[chain]);
@@ -41,8 +42,7 @@ void multiply_add(void* context, Worker& worker) noexcept {
 // Products of tiles on a matrix engine, `kTilesWork` multiply-adds a repeat.
 inline void multiply_tiles(void* context, Worker& worker) noexcept {
   const KernelMode mode;
-  Probe& probe = *static_cast<Probe*>(context);
-  begin(probe, worker);
+  const Probe& probe = begin(context, worker);
   multiply_again(static_cast<const float*>(probe.data), probe.repeats);
 }
 constexpr std::int64_t kTilesWork = 4 * kEngineRows * 16 * 2 * kEnginePairs;
@@ -54,9 +54,8 @@ constexpr int kChains = kRegisters == 32 ? 24 : 12;
 template <bool same>
 void read(void* context, Worker& worker) noexcept {
   using Bits = BitsOf<F32>;
-  Probe& probe = *static_cast<Probe*>(context);
+  const Probe& probe = begin(context, worker);
   const float* data = static_cast<const float*>(probe.data) + (same ? 0 : worker.index * probe.elements);
-  begin(probe, worker);
   constexpr int vectors = 8, step = vectors * kLanes<float>;
   Bits sums[vectors] = {};
   for (std::int64_t repeat = 0; repeat < probe.repeats; ++repeat) {
@@ -71,8 +70,7 @@ void read(void* context, Worker& worker) noexcept {
 
 // Nothing but the barrier of the team; no time at all on one thread.
 void barrier(void* context, Worker& worker) noexcept {
-  Probe& probe = *static_cast<Probe*>(context);
-  begin(probe, worker);
+  const Probe& probe = begin(context, worker);
   for (std::int64_t repeat = 0; repeat < probe.repeats; ++repeat) worker.wait(worker.team);
 }
 
@@ -83,8 +81,7 @@ void barrier(void* context, Worker& worker) noexcept {
 template <class Cell>
 void forward_steps(void* context, Worker& worker) noexcept {
   const FlushDenormals flush;
-  Probe& probe = *static_cast<Probe*>(context);
-  begin(probe, worker);
+  const Probe& probe = begin(context, worker);
   float* state = static_cast<float*>(probe.data);
   const float* input = state + Cell::states * probe.elements;
   const F32 weight = set<F32>(0.25f);
@@ -115,8 +112,7 @@ void forward_steps(void* context, Worker& worker) noexcept {
 template <class Cell>
 void backward_steps(void* context, Worker& worker) noexcept {
   const FlushDenormals flush;
-  Probe& probe = *static_cast<Probe*>(context);
-  begin(probe, worker);
+  const Probe& probe = begin(context, worker);
   float* gradient = static_cast<float*>(probe.data);
   const float* kept = gradient + Cell::states * probe.elements;
   const F32 weight = set<F32>(0.25f);
