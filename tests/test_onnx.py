@@ -125,11 +125,12 @@ def test_the_cases_of_onnx_pass():
         import onnx.backend.test
 
         cases = onnx.backend.test.BackendTest(bridge.Backend, __name__)
-    result = unittest.TestResult()
+    result, passed = unittest.TestResult(), []
+    result.addSuccess = passed.append  # testsRun counts what is skipped in some versions of Python, and not in 3.12.1
     cases.include("_(rnn|lstm|gru)_.*_cpu").test_suite.run(result)
     assert result.errors == []
     assert result.failures == []
-    assert result.testsRun - len(result.skipped) >= 12  # as many as onnx 1.17 has
+    assert len(passed) >= 12  # as many as onnx 1.17 has
 
 
 @pytest.mark.filterwarnings("ignore:.*runs step by step in NumPy")
