@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,13 @@ def test_the_reference_has_every_public_name():
     text = "".join(page.read_text("utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
     entries = set(re.findall(r"\.\. auto(?:class|function|exception|module):: (?:rnnkern\.)?(\w+)", text))
     assert set(rnnkern.__all__) <= entries
+
+
+def test_a_decision_stands_once_and_begins_a_paragraph():
+    """Branches that write there at the same time leave a paragraph twice, or two in one."""
+    text = (ROOT / "docs" / "decisions.md").read_text("utf-8")
+    topics = re.split(r"^## .*$", text, flags=re.MULTILINE)[1:]
+    decisions = [one for topic in topics for one in topic.strip().split("\n\n")]
+    assert [one for one in decisions if not one.startswith("**") or one.count("**") != 2] == []
+    titles = Counter(" ".join(one.split("**")[1].split()) for one in decisions)
+    assert [title for title, times in titles.items() if times > 1] == []
