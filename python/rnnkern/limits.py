@@ -183,7 +183,7 @@ class _Probe(NamedTuple):
 
 
 def measure(threads: int) -> Limits:
-    """Measure this machine; takes some fifteen seconds. Each rate is measured twice, the better one counts.
+    """Measure this machine; takes some ten seconds. Each rate is measured twice, the better one counts.
 
     Raises
     ------
