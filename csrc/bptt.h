@@ -16,28 +16,27 @@ constexpr int kMeasures = Cell::states + Cell::gates;
 
 template <class Cell, class T>
 struct BackwardScratch {
-  T* carry[Cell::states];             // [B, stride]: gradients of the states after the step at hand, without dy
-  T* dx_gates;                        // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
-  T* dr_gates;                        // the same, recurrent side; dx_gates where the cell has but one
-  T* dextra;                          // [block rows, extras * H]
-  T* dh;                              // [block rows, stride P]: gradient of the projected h
-  T* given[Cell::Step::count];        // [block rows, padded H]: what a phase has given to the product behind it
-  T* terms;                           // [B, vectors, padded H]: what the gradient of a mean over units is the sum of
-  T* zeros;                           // [zero_count]
-  std::int64_t zero_count;            // padded H, or of the longest row that is summed
-  T* values;                          // [block rows, slots, padded H]: with Save::outputs what forward would have saved
-  T* given_again[Cell::Step::count];  // [block rows, vectors, padded H]: and given
-  double* measured;                   // [block rows, kMeasures, panels of H]: sums that are asked for, see watch.h
+  T* carry[Cell::states];       // [B, stride]: gradients of the states after the step at hand, without dy
+  T* dx_gates;                  // [block rows, gate_stride]: gradients of the gates, input side, unpadded [G, H]
+  T* dr_gates;                  // the same, recurrent side; dx_gates where the cell has but one
+  T* dextra;                    // [block rows, extras * H]
+  T* dh;                        // [block rows, stride P]: gradient of the projected h
+  T* given[Cell::Step::count];  // [block rows, vectors, padded H]: what a phase has given to the one behind it, a
+                                // product or with Save::outputs another
+  T* terms;                     // [B, vectors, padded H]: what the gradient of a mean over units is the sum of
+  T* zeros;                     // [zero_count]
+  std::int64_t zero_count;      // padded H, or of the longest row that is summed
+  T* values;                    // [block rows, slots, padded H]: with Save::outputs what forward would have saved
+  double* measured;             // [block rows, kMeasures, panels of H]: sums that are asked for, see watch.h
   std::int64_t gate_stride;
   // Of one worker.
-  const T **left, **right;         // [block rows]: of a sum of outer products
-  const T** filled[2];             // the same with those of a step filled up, where they are summed first
-  T** outputs;                     // [block rows]
-  T* buffer;                       // kOuterBuffer
-  const T** before[Cell::states];  // [block rows]: states before each step; with Save::outputs
-  T** carry_rows[Cell::states];    // [B]: of `carry`
-  const T** prev[Cell::states];    // [block rows]: states before each step
-  const T** inputs;                // [B], of a step
+  const T **left, **right;       // [block rows]: of a sum of outer products
+  const T** filled[2];           // the same with those of a step filled up, where they are summed first
+  T** outputs;                   // [block rows]
+  T* buffer;                     // kOuterBuffer
+  T** carry_rows[Cell::states];  // [B]: of `carry`
+  const T** prev[Cell::states];  // [block rows]: states before each step
+  const T** inputs;              // [B], of a step
   Operands<T> operands;
 
   BackwardScratch(Arena& arena, const KernelCall& call, const Arithmetic<T>& how, int worker_index) noexcept {
@@ -51,10 +50,11 @@ struct BackwardScratch {
     dr_gates = Cell::separate_recurrent ? arena.take<T>(rows * gate_stride) : dx_gates;
     dextra = arena.take<T>(rows * Cell::extras * H);
     dh = arena.take<T>(sizes.projected ? rows * shape.stride[0] : 0);
+    const std::int64_t again = call.save == Save::outputs && Cell::saved > 0 ? rows : 0;
     int most_means = 0;
     for_each_phase<Cell>([&]<int p>() {
       using Phase = PhaseOf<Cell, p>;
-      given[p] = arena.take<T>(Phase::feeds_product && given_in<Cell, p>(sizes) ? rows * padded_h : 0);
+      given[p] = arena.take<T>((Phase::feeds_product ? rows : again) * given_in<Cell, p>(sizes) * padded_h);
       if (Phase::means > most_means) most_means = Phase::means;
     });
     terms = arena.take<T>(B * most_means * padded_h);
@@ -63,14 +63,9 @@ struct BackwardScratch {
       if (call.layers[i].sizes.inputs > widest) widest = call.layers[i].sizes.inputs;
     zero_count = how.sums_steps ? padded<T>(widest) : padded_h;
     zeros = arena.take<T>(zero_count);
-    const std::int64_t again = call.save == Save::outputs && Cell::saved > 0 ? rows : 0;
     values = arena.take<T>(again * kSlots<Cell> * padded_h);
-    for_each_phase<Cell>([&]<int p>() {
-      given_again[p] = arena.take<T>(p < Cell::Step::last ? again * given_in<Cell, p>(sizes) * padded_h : 0);
-    });
     measured = arena.take<double>(measures(call.watch) ? rows * kMeasures<Cell> * Plain::panels<T>(H) : 0);
     arena.take_for_workers(call.max_threads, worker_index, [&] {
-      for (const T**& one : before) one = arena.take<const T*>(again);
       left = arena.take<const T*>(rows), right = arena.take<const T*>(rows), outputs = arena.take<T*>(rows);
       // Where rows end, a block has as many steps as there is room for their rows, with a row each at worst.
       const std::int64_t most_steps = call.lengths ? smaller(rows, call.steps) : call.block_steps;
@@ -141,44 +136,42 @@ __attribute__((noinline)) void list_entered(const Entered<T>& from, const Listed
     }
 }
 
-// The loop of backpropagation through time, and what a block adds to the gradients. Steps says what a step is: enter,
-// step, leave.
+// The loop of backpropagation through time, and what a block adds to the gradients. Steps says what a step is:
+// take_rows, enter_block, step.
 template <class Steps, class Cell, class T>
 class BackwardLoop : protected LayerContext<Cell, T> {
  public:
   using Base = Context<Cell, T>;
   using Loop = LayerContext<Cell, T>;
   using Base::how, Loop::time;
-  using Loop::call, Loop::worker, Loop::layer_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_, Loop::block_first_;
+  using Loop::block_first_;
+  using Loop::call, Loop::worker, Loop::layer_, Loop::packed_, Loop::H_, Loop::P_, Loop::padded_h_, Loop::shape_;
   using V = Vec<T>;
 
   BackwardLoop(const Base& context, const Layer& layer, const BackwardScratch<Cell, T>& scratch) noexcept
-      : Loop(context, layer), s_(scratch), packed_(layer, true, how.packing.stored) {}
+      : Loop(context, layer, true), s_(scratch) {}
 
   // Returns the context with the block and the place that were reached.
   const Base& run() noexcept {
     Steps& steps = static_cast<Steps&>(*this);
     if (this->takes_part()) {
       Loop::divide(Steps::grain, 0, call.steps);
-      steps.enter();
+      // Ends in a barrier, behind which all read the zeros.
+      this->enter_states(layer_.dlast, s_.carry, s_.carry, s_.zeros, s_.zero_count);
       if (layer_.dx && !layer_.add_to_dx)
         this->clear_past_ends(layer_.dx, layer_.x_rows, layer_.sizes.inputs, layer_.sizes.inputs);
     }
     for (std::int64_t end = call.steps; end > 0; end = block_first_) {
       if (!this->begin_block()) break;
       begin_rows(end);
-      if (this->takes_part()) divide(end);
-      if (Cell::saved > 0 && call.save == Save::outputs && this->takes_part()) {
-        recompute_gates(end);
-        this->wait();
-      }
+      if (this->takes_part()) divide(end), steps.enter_block({block_first_, end});
       list_rows(call, all_rows({block_first_, end}), in_block<const T>(s_.dx_gates, s_.gate_stride), s_.left);
       if (!run_parts(steps, end)) break;
       if (!this->takes_part()) continue;
       add_gradients({block_first_, end});
       this->wait();
     }
-    if (this->takes_part()) steps.leave();
+    if (this->takes_part()) this->leave_states(s_.carry, s_.carry, layer_.dinitial);
     return *this;
   }
 
@@ -297,70 +290,6 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     return in_block(s_.values, kSlots<Cell> * padded_h_);
   }
 
-  // Computes what forward saves for the steps of a block, a product over all their rows for each one of forward's: a
-  // state before a step is there already. Workers divide the rows, or the steps where each has all rows.
-  void recompute_gates(std::int64_t end) noexcept {
-    const Range steps{block_first_, end};
-    const Range part =
-        this->by_units() ? share(end - block_first_, worker.index, worker.count) : Range{0, end - block_first_};
-    const Listed which = own_rows({steps.begin + part.begin, steps.begin + part.end});
-    const std::int64_t rows = list_rows(call, which, this->x(), s_.left) - s_.left;
-    list_rows(call, which, in_block(s_.values, kSlots<Cell> * padded_h_), s_.outputs);
-    for (int s = 0; s < Cell::states; ++s) list_entered(entered(s), which, s_.before[s]);
-    using Input = PanelShape<Cell::gates>;
-    product<Input>(how, s_.operands, rows, s_.left, layer_.sizes.inputs, packed_.weights(packed_.at.w_ih),
-                   packed_.values(packed_.at.b_ih), H_, Panels{0, Input::template panels<T>(H_)},
-                   [&](std::int64_t i, std::int64_t panel, const V* sum) RNNKERN_INLINE_LAMBDA {
-                     for_units<T, Input>(panel, H_, [&](int sub, std::int64_t unit, int) {
-                       for (int gate = 0; gate < Cell::gates; ++gate)
-                         store(s_.outputs[i] + gate * padded_h_ + unit, sum[sub * Cell::gates + gate]);
-                     });
-                   });
-    for_each_phase<Cell>([&]<int p>() {
-      if constexpr (!PhaseOf<Cell, p>::projects) recompute_phase<p>(rows);
-    });
-  }
-
-  template <int p>
-  void recompute_phase(std::int64_t rows) noexcept {
-    using Phase = PhaseOf<Cell, p>;
-    using Shape = PanelShape<Phase::outputs>;
-    const auto given = [&](int phase, std::int64_t i, std::int64_t vectors) {
-      return s_.given_again[phase] + (s_.outputs[i] - s_.values) / kSlots<Cell> * vectors;
-    };
-    const auto done = [&](std::int64_t i, std::int64_t panel, const V* results, int step) {
-      for_units<T, Shape>(panel, H_, [&](int sub, std::int64_t unit, int count) {
-        V extra[kMaxExtras], prev[kMaxStates], next[Phase::sets];
-        for (int e = 0; e < Cell::extras; ++e)
-          extra[e] = load<V>(packed_.values(packed_.at.extras) + e * padded_h_ + unit);
-        for (int s = Cell::Step::projects; s < Cell::states; ++s) prev[s] = load_some<V>(s_.before[s][i] + unit, count);
-        part_of_row<Cell, p>(s_.outputs[i] + unit, padded_h_, results + sub * step, extra, prev, next, true);
-        if constexpr (!Phase::is_last)
-          for (int v = 0; v < Phase::given; ++v) store(given(p, i, Phase::given) + v * padded_h_ + unit, next[v]);
-      });
-    };
-    const Panels panels{0, Shape::template panels<T>(H_)};
-    if constexpr (Phase::multiplies) {
-      const T* const* inputs = s_.before[0];
-      if constexpr (p > 0) {
-        for (std::int64_t i = 0; i < rows; ++i) s_.right[i] = given(p - 1, i, 1);
-        inputs = s_.right;
-      }
-      product<Shape>(how, s_.operands, rows, inputs, product_of<Phase>(layer_.sizes).depth,
-                     packed_.weights(packed_.at.weights[p]), packed_.values(packed_.at.bias[p]), H_, panels,
-                     [&](std::int64_t i, std::int64_t panel, const V* sum)
-                         RNNKERN_INLINE_LAMBDA { done(i, panel, sum, Phase::outputs); });
-    } else {
-      for (std::int64_t i = 0; i < rows; ++i) {
-        V means[Phase::means + 1];
-        if constexpr (p > 0)
-          for (int k = 0; k < Phase::means; ++k)
-            means[k] = mean_of_units<V>(given(p - 1, i, Phase::means) + k * padded_h_, H_);
-        for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) done(i, panel, means, 0);
-      }
-    }
-  }
-
   // Adds a block's part of every gradient that is a sum over rows and asked for, divided by output elements.
   void add_gradients(Range steps) noexcept {
     const std::int64_t I = layer_.sizes.inputs, gates = Cell::gates * H_;
@@ -431,7 +360,6 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   }
 
   const BackwardScratch<Cell, T>& s_;
-  const PackedWeights<Cell, T> packed_;
   std::int64_t block_row_ = 0;  // kept rows before those of the block
 };
 
@@ -449,20 +377,56 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
   using Loop::Loop;
 
  private:
-  void enter() noexcept {
-    if (how.sums_steps && worker.index == 0) copy_row<T>(s_.zeros, nullptr, 0, s_.zero_count);
-    this->enter_states(layer_.dlast, s_.carry, s_.zeros);  // ends in a barrier, behind which all read the zeros
-  }
-  void leave() noexcept { this->leave_states(s_.carry, layer_.dinitial); }
-
   // Lists the carries of this worker's rows, and the states with which they enter some steps.
   void take_rows(Range steps) noexcept {
     const Range own = this->rows();
     for (int s = 0; s < Cell::states; ++s)
       for (std::int64_t b = own.begin; b < own.end; ++b) s_.carry_rows[s][b] = s_.carry[s] + shape_.row(s, b);
-    for (int s = Cell::Step::projects; s < Cell::states; ++s)
+    for (int s = call.save == Save::outputs ? 0 : Cell::Step::projects; s < Cell::states; ++s)
       list_entered(this->entered(s), this->own_rows(steps), s_.prev[s]);
     next_ = 0;
+  }
+
+  // With Save::outputs computes what forward saves for the steps of a block, a product over all their rows for each one
+  // of forward's: a state before a step is there already. Workers divide the rows, or the steps where each has all
+  // rows.
+  void enter_block(Range steps) noexcept {
+    if (Cell::saved == 0 || call.save != Save::outputs) return;
+    const Range own = this->by_units() ? share(steps.end - steps.begin, worker.index, worker.count)
+                                       : Range{0, steps.end - steps.begin};
+    const Range part{steps.begin + own.begin, steps.begin + own.end};
+    const Listed which = this->own_rows(part);
+    const std::int64_t rows = list_rows(call, which, this->x(), s_.left) - s_.left;
+    list_rows(call, which, this->saved_values(), s_.outputs);
+    for (int s = 0; s < Cell::states; ++s) prev_[s] = s_.prev[s] + this->rows_of({part.end, steps.end});
+    this->add_input_share(s_.operands, rows, s_.left, s_.outputs,
+                          Panels{0, PanelShape<Cell::gates>::template panels<T>(H_)});
+    for_each_phase<Cell>([&]<int p>() {
+      if constexpr (!PhaseOf<Cell, p>::projects) recompute_phase<p>(rows);
+    });
+    this->wait();
+  }
+
+  template <int p>
+  void recompute_phase(std::int64_t rows) noexcept {
+    using Phase = PhaseOf<Cell, p>;
+    const auto given = [&](int phase, std::int64_t i, std::int64_t vectors) {
+      return s_.given[phase] + (s_.outputs[i] - s_.values) / kSlots<Cell> * vectors;
+    };
+    const T* const* from = prev_[0];
+    if constexpr (p > 0) {
+      for (std::int64_t i = 0; i < rows; ++i) s_.right[i] = given(p - 1, i, PhaseOf<Cell, p - 1>::given);
+      from = s_.right;
+    }
+    const Panels panels{0, PanelShape<Phase::outputs>::template panels<T>(H_)};
+    this->template take<p>(
+        s_.operands, rows, from, panels, [&](std::int64_t i, std::int64_t unit, int count, const V* results) {
+          V next[Phase::sets];
+          const auto before = [&](int s) { return prev_[s][i]; };
+          this->template run_forward_part<p>(s_.outputs[i], padded_h_, results, before, unit, count, next, true);
+          if constexpr (!Phase::is_last)
+            for (int v = 0; v < Phase::given; ++v) store(given(p, i, Phase::given) + v * padded_h_ + unit, next[v]);
+        });
   }
 
   void step(std::int64_t t, std::int64_t step_in_block) noexcept {
@@ -495,12 +459,14 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     });
     if (asked.flow) {
       const Panels panels = this->panels(Plain::panels<T>(H_));
-      for (std::int64_t i = 0; i < rows; ++i) {
-        const T* const gates = saved_(first_ + i);
+      for (std::int64_t i = 0; i < rows; ++i)
         for (int gate = 0; gate < Cell::gates; ++gate)
-          count_saturated(gates + gate * padded_h_, panels, H_, asked.low[gate], asked.high[gate],
-                          this->measured(row_ + i, Cell::states + gate));
-      }
+          for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) {
+            const Range own = units_of<T>({panel, panel + 1}, H_);
+            this->measured(row_ + i, Cell::states + gate)[panel] =
+                count_saturated(saved_(first_ + i) + gate * padded_h_ + own.begin, own.end - own.begin, 1,
+                                asked.low[gate], asked.high[gate]);
+          }
     }
     if (asked.bound != Bound::norm) return;
     this->wait_if_units();  // for the sums of the others

@@ -67,8 +67,9 @@ KernelCall alone_in(const KernelCall& call) noexcept {
   return one;
 }
 
+// Flattened, since a short call waits for it: with no base but to count, little of it is left.
 template <class Scratch, class T>
-std::int64_t scratch_of(const KernelCall& call, const Arithmetic<T>& how) noexcept {
+__attribute__((flatten)) std::int64_t scratch_of(const KernelCall& call, const Arithmetic<T>& how) noexcept {
   if (call.split == Split::layers) return call.max_threads * scratch_of<Scratch>(alone_in(call), how);
   Arena arena(nullptr);
   Scratch(arena, call, how, 0);
@@ -175,7 +176,7 @@ void run_forward(void* context, Worker& worker) noexcept {
   const Arithmetic<T>& how = arithmetic_of<T>(call);
   if constexpr (kCanBeNarrow<Cell>)
     if (is_narrow<Cell, T>(call))
-      return run_all<Cell, T, NarrowForward<Cell, T>, NarrowScratch<Cell, T>>(call, worker, how, false);
+      return run_all<Cell, T, NarrowForward<Cell, T>, ForwardScratch<Cell, T>>(call, worker, how, false);
   run_all<Cell, T, ForwardLayer<Cell, T>, ForwardScratch<Cell, T>>(call, worker, how, false);
 }
 
@@ -193,7 +194,6 @@ template <class Cell, class T>
 std::int64_t scratch_bytes(const KernelCall& call, bool for_backward) noexcept {
   const Arithmetic<T>& how = arithmetic_of<T>(call);
   if (for_backward) return scratch_of<BackwardScratch<Cell, T>>(call, how);
-  if (is_narrow<Cell, T>(call)) return scratch_of<NarrowScratch<Cell, T>>(call, how);
   return scratch_of<ForwardScratch<Cell, T>>(call, how);
 }
 

@@ -99,23 +99,14 @@ __attribute__((noinline)) void watch_row(T* gradient, const T* dy, Panels panels
             [=](auto a, auto) RNNKERN_INLINE_LAMBDA { return bounded(a, most); });
 }
 
-// Writes to `counts` of some panels, all in the first of them, in how many of their units a gate is saturated.
+// Counts the units of a gate, `stride` elements apart, that are saturated.
 template <class T>
-__attribute__((noinline)) void count_saturated(const T* gate, Panels panels, std::int64_t units, double low,
-                                               double high, double* counts) noexcept {
-  using V = Vec<T>;
-  const auto [begin, end] = units_of<T>(panels, units);
-  const V least = set<V>(static_cast<T>(low)), most = set<V>(static_cast<T>(high));
-  Mask<V> found{};
-  std::int64_t unit = begin, total = 0;
-  for (; unit + kLanes<T> <= end; unit += kLanes<T>) {
-    const V value = load<V>(gate + unit);
-    found += (value <= least) | (value > most);
-  }
-  for (int l = 0; l < kLanes<T>; ++l) total -= found[l];
-  for (; unit < end; ++unit) total += gate[unit] <= least[0] || gate[unit] > most[0];
-  for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) counts[panel] = 0;
-  if (panels.begin < panels.end) counts[panels.begin] = static_cast<double>(total);
+RNNKERN_INLINE double count_saturated(const T* gate, std::int64_t units, std::int64_t stride, double low,
+                                      double high) noexcept {
+  const T least = static_cast<T>(low), most = static_cast<T>(high);
+  int found = 0;
+  for (std::int64_t i = 0; i < units * stride; i += stride) found += gate[i] <= least || gate[i] > most;
+  return found;
 }
 
 }  // namespace
