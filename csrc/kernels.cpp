@@ -247,8 +247,8 @@ void linear_forward(void* context, Worker& worker) noexcept {
   const LinearScratch<T> s(arena, call, how, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
   const T* bias = static_cast<const T*>(call.bias);
-  how.packing.panels[0](worker, static_cast<const T*>(call.weight), outputs, inputs, 0, inputs, 1, s.packed);
-  if (bias) pack_panels<AsStates<T>, 1>(worker, bias, outputs, 1, 0, 1, 1, s.packed_bias);
+  how.packing.panels(worker, static_cast<const T*>(call.weight), 1, outputs, inputs, 0, inputs, 1, s.packed);
+  if (bias) pack_panels<AsStates<T>>(worker, bias, 1, outputs, 1, 0, 1, 1, reinterpret_cast<char*>(s.packed_bias));
   if (worker.count > 1) worker.wait(worker.team);
   const Range own = share(call.rows, worker.index, worker.count);
   for (std::int64_t i = own.begin; i < own.end; ++i) {
@@ -268,7 +268,7 @@ void linear_backward(void* context, Worker& worker) noexcept {
   const LinearScratch<T> s(arena, call, how, worker.index, worker.index + 1);
   const std::int64_t inputs = call.inputs, outputs = call.outputs;
   if (call.dx)
-    how.packing.panels[0](worker, static_cast<const T*>(call.weight), inputs, outputs, 0, 1, inputs, s.packed);
+    how.packing.panels(worker, static_cast<const T*>(call.weight), 1, inputs, outputs, 0, 1, inputs, s.packed);
   for (std::int64_t i = 0; i < call.rows; ++i) {
     s.left[i] = static_cast<const T*>(call.dy) + i * outputs;
     s.right[i] = static_cast<const T*>(call.x) + i * inputs;

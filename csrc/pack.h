@@ -47,11 +47,14 @@ constexpr std::int64_t scratch_stride(std::int64_t count) noexcept {
   return round_up(count, line) + line;
 }
 
-// The shape of a panel of `gates` gates: about four vectors, so that three rows of accumulators, three broadcasts and
-// a weight fill 16 registers; see kTileRows in gemm.h.
+// Vectors of units of a panel of `gates` gates: about four in all, so that three rows of accumulators, three broadcasts
+// and a weight fill 16 registers; see kTileRows in gemm.h.
+constexpr int subs_of_panel(int gates) noexcept { return gates >= 3 ? 1 : 4 / gates; }
+
+// The shape of such a panel.
 template <int gates>
 struct PanelShape {
-  static constexpr int subs = gates >= 3 ? 1 : 4 / gates;
+  static constexpr int subs = subs_of_panel(gates);
   static constexpr int vectors = gates * subs;  // of a whole panel
 
   template <class T>
@@ -104,28 +107,28 @@ void pack_vector(const T* from, std::int64_t present, std::int64_t depth, std::i
 
 // weight(gate, unit, k) = source[gate * gate_stride + unit * unit_stride + k * k_stride]; one of the last two is 1.
 // Packs this worker's part of the panels. The source is read row by row: each row may be a page of its own.
-template <class Format, int gates, class T = typename Format::T>
-void pack_panels(const Worker& worker, const T* source, std::int64_t units, std::int64_t depth,
-                 std::int64_t gate_stride, std::int64_t unit_stride, std::int64_t k_stride,
-                 typename Format::W* target) noexcept {
+template <class Format, class T = typename Format::T>
+void pack_panels(const Worker& worker, const T* source, int gates, std::int64_t units, std::int64_t depth,
+                 std::int64_t gate_stride, std::int64_t unit_stride, std::int64_t k_stride, char* target) noexcept {
   using V = Vec<T>;
   using W = typename Format::W;
-  using Shape = PanelShape<gates>;
   constexpr int lanes = kLanes<T>, group = Format::group;
-  const Range own = share(Shape::template panels<T>(units), worker.index, worker.count);
+  const int whole = subs_of_panel(gates);  // vectors of units of a panel
+  const std::int64_t vectors = divide_up(units, lanes);
+  const Range own = share(divide_up(vectors, whole), worker.index, worker.count);
   if constexpr (std::is_same_v<Format, Rounded>) {  // behind the ordinary packing, which is compiled once
-    pack_panels<AsStates<T>, gates>(worker, source, units, depth, gate_stride, unit_stride, k_stride, target);
-    const std::int64_t first = own.begin * Shape::subs, last = smaller(own.end * Shape::subs, divide_up(units, lanes));
-    T* const begin = target + first * lanes * gates * depth;
+    pack_panels<AsStates<T>>(worker, source, gates, units, depth, gate_stride, unit_stride, k_stride, target);
+    const std::int64_t first = own.begin * whole, last = smaller(own.end * whole, vectors);
+    T* const begin = reinterpret_cast<T*>(target) + first * lanes * gates * depth;
     return round_row(begin, (last - first) * lanes * gates * depth, begin);
   }
   const auto for_vectors = [&](auto&& body) {
     for (std::int64_t panel = own.begin; panel < own.end; ++panel) {
-      const int subs = Shape::template subs_of<T>(panel, units);
-      W* to = target + panel * kStored<Format>.inputs(depth) * Shape::vectors * lanes;
-      for (int sub = 0; sub < subs; ++sub)
+      const std::int64_t subs = smaller(vectors - panel * whole, whole);
+      W* to = reinterpret_cast<W*>(target) + panel * kStored<Format>.inputs(depth) * whole * gates * lanes;
+      for (std::int64_t sub = 0; sub < subs; ++sub)
         for (int gate = 0; gate < gates; ++gate, to += lanes * group) {
-          const std::int64_t first = (panel * Shape::subs + sub) * lanes;
+          const std::int64_t first = (panel * whole + sub) * lanes;
           body(source + gate * gate_stride + first * unit_stride, smaller(units - first, lanes), to,
                gates * subs * lanes);
         }
@@ -221,42 +224,30 @@ void pack_values(const PackCall& call, const PackedLayout<Cell, T>& at) noexcept
   const Worker alone{0, 1, nullptr, nullptr, -1, nullptr};
   const std::int64_t H = call.sizes.hidden;
   char* out = static_cast<char*>(call.packed);
-  const auto values = [&](std::int64_t part) { return reinterpret_cast<T*>(out + part); };
   std::memset(out, 0, static_cast<std::size_t>(at.w_ih));
   const T* b_ih = static_cast<const T*>(call.weights.b_ih);
   const T* b_hh = static_cast<const T*>(call.weights.b_hh);
-  if (b_ih) pack_panels<AsStates<T>, Cell::gates>(alone, b_ih, H, 1, H, 1, 1, values(at.b_ih));
+  if (b_ih) pack_panels<AsStates<T>>(alone, b_ih, Cell::gates, H, 1, H, 1, 1, out + at.b_ih);
   for_each_phase<Cell>([&]<int p>() {
     using Phase = PhaseOf<Cell, p>;
     if constexpr (Phase::multiplies && !Phase::projects)
       if (b_hh)
-        pack_panels<AsStates<T>, Phase::outputs>(alone, b_hh + Phase::first * H, H, 1, H, 1, 1, values(at.bias[p]));
+        pack_panels<AsStates<T>>(alone, b_hh + Phase::first * H, Phase::outputs, H, 1, H, 1, 1, out + at.bias[p]);
   });
   for (int extra = 0; extra < Cell::extras; ++extra)
-    std::memcpy(values(at.extras) + extra * padded<T>(H), call.weights.extra[extra],
+    std::memcpy(out + at.extras + extra * padded<T>(H) * std::int64_t{sizeof(T)}, call.weights.extra[extra],
                 static_cast<std::size_t>(H) * sizeof(T));
 }
 
-// How a format packs weights: as many gates as panels may have side by side, 1 to 4.
+// How a format packs weights.
 template <class T>
 struct Packing {
-  using Panels = void (*)(const Worker&, const T* source, std::int64_t units, std::int64_t depth,
-                          std::int64_t gate_stride, std::int64_t unit_stride, std::int64_t k_stride,
-                          char* target) noexcept;
-
   Stored stored;
-  Panels panels[4];
+  void (*panels)(const Worker&, const T* source, int gates, std::int64_t units, std::int64_t depth,
+                 std::int64_t gate_stride, std::int64_t unit_stride, std::int64_t k_stride, char* target) noexcept;
 };
-
-template <class Format, int gates, class T = typename Format::T>
-void pack_bytes(const Worker& worker, const T* source, std::int64_t units, std::int64_t depth, std::int64_t gate_stride,
-                std::int64_t unit_stride, std::int64_t k_stride, char* target) noexcept {
-  pack_panels<Format, gates>(worker, source, units, depth, gate_stride, unit_stride, k_stride,
-                             reinterpret_cast<typename Format::W*>(target));
-}
 template <class Format>
-constexpr Packing<typename Format::T> kPacking{
-    kStored<Format>, {pack_bytes<Format, 1>, pack_bytes<Format, 2>, pack_bytes<Format, 3>, pack_bytes<Format, 4>}};
+constexpr Packing<typename Format::T> kPacking{kStored<Format>, pack_panels<Format>};
 
 // Packs this worker's part of a layer-direction.
 template <class Cell, class T>
@@ -267,8 +258,8 @@ void pack_layer(const PackCall& call, const Worker& worker, const Packing<T>& pa
   char* const out = static_cast<char*>(call.packed);
   const T* w_ih = static_cast<const T*>(call.weights.w_ih);
   if (worker.index == 0) pack_values(call, at);
-  packing.panels[gates - 1](worker, w_ih, H, I, H * I, I, 1, out + at.w_ih);
-  if (call.training) packing.panels[0](worker, w_ih, I, gates * H, 0, 1, I, out + at.w_ih_t);
+  packing.panels(worker, w_ih, gates, H, I, H * I, I, 1, out + at.w_ih);
+  if (call.training) packing.panels(worker, w_ih, 1, I, gates * H, 0, 1, I, out + at.w_ih_t);
   for_each_phase<Cell>([&]<int p>() {
     using Phase = PhaseOf<Cell, p>;
     if constexpr (Phase::multiplies) {
@@ -276,9 +267,9 @@ void pack_layer(const PackCall& call, const Worker& worker, const Packing<T>& pa
       if (!of.there) return;
       const T* w = static_cast<const T*>(Phase::projects ? call.weights.w_hr : call.weights.w_hh);
       if constexpr (!Phase::projects) w += Phase::first * H * of.depth;
-      packing.panels[Phase::outputs - 1](worker, w, of.units, of.depth, of.units * of.depth, of.depth, 1,
-                                         out + at.weights[p]);
-      if (call.training) packing.panels[0](worker, w, of.depth, of.rows, 0, 1, of.depth, out + at.weights_t[p]);
+      packing.panels(worker, w, Phase::outputs, of.units, of.depth, of.units * of.depth, of.depth, 1,
+                     out + at.weights[p]);
+      if (call.training) packing.panels(worker, w, 1, of.depth, of.rows, 0, 1, of.depth, out + at.weights_t[p]);
     }
   });
 }
