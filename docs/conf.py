@@ -1,4 +1,4 @@
-"""The site: `python -m sphinx -W --keep-going docs build/site`, with what the extra `docs` installs."""
+"""The site: `python -m sphinx -W --keep-going docs build/site`, with what the extra `docs` has."""
 
 from sphinx.util.inspect import TypeAliasForwardRef
 
