@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
@@ -22,7 +22,8 @@ import pytest
 import rnnkern as rk
 from rnnkern import config, planning
 from rnnkern.backends.native import native_module
-from rnnkern.cells import CELLS
+from rnnkern.backends.numba_units import unit_functions
+from rnnkern.cells import CELLS, CellMath, Math
 from rnnkern.testing import (
     Problem,
     assert_accurate,
@@ -425,3 +426,21 @@ def test_numba_gives_no_two_functions_one_name():
         for function in kernels._functions(cell, np.dtype("float32"), forward)
     ]
     assert len({function.__qualname__ for function in functions}) == len(functions) > 2 * len(CELLS)
+
+
+def test_code_for_numba_sets_nothing_before_all_is_read():
+    """A cell may set a gradient first and read what stands in the same place last, the gradient it got."""
+
+    def math(_: Math) -> CellMath:
+        def backward(dnew: Any, dx: Any, dprev: Any) -> None:
+            dprev[0] = dnew[0] + dnew[0]
+            dx[0] = dprev[0] * dnew[0]
+
+        return CellMath(backward, backward)
+
+    cell = replace(CELLS["rnn_tanh"], math=math)
+    (unit,) = unit_functions(cell, np.dtype("float64"), False, lambda function: function)
+    state, dx = np.array([[7.0, 5.0]]), np.zeros((1, 2))
+    unit(2, 0, 1, (state, dx, state))
+    np.testing.assert_array_equal(state, [[7, 10]])
+    np.testing.assert_array_equal(dx, [[0, 50]])

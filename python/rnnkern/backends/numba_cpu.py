@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..stack import Stack, Weights
-from .numba_layers import functions_of, kept_columns
+from .numba_layers import backward, forward, kept_columns, linear_backward, linear_forward, pack_for
 
-__all__ = [
-    "backward",
-    "forward",
-    "linear_backward",
-    "linear_forward",
-    "name",
-    "pack",
-    "plan",
-    "saved_values",
-    "unavailable",
-]
+__all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "plan", "unavailable"]
 
 name = "numba"
 
@@ -32,21 +23,15 @@ def unavailable() -> str | None:
     return None
 
 
-pack, forward, saved_values, backward, linear_forward, linear_backward = functions_of("numba_cpu_kernels")
+pack = partial(pack_for, "numba_cpu_kernels")
 
 
 def plan(
-    stack: Stack,
-    weights: Sequence[Weights],
-    steps: int,
-    batch: int,
-    save: str | None,
-    offsets: Any = None,
+    stack: Stack, weights: Sequence[Weights], steps: int, batch: int, save: str | None, offsets: Any = None
 ) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
     """See `backends`. Scratch counts the arrays that grow with the steps, which have padding."""
-    layers = pack(stack, weights, True)
-    arrays = [array for one in layers for array in (*one.forward.values(), *one.backward.values(), one.w_ih)]
-    packed = sum(array.nbytes for array in {id(array): array for array in arrays}.values())
+    twice = ("w_hh", "w_hr")  # as they are and transposed
+    packed = sum(array.nbytes * (1 + (name in twice)) for one in weights for name, array in one.items())
     elements = steps * batch * stack.dtype.itemsize  # bytes of one number for each step and row
     kept = elements * stack.output_size * (stack.num_layers - 1)  # the inputs of all layers but the first
     kept += elements * sum(sum(kept_columns(sizes, stack.proj_size > 0).values()) for sizes in stack.layers)

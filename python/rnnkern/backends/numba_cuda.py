@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from .numba_layers import functions_of
+from functools import partial
 
-__all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "saved_values", "unavailable"]
+from .numba_layers import backward, forward, linear_backward, linear_forward, pack_for
+
+__all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "unavailable"]
 
 name = "numba_cuda"
 
@@ -20,4 +22,4 @@ def unavailable() -> str | None:
     return None if found else "Numba finds no CUDA GPU; where there is one: python -m pip install numba-cuda"
 
 
-pack, forward, saved_values, backward, linear_forward, linear_backward = functions_of("numba_cuda_kernels")
+pack = partial(pack_for, "numba_cuda_kernels")
