@@ -92,50 +92,6 @@ __attribute__((noinline)) std::int64_t fill_steps(const KernelCall& call, const 
   return count;
 }
 
-// Where rows have a state with which they enter a step.
-template <class T>
-struct Entered {
-  const KernelCall& call;
-  bool reverse;
-  ArrayRows<const T> after;  // where they have it after a step
-  const T* initial;          // [B, units], null: zeros
-  std::int64_t units;
-  const T* zeros;
-
-  // Says whether step t is the first of row b, and which one came before it.
-  bool is_first(std::int64_t t, std::int64_t b) const noexcept {
-    return reverse ? t + 1 >= length_of(call, b) : t == 0;
-  }
-  std::int64_t before(std::int64_t t) const noexcept { return reverse ? t + 1 : t - 1; }
-
-  const T* first_of(std::int64_t b) const noexcept { return initial ? initial + state_row_of(call, b) * units : zeros; }
-  // Returns it of row b in step t.
-  const T* operator()(std::int64_t t, std::int64_t b) const noexcept {
-    if (is_cut(call, reverse, t, b)) return zeros;
-    return is_first(t, b) ? first_of(b) : after.of_step(before(t))(b);
-  }
-};
-
-// Lists it for some rows in the order of backward. Most often all of them but those of the first step have it from the
-// step before.
-template <class T>
-__attribute__((noinline)) void list_entered(const Entered<T>& from, const Listed& which, const T** rows) noexcept {
-  std::int64_t t = which.t, left = which.count;
-  if (!from.call.resets && !(from.reverse && from.call.lengths)) {
-    ArrayRows<const T> before = from.after;
-    before.shift = from.before(0);
-    Listed alike = which;
-    alike.count -= from.is_first(t + (left - 1) * which.direction, 0) ? 1 : 0;
-    rows = list_rows(from.call, alike, before, rows);
-    t += alike.count * which.direction, left -= alike.count;
-  }
-  for (; left > 0; --left, t += which.direction)
-    for (std::int64_t k = which.own.begin; k < which.own.end; ++k) {
-      const std::int64_t b = which.sorted ? which.sorted[k] : k;
-      if (b < active_rows_of(from.call, t)) *rows++ = from(t, b);
-    }
-}
-
 // The loop of backpropagation through time, and what a block adds to the gradients. Steps says what a step is:
 // take_rows, enter_block, step.
 template <class Steps, class Cell, class T>
@@ -158,8 +114,8 @@ class BackwardLoop : protected LayerContext<Cell, T> {
       Loop::divide(Steps::grain, 0, call.steps);
       // Ends in a barrier, behind which all read the zeros.
       this->enter_states(layer_.dlast, s_.carry, s_.carry, s_.zeros, s_.zero_count);
-      if (layer_.dx && !layer_.add_to_dx)
-        this->clear_past_ends(layer_.dx, layer_.x_rows, layer_.sizes.inputs, layer_.sizes.inputs);
+      if (layer_.x_rows.padded && layer_.dx && !layer_.add_to_dx)
+        clear_rows(call, worker, layer_.x_rows, static_cast<T*>(layer_.dx), layer_.sizes.inputs, layer_.sizes.inputs);
     }
     for (std::int64_t end = call.steps; end > 0; end = block_first_) {
       if (!this->begin_block()) break;
@@ -224,13 +180,9 @@ class BackwardLoop : protected LayerContext<Cell, T> {
   ArrayRows<E> in_block(E* array, std::int64_t stride) const noexcept {
     return {array, stride, call.kept, block_row_};
   }
-  // The rows of some steps that this worker works on, and all of them, in the order of backward. That of the caller's
-  // batch is the same for every block size.
-  Listed own_rows(Range steps) const noexcept {
-    return {time(steps.end - 1), layer_.reverse ? 1 : -1, steps.end - steps.begin, this->rows()};
-  }
+  // All rows of some steps, in the order of backward. That of the caller's batch is the same for every block size.
   Listed all_rows(Range steps) const noexcept {
-    Listed rows = own_rows(steps);
+    Listed rows = this->own_rows(steps, true);
     rows.own = {0, call.batch}, rows.sorted = call.sorted;
     return rows;
   }
@@ -248,10 +200,35 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     if (call.save == Save::outputs) return rows_of(this->saved_states(state), 0);
     return rows_of(Loop::saved_values(), Cell::kept[state] * padded_h_);
   }
-  Entered<T> entered(int state) const noexcept {
-    return {
-        call,    layer_.reverse, after_steps(state), static_cast<const T*>(layer_.initial[state]), shape_.units[state],
-        s_.zeros};
+  // Says whether step t is the first of row b, and which one came before it.
+  bool is_first(std::int64_t t, std::int64_t b) const noexcept {
+    return layer_.reverse ? t + 1 >= length_of(call, b) : t == 0;
+  }
+  std::int64_t before(std::int64_t t) const noexcept { return layer_.reverse ? t + 1 : t - 1; }
+  // Returns where row b has a state with which it enters step t.
+  const T* entered(int state, std::int64_t t, std::int64_t b) const noexcept {
+    const T* const initial = static_cast<const T*>(layer_.initial[state]);
+    if (this->cut(layer_.reverse, t, b)) return s_.zeros;
+    if (!is_first(t, b)) return after_steps(state).of_step(before(t))(b);
+    return initial ? initial + state_row_of(call, b) * shape_.units[state] : s_.zeros;
+  }
+  // Lists it for some rows in the order of backward. Most often all of them but those of the first step have it from
+  // the step before.
+  __attribute__((noinline)) void list_entered(int state, const Listed& which, const T** rows) const noexcept {
+    std::int64_t t = which.t, left = which.count;
+    if (!call.resets && !(layer_.reverse && call.lengths)) {
+      ArrayRows<const T> after = after_steps(state);
+      after.shift = before(0);
+      Listed alike = which;
+      alike.count -= is_first(t + (left - 1) * which.direction, 0) ? 1 : 0;
+      rows = list_rows(call, alike, after, rows);
+      t += alike.count * which.direction, left -= alike.count;
+    }
+    for (; left > 0; --left, t += which.direction)
+      for (std::int64_t k = which.own.begin; k < which.own.end; ++k) {
+        const std::int64_t b = which.sorted ? which.sorted[k] : k;
+        if (b < this->active(t)) *rows++ = entered(state, t, b);
+      }
   }
 
   // Says whether dy is added where the gradient is used; else `watch` of a step has added it to the carry.
@@ -334,7 +311,7 @@ class BackwardLoop : protected LayerContext<Cell, T> {
     if constexpr (p > 0)
       list_rows(call, which, in_block<const T>(s_.given[p - 1], padded_h_), s_.right);
     else
-      list_entered(entered(0), which, s_.right);
+      list_entered(0, which, s_.right);
     add_outer_products(rows, which, own, of.depth, weights);
   }
 
@@ -383,7 +360,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     for (int s = 0; s < Cell::states; ++s)
       for (std::int64_t b = own.begin; b < own.end; ++b) s_.carry_rows[s][b] = s_.carry[s] + shape_.row(s, b);
     for (int s = call.save == Save::outputs ? 0 : Cell::Step::projects; s < Cell::states; ++s)
-      list_entered(this->entered(s), this->own_rows(steps), s_.prev[s]);
+      this->list_entered(s, this->own_rows(steps, true), s_.prev[s]);
     next_ = 0;
   }
 
@@ -395,7 +372,7 @@ class BackwardLayer : public BackwardLoop<BackwardLayer<Cell, T>, Cell, T> {
     const Range own = this->by_units() ? share(steps.end - steps.begin, worker.index, worker.count)
                                        : Range{0, steps.end - steps.begin};
     const Range part{steps.begin + own.begin, steps.begin + own.end};
-    const Listed which = this->own_rows(part);
+    const Listed which = this->own_rows(part, true);
     const std::int64_t rows = list_rows(call, which, this->x(), s_.left) - s_.left;
     list_rows(call, which, this->saved_values(), s_.outputs);
     for (int s = 0; s < Cell::states; ++s) prev_[s] = s_.prev[s] + this->rows_of({part.end, steps.end});

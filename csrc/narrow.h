@@ -245,11 +245,10 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
   // Loads a state before step t: that of all rows after the step before, where there is one, and then that of each row
   // which does not have it from there.
   void load_entered(T* to, int state, std::int64_t t, std::int64_t vector) const noexcept {
-    const Entered<T> entered = this->entered(state);
-    const std::int64_t before = entered.before(t);
+    const std::int64_t before = this->before(t);
     const int rows = rows_of(vector, t), there = before >= 0 && before < call.steps ? rows_of(vector, before) : 0;
     if (there > 0 && Cell::kept[state] == kInOutput)
-      rows_to_lanes(entered.after.of_step(before), vector * lanes, there, H_, to);
+      rows_to_lanes(this->after_steps(state).of_step(before), vector * lanes, there, H_, to);
     else if (there > 0)
       std::memcpy(to, this->saved(before, vector) + Cell::kept[state] * H_ * lanes,
                   static_cast<std::size_t>(H_) * lanes * sizeof(T));
@@ -257,7 +256,7 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
     for (int l = 0; l < lanes; ++l) {
       const std::int64_t b = vector * lanes + (l < rows ? l : rows - 1);
       if (l < there && !this->cut(layer_.reverse, t, b)) continue;
-      copy_lane(to + l, lanes, entered(t, b), 1, H_);
+      copy_lane(to + l, lanes, this->entered(state, t, b), 1, H_);
     }
   }
 

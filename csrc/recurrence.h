@@ -173,13 +173,14 @@ __attribute__((noinline)) E** list_rows(const KernelCall& call, const Listed& wh
   return count;
 }
 
-// Fills this worker's part of the rows past the ends of the sequences with zeros.
-[[gnu::noinline]] void clear_rows(const KernelCall& call, const Worker& worker, const RowMap& map, void* array,
-                                  std::int64_t stride, std::size_t bytes) noexcept {
+// Fills this worker's part of the rows of an array past the ends of the sequences with zeros.
+template <class T>
+__attribute__((noinline)) void clear_rows(const KernelCall& call, const Worker& worker, const RowMap& map, T* array,
+                                          std::int64_t stride, std::int64_t count) noexcept {
   const Range own = share(map.padded, worker.index, worker.count);
   for (std::int64_t t = own.begin; t < own.end; ++t)
     for (std::int64_t b = t < call.steps ? active_rows_of(call, t) : 0; b < call.batch; ++b)
-      std::memset(static_cast<char*>(array) + row_of(map, t, b) * stride, 0, bytes);
+      std::memset(array + row_of(map, t, b) * stride, 0, static_cast<std::size_t>(count) * sizeof(T));
 }
 
 // What both directions of time need to know of a call, seen by one worker.
@@ -440,9 +441,10 @@ class LayerContext : protected Context<Cell, T> {
     return {rows_.begin, rows_.begin < end ? end : rows_.begin};
   }
 
-  // The rows that this worker works on in some steps, in their order.
-  Listed in_steps(Range steps) const noexcept {
-    return {time(steps.begin), layer_.reverse ? -1 : 1, steps.end - steps.begin, rows_};
+  // The rows that this worker works on in some steps, in their order or that of backward.
+  Listed own_rows(Range steps, bool backward) const noexcept {
+    return {time(backward ? steps.end - 1 : steps.begin), layer_.reverse == backward ? 1 : -1, steps.end - steps.begin,
+            rows_};
   }
 
   // Divides the rows of the batch, so many together, among the workers, by what they have of the steps [first, last).
@@ -457,13 +459,6 @@ class LayerContext : protected Context<Cell, T> {
   }
   // Says whether the rows are to be divided: no worker has a part yet where one begins to take part.
   bool is_to_divide() const noexcept { return divided_among_ != this->worker.count; }
-
-  // Fills an array of the caller's with zeros in the rows past the ends of the sequences.
-  void clear_past_ends(void* array, const RowMap& map, std::int64_t stride, std::int64_t count) const noexcept {
-    if (map.padded) [[unlikely]]
-      clear_rows(call, this->worker, map, array, stride * std::int64_t{sizeof(T)},
-                 static_cast<std::size_t>(count) * sizeof(T));
-  }
 
   // Where layers are worked on side by side: waits until the layer `above` or below (-1), from which this one takes its
   // steps, has done so many, or of two directions all. Returns false when the call was given up.
@@ -599,7 +594,8 @@ class ForwardLoop : protected LayerContext<Cell, T> {
     if (this->takes_part()) {
       divide_from(0);
       this->enter_states(layer_.initial, s_.state[0], s_.state[1], s_.zeros, call.resets ? this->padded_h_ : 0);
-      this->clear_past_ends(layer_.y, layer_.y_rows, layer_.y_stride, layer_.sizes.outputs);
+      if (layer_.y_rows.padded) [[unlikely]]
+        clear_rows(call, this->worker, layer_.y_rows, static_cast<T*>(layer_.y), layer_.y_stride, layer_.sizes.outputs);
     }
     for (std::int64_t first = 0; first < call.steps; first += call.block_steps) {
       const std::int64_t count = smaller(call.block_steps, call.steps - first);
@@ -680,7 +676,7 @@ class ForwardLayer : public ForwardLoop<ForwardLayer<Cell, T>, Cell, T> {
 
   // Lists x and gates of the active rows of some steps of the block at hand.
   __attribute__((noinline)) void list(Range steps) noexcept {
-    const Listed rows = this->in_steps(steps);
+    const Listed rows = this->own_rows(steps, false);
     list_rows(call, rows, this->x(), s_.block_x);
     listed_ = list_rows(call, rows, gates(), s_.block_gates) - s_.block_gates;
     next_ = 0;
