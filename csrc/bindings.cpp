@@ -36,7 +36,7 @@
 namespace rnnkern {
 namespace {
 
-constexpr std::string_view kEngines[] = {"none", "pairs", "emulated", "amx"};
+constexpr std::string_view kEngines[] = {"none", "pairs", "emulated", "emulated-fp16", "amx", "amx-fp16"};
 
 // Linear's kernels over the rows of x (rows, inputs): forward where there is y, else backward, which adds to dweight
 // and dbias; None for what is not there or not wanted. With `rounds` the operands of products are rounded to bfloat16,
@@ -173,7 +173,7 @@ py::list cell_descriptions() {
     cells.append(py::dict("name"_a = cell.name, "gates"_a = cell.gates, "states"_a = cell.states,
                           "saved"_a = cell.saved, "kept"_a = std::vector<int>(cell.kept, cell.kept + cell.states),
                           "extras"_a = cell.extras, "late_gates"_a = cell.late_gates, "projects"_a = cell.projects,
-                          "separate_recurrent"_a = cell.separate_recurrent));
+                          "separate_recurrent"_a = cell.separate_recurrent, "bounded"_a = cell.bounded));
   }
   return cells;
 }
@@ -241,12 +241,14 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
       py::arg("name"), "Packs weights for another ISA from now on.");
   m.def(
       "engine", [] { return std::string(kEngines[static_cast<int>(engine(*active().table))]); },
-      "What multiplies bfloat16 numbers: 'none', 'pairs', 'emulated' or 'amx', a matrix engine.");
+      "What multiplies bfloat16 numbers: 'none', 'pairs', or a matrix engine, 'emulated' or 'amx', with '-fp16' if "
+      "that "
+      "multiplies float16 too.");
   m.def(
       "use_engine",
       [](const std::string& best) {
         const auto* const found = std::ranges::find(kEngines, best);
-        if (found == std::end(kEngines)) throw py::value_error("best: expected 'none', 'pairs', 'emulated' or 'amx'");
+        if (found == std::end(kEngines)) throw py::value_error("best: expected one that engine() gives");
         return std::string(kEngines[static_cast<int>(use_engine(static_cast<Engine>(found - kEngines)))]);
       },
       py::arg("best"),

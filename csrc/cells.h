@@ -2,8 +2,9 @@
 //
 // A cell says what it has: gates (rows of the weights, in order), states (h first), saved values a step (what backward
 // needs beside y; 0: y alone suffices), kept (for each state where backward finds it), extras (vectors of H elements
-// beside matrices and biases), separate_recurrent (dr is not dx), and Step, the list of its phases (phases.h), each
-// with a struct of its functions:
+// beside matrices and biases), separate_recurrent (dr is not dx), bounded (what a product takes of a step, h or a
+// vector given, is within 1 of zero where h before the step is), and Step, the list of its phases (phases.h), each with
+// a struct of its functions:
 //
 //   forward(x, r, extra, prev, next, saved)
 //     sets `next`, the new states or what a phase before the last gives to the one behind it, and its `saved` values
@@ -23,7 +24,7 @@ namespace {
 
 struct CellDefaults {
   static constexpr int extras = 0, kept[] = {kInOutput};
-  static constexpr bool separate_recurrent = false;
+  static constexpr bool separate_recurrent = false, bounded = true;
 };
 
 // Elman 1990, for a function and its slope, which follows from y alone.
@@ -49,6 +50,7 @@ struct RnnTanh : Rnn<RnnTanh> {
 
 struct RnnRelu : Rnn<RnnRelu> {
   static constexpr const char* name = "rnn_relu";
+  static constexpr bool bounded = false;
 
   RNNKERN_INLINE static auto of(auto a) noexcept { return relu(a); }
   template <class V>

@@ -1,6 +1,7 @@
 // Asks the CPU once which of the compiled instruction sets it runs.
 #include "dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 
@@ -47,20 +48,22 @@ bool has_instruction_for_pairs() noexcept {
 #endif
 }
 
-// Says whether the CPU has a matrix engine for bfloat16 and the system lets this process use it, for which it is asked
+// Says which matrix engine the CPU has for bfloat16, if the system lets this process use it, for which it is asked
 // once, before any thread does.
-bool has_engine() noexcept {
+Engine engine_of_cpu() noexcept {
 #if defined(__x86_64__) && defined(__linux__)
-  static const bool has = [] {
-    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  static const Engine found = [] {
+    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_fp16 = 1u << 21;
     constexpr long request_permission = 0x1023, tile_data = 18;
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (~d & (amx_bf16 | amx_tile)) == 0 &&
-           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (~d & (amx_bf16 | amx_tile)) != 0 ||
+        syscall(SYS_arch_prctl, request_permission, tile_data) != 0)
+      return Engine::none;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & amx_fp16) != 0 ? Engine::amx_fp16 : Engine::amx;
   }();
-  return has;
+  return found;
 #else
-  return false;
+  return Engine::none;
 #endif
 }
 
@@ -68,7 +71,10 @@ std::atomic<Engine>& best_engine() noexcept {
   static std::atomic<Engine> best = [] {
     const char* const asked = std::getenv("RNNKERN_AMX");
     const std::string_view name = asked ? asked : "";
-    return name == "off" ? Engine::pairs : name == "emulated" ? Engine::emulated : Engine::amx;
+    return name == "off"             ? Engine::pairs
+           : name == "emulated"      ? Engine::emulated
+           : name == "emulated-fp16" ? Engine::emulated_fp16
+                                     : Engine::amx_fp16;
   }();
   return best;
 }
@@ -77,8 +83,8 @@ std::atomic<Engine>& best_engine() noexcept {
 
 Engine engine(const KernelTable& table) noexcept {
   const Engine best = best_engine().load(std::memory_order_relaxed);
-  if (best == Engine::amx && table.has_tiles && has_engine()) return best;
-  if (best == Engine::emulated && table.has_pairs) return best;
+  if (best >= Engine::amx && table.has_tiles && engine_of_cpu() != Engine::none) return std::min(best, engine_of_cpu());
+  if (best >= Engine::emulated && best < Engine::amx && table.has_pairs) return best;
   const bool has_pairs = table.has_pairs && (table.emulates_pairs || has_instruction_for_pairs());
   return has_pairs && best != Engine::none ? Engine::pairs : Engine::none;
 }

@@ -26,14 +26,14 @@ const Isa* find_isa(std::string_view name) noexcept;
 const Isa& active() noexcept;
 
 // What multiplies bfloat16 numbers, the best last: multiply-adds of floats; the instruction for pairs, of the CPU or
-// emulated; code that computes what a matrix engine does; the engine. The first two give the same bits, and so do the
-// last two.
-enum class Engine { none, pairs, emulated, amx };
+// emulated; code that computes what a matrix engine does; the engine; of both such that multiply float16 numbers too.
+// The first two give the same bits, and so does an engine as its emulation.
+enum class Engine { none, pairs, emulated, emulated_fp16, amx, amx_fp16 };
 
 // The best one that an ISA's kernels and the CPU have, no better than what use_engine has set.
 Engine engine(const KernelTable& table) noexcept;
-// Sets it for what is packed from now on, and returns what was set before: at first what RNNKERN_AMX says, "off" or
-// "emulated", else the engine.
+// Sets it for what is packed from now on, and returns what was set before: at first what RNNKERN_AMX says, "off",
+// "emulated" or "emulated-fp16", else the engine with all that it has.
 Engine use_engine(Engine best) noexcept;
 
 // Changes the one in use; false, and no change, when the CPU does not support it or no ISA has that name.

@@ -13,12 +13,15 @@ template <class Element>
 struct AsStates {
   using T = Element;
   using W = Element;
-  using Tiled = AsStates;                    // the format whose tiles it runs on,
-  using PackedAs = AsStates;                 // whose layout its weights have,
-  using Outer = AsStates;                    // and by which sums of outer products over rows are made
+  using Tiled = AsStates;     // the format whose tiles it runs on,
+  using PackedAs = AsStates;  // whose layout its weights have,
+  using Outer = AsStates;     // and by which sums of outer products over rows are made
+  using FewRows = void;       // formats that take its place, where there are such: see Arithmetic
+  using Bounded = void;
   static constexpr int group = 1;            // inputs side by side in packed weights
   static constexpr int step = 1;             // inputs that one multiplication takes
   static constexpr int slices = 1;           // that an element of rows becomes
+  static constexpr int head = 0;             // inputs for which a panel has room before the first
   static constexpr bool sums_steps = false;  // outer products by its own tiles, see Arithmetic
   static constexpr T padding = T{0};         // weight of an input that fills up a group
   static constexpr void (*operand)(const T* from, std::int64_t count, T* to) noexcept = nullptr;  // see Arithmetic
@@ -41,6 +44,30 @@ struct AsStates {
 struct BFloat16 {
   std::uint16_t bits;
 };
+
+// Two numbers of 16 bits, which are the upper halves of their lanes, in one lane: the first in its upper half.
+RNNKERN_INLINE F32 pair_of(F32 first, F32 last) noexcept {
+  return reinterpret_cast<F32>(reinterpret_cast<BitsOf<F32>>(first) | reinterpret_cast<BitsOf<F32>>(last) >> 16);
+}
+
+template <std::size_t odd, std::size_t... lane>
+RNNKERN_INLINE F32 every_other(F32 a, F32 b, std::index_sequence<lane...>) noexcept {
+  return __builtin_shufflevector(a, b, static_cast<int>(2 * lane + odd)...);
+}
+// Calls body(first, last) for the inputs of a row, two that stand side by side in the same lane of both; zeros past the
+// end.
+template <class Body>
+RNNKERN_INLINE void for_pairs(const float* from, std::int64_t count, Body&& body) noexcept {
+  constexpr int lanes = kLanes<float>;
+  constexpr std::make_index_sequence<lanes> each{};
+  const auto vector_at = [&](std::int64_t i) RNNKERN_INLINE_LAMBDA {
+    return i < count ? load_some<F32>(from + i, static_cast<int>(count - i < lanes ? count - i : lanes)) : zero<F32>();
+  };
+  for (std::int64_t i = 0; i < count; i += 2 * lanes) {
+    const F32 a = vector_at(i), b = vector_at(i + lanes);
+    body(every_other<0>(a, b, each), every_other<1>(a, b, each));
+  }
+}
 
 // Rounds to the nearest bfloat16 number, ties to even. NaN stays NaN; what is too large becomes infinite.
 RNNKERN_INLINE F32 round_to_bfloat16(F32 v) noexcept {
@@ -83,8 +110,7 @@ struct BFloat16Weights : AsStates<float> {
     return reinterpret_cast<F32>(i == 0 ? pairs & 0xffff0000u : pairs << 16);
   }
   RNNKERN_INLINE static void store_group(W* to, F32 first, F32 last) noexcept {
-    const BitsOf<F32> pairs = reinterpret_cast<BitsOf<F32>>(round_to_bfloat16(first)) |
-                              reinterpret_cast<BitsOf<F32>>(round_to_bfloat16(last)) >> 16;
+    const F32 pairs = pair_of(round_to_bfloat16(first), round_to_bfloat16(last));
     std::memcpy(to, &pairs, sizeof pairs);
   }
 };
@@ -103,14 +129,10 @@ struct BFloat16Pairs : BFloat16Weights {
 
   // to [ceil(count / 2)], writes whole vectors. to may be from.
   static void make_pairs(const float* from, std::int64_t count, float* to) noexcept {
-    constexpr int lanes = kLanes<float>;
-    for (std::int64_t i = 0; i < count; i += 2 * lanes, to += lanes) {
-      const auto rounded = [&](std::int64_t first) RNNKERN_INLINE_LAMBDA {
-        const std::int64_t some = count - first < lanes ? count - first : lanes;
-        return round_to_bfloat16(some > 0 ? load_some<F32>(from + first, static_cast<int>(some)) : zero<F32>());
-      };
-      store(to, pairs_of(rounded(i), rounded(i + lanes), std::make_index_sequence<lanes>()));
-    }
+    for_pairs(from, count, [&](F32 first, F32 last) RNNKERN_INLINE_LAMBDA {
+      store(to, pair_of(round_to_bfloat16(first), round_to_bfloat16(last)));
+      to += kLanes<float>;
+    });
   }
   static constexpr auto operand = make_pairs;
 
@@ -128,26 +150,17 @@ struct BFloat16Pairs : BFloat16Weights {
   RNNKERN_INLINE static F32 multiply(F32 inputs, F32 weights, F32 sum) noexcept {
     return add_pairs(inputs, weights, sum);
   }
-
-  // Two numbers that stand side by side in a and then b share a lane, the first in the upper half.
-  template <std::size_t... lane>
-  RNNKERN_INLINE static F32 pairs_of(F32 a, F32 b, std::index_sequence<lane...>) noexcept {
-    using Bits = BitsOf<F32>;
-    const Bits first = reinterpret_cast<Bits>(__builtin_shufflevector(a, b, static_cast<int>(2 * lane)...)),
-               last = reinterpret_cast<Bits>(__builtin_shufflevector(a, b, static_cast<int>(2 * lane + 1)...));
-    return reinterpret_cast<F32>(first | last >> 16);
-  }
 };
 
-// How a format stores weights: inputs side by side, a power of two, and bytes of one.
+// How a format stores weights: inputs side by side, a power of two, bytes of one, and inputs before the first.
 struct Stored {
-  std::int64_t group, bytes;
+  std::int64_t group, bytes, head;
 
   // Inputs as they are stored: whole groups; without a division, which a short step would feel.
-  constexpr std::int64_t inputs(std::int64_t count) const noexcept { return (count + group - 1) & -group; }
+  constexpr std::int64_t inputs(std::int64_t count) const noexcept { return ((count + group - 1) & -group) + head; }
 };
 template <class Format>
-constexpr Stored kStored{Format::group, sizeof(typename Format::W)};
+constexpr Stored kStored{Format::group, sizeof(typename Format::W), Format::head};
 
 }  // namespace
 }  // namespace rnnkern

@@ -245,6 +245,9 @@ struct Arithmetic {
   const Tiles<T>* outer_tiles;
   bool sums_steps;                // kSumRows rows of a step are summed first, the last ones with rows of zeros
   const Arithmetic* of_few_rows;  // to be taken for batches of less than half of that, or null
+  const Arithmetic* of_bounded;   // to be taken for what product_of calls bounded, or null
+
+  const Arithmetic& of(bool bounded) const noexcept { return bounded && of_bounded ? *of_bounded : *this; }
 
   // target[j][k] += sum over rows i of left[i][j] * right[i][k], for j in [begin, end) and k in [0, columns).
   // target: row-major, `columns` columns. buffer: kOuterBuffer elements, 64-byte aligned.
@@ -487,12 +490,13 @@ void add_outer_products(const Tiles<T>* tiles_of, std::int64_t rows, const T* co
 template <class Format, class Shape>
 constexpr typename Arithmetic<typename Format::T>::PanelsTile kPanelsTile = tile_of_panels<Format, Shape>;
 
-template <class Format>
-constexpr const Arithmetic<typename Format::T>* kOfFewRows = nullptr;
+// That of a format, null of none.
+template <class T, class Format>
+constexpr const Arithmetic<T>* arithmetic_if_there() noexcept;
 
-template <class Format, class Tiled = typename Format::Tiled>
-constexpr Arithmetic<typename Format::T> kArithmetic{
-    kPacking<typename Format::PackedAs>,
+template <class Format, class Tiled = typename Format::Tiled, class T = typename Format::T>
+constexpr Arithmetic<T> kArithmetic{
+    kPacking<typename Format::PackedAs, typename Format::Bounded>,
     Tiled::step,
     Tiled::slices,
     Format::operand,
@@ -502,7 +506,16 @@ constexpr Arithmetic<typename Format::T> kArithmetic{
     add_outer_products<typename Format::Outer>,
     kTiles<typename std::conditional_t<Format::sums_steps, Format, typename Format::Outer>::Tiled>,
     Format::sums_steps,
-    kOfFewRows<Format>};
+    arithmetic_if_there<T, typename Format::FewRows>(),
+    arithmetic_if_there<T, typename Format::Bounded>()};
+
+template <class T, class Format>
+constexpr const Arithmetic<T>* arithmetic_if_there() noexcept {
+  if constexpr (std::is_void_v<Format>)
+    return nullptr;
+  else
+    return &kArithmetic<Format>;
+}
 
 // target[j] += sum over rows i of left[i][j], for j in [begin, end).
 template <class T>

@@ -34,9 +34,11 @@ enum class Products : int {
   bfloat16_tiles,
   emulated_bfloat16_tiles,
   sliced_tiles,
-  emulated_sliced_tiles
+  emulated_sliced_tiles,
+  sliced_tiles_of_both,
+  emulated_sliced_tiles_of_both
 };
-constexpr int kProducts = 10;
+constexpr int kProducts = 12;
 
 struct PackCall {
   Products products;
@@ -182,7 +184,7 @@ struct CellEntry {
   const char* name;
   int gates, states, saved, extras, late_gates;  // as in cells.py, late_gates those of the phases behind the first
   int kept[kMaxStates];                          // where backward finds each state: a slot of the saved values, -1: y
-  bool projects, separate_recurrent;
+  bool projects, separate_recurrent, bounded;
   CellKernels f32, f64;
 };
 

@@ -121,12 +121,9 @@ void run_all(const KernelCall& call, Worker& worker, const Arithmetic<T>& how, b
     run_layers<Cell, T, OneLayer, Scratch>(call, worker, how, backwards);
 }
 
-template <class Format, bool has>
-constexpr const Arithmetic<float>* if_there() noexcept {
-  if constexpr (has)
-    return &kArithmetic<Format>;
-  else
-    return nullptr;
+template <bool has, class Format>
+constexpr const Arithmetic<float>* if_has() noexcept {
+  return arithmetic_if_there<float, std::conditional_t<has, Format, void>>();
 }
 
 // How each of Products is made. The functions of a cell are compiled for the type of states; these tell them the rest.
@@ -135,11 +132,13 @@ constexpr const Arithmetic<float>* kFloatArithmetics[kProducts] = {&kArithmetic<
                                                                    &kArithmetic<BFloat16Weights>,
                                                                    &kArithmetic<Rounded>,
                                                                    &kArithmetic<RoundedBFloat16Weights>,
-                                                                   if_there<BFloat16Pairs, kHasPairs>(),
-                                                                   if_there<BFloat16Tiles<false>, kHasEngine>(),
-                                                                   if_there<BFloat16Tiles<true>, kHasPairs>(),
-                                                                   if_there<SlicedTiles<false>, kHasEngine>(),
-                                                                   if_there<SlicedTiles<true>, kHasPairs>()};
+                                                                   if_has<kHasPairs, BFloat16Pairs>(),
+                                                                   if_has<kHasEngine, BFloat16Tiles<false>>(),
+                                                                   if_has<kHasPairs, BFloat16Tiles<true>>(),
+                                                                   if_has<kHasEngine, SlicedTiles<false>>(),
+                                                                   if_has<kHasPairs, SlicedTiles<true>>(),
+                                                                   if_has<kHasEngine, SlicedTilesOfBoth<false>>(),
+                                                                   if_has<kHasPairs, SlicedTilesOfBoth<true>>()};
 
 template <class T>
 const Arithmetic<T>& arithmetic_of(Products products) noexcept {
@@ -161,7 +160,7 @@ std::int64_t weight_bytes(Products products) noexcept {
 
 template <class Cell, class T>
 std::int64_t packed_bytes(Products products, const LayerSizes& sizes, bool training) noexcept {
-  return PackedLayout<Cell, T>(sizes, training, arithmetic_of<T>(products).packing.stored).total;
+  return PackedLayout<Cell, T>(sizes, training, arithmetic_of<T>(products).packing).total;
 }
 
 template <class Cell, class T>
@@ -310,6 +309,7 @@ constexpr CellEntry entry_of() noexcept {
                   {},
                   Cell::Step::projects,
                   Cell::separate_recurrent,
+                  Cell::bounded,
                   kKernels<Cell, float>,
                   kKernels<Cell, double>};
   for (int s = 0; s < Cell::states; ++s) entry.kept[s] = Cell::kept[s];

@@ -56,10 +56,19 @@ inline Products products_of(const KernelTable& table, WeightFormat format, bool 
   const Engine multiplies = few ? Engine::none : engine(table);
   if (!rounds) {
     if (narrow) return Products::bfloat16_weights;
-    if (!engines || multiplies < Engine::emulated) return Products::float32;
-    return multiplies == Engine::amx ? Products::sliced_tiles : Products::emulated_sliced_tiles;
+    constexpr Products of_slices[] = {Products::float32,
+                                      Products::float32,
+                                      Products::emulated_sliced_tiles,
+                                      Products::emulated_sliced_tiles_of_both,
+                                      Products::sliced_tiles,
+                                      Products::sliced_tiles_of_both};
+    return engines ? of_slices[static_cast<int>(multiplies)] : Products::float32;
   }
-  constexpr Products of_engines[] = {Products::rounded, Products::bfloat16_pairs, Products::emulated_bfloat16_tiles,
+  constexpr Products of_engines[] = {Products::rounded,
+                                     Products::bfloat16_pairs,
+                                     Products::emulated_bfloat16_tiles,
+                                     Products::emulated_bfloat16_tiles,
+                                     Products::bfloat16_tiles,
                                      Products::bfloat16_tiles};
   if (narrow && multiplies == Engine::none) return Products::rounded_bfloat16_weights;
   return of_engines[static_cast<int>(multiplies)];

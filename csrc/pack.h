@@ -125,7 +125,8 @@ void pack_panels(const Worker& worker, const T* source, int gates, std::int64_t 
   const auto for_vectors = [&](auto&& body) {
     for (std::int64_t panel = own.begin; panel < own.end; ++panel) {
       const std::int64_t subs = smaller(vectors - panel * whole, whole);
-      W* to = reinterpret_cast<W*>(target) + panel * kStored<Format>.inputs(depth) * whole * gates * lanes;
+      W* to = reinterpret_cast<W*>(target) +
+              (panel * kStored<Format>.inputs(depth) * whole + Format::head * subs) * gates * lanes;
       for (std::int64_t sub = 0; sub < subs; ++sub)
         for (int gate = 0; gate < gates; ++gate, to += lanes * group) {
           const std::int64_t first = (panel * whole + sub) * lanes;
@@ -149,17 +150,36 @@ void pack_panels(const Worker& worker, const T* source, int gates, std::int64_t 
       pack_vector<Format>(from, present, depth, unit_stride, to, step);
     });
   }
+  if constexpr (Format::head > 0)
+    for_vectors([&](const T*, std::int64_t, W* to, std::int64_t step) { Format::finish(to, depth, step); });
 }
 
-// The product of a phase: of `depth` inputs, for `units` of as many outputs each as the phase has, `rows` in all.
+// How a format packs weights.
+template <class T>
+struct Packing {
+  Stored stored;
+  void (*panels)(const Worker&, const T* source, int gates, std::int64_t units, std::int64_t depth,
+                 std::int64_t gate_stride, std::int64_t unit_stride, std::int64_t k_stride, char* target) noexcept;
+  const Packing* of_bounded;  // those of products of bounded rows, or null
+
+  const Packing& of(bool bounded) const noexcept { return bounded && of_bounded ? *of_bounded : *this; }
+};
+template <class Format, class OfBounded = void>
+constexpr Packing<typename Format::T> kPacking{kStored<Format>, pack_panels<Format>,
+                                               &kPacking<typename OfBounded::PackedAs>};
+template <class Format>
+constexpr Packing<typename Format::T> kPacking<Format, void>{kStored<Format>, pack_panels<Format>, nullptr};
+
+// The product of a phase: of `depth` inputs, for `units` of as many outputs each as the phase has, `rows` in all;
+// bounded where its rows are, since the cell says so of h and what it gives: not of the h that a projection makes.
 struct ProductSizes {
-  bool there;
+  bool there, bounded;
   std::int64_t depth, units, rows;
 };
 template <class Phase>
 constexpr ProductSizes product_of(const LayerSizes& sizes) noexcept {
   const std::int64_t units = Phase::projects ? sizes.outputs : sizes.hidden;
-  return {Phase::multiplies && (!Phase::projects || sizes.projected),
+  return {Phase::multiplies && (!Phase::projects || sizes.projected), Phase::bounded && !sizes.projected,
           Phase::from == From::h ? sizes.outputs : sizes.hidden, units, units * Phase::outputs};
 }
 
@@ -174,8 +194,10 @@ struct PackedLayout {
                                                       // which forward reads alike
   std::int64_t total = 0;
 
-  PackedLayout(const LayerSizes& sizes, bool training, Stored stored) noexcept {
+  // Compiled once, since it is long.
+  __attribute__((noinline)) PackedLayout(const LayerSizes& sizes, bool training, const Packing<T>& packing) noexcept {
     constexpr Stored values = kStored<AsStates<T>>;
+    const Stored stored = packing.stored;
     const std::int64_t I = sizes.inputs, H = sizes.hidden;
     b_ih = take(Input::template bytes<T>(H, 1, values));
     for_each_phase<Cell>([&]<int p>() {
@@ -188,7 +210,8 @@ struct PackedLayout {
     for_each_phase<Cell>([&]<int p>() {
       using Phase = PhaseOf<Cell, p>;
       const ProductSizes of = product_of<Phase>(sizes);
-      weights[p] = take(of.there ? PanelShape<Phase::outputs>::template bytes<T>(of.units, of.depth, stored) : 0);
+      using Shape = PanelShape<Phase::outputs>;
+      weights[p] = take(of.there ? Shape::template bytes<T>(of.units, of.depth, packing.of(of.bounded).stored) : 0);
     });
     w_ih_t = take(training ? Plain::bytes<T>(I, Cell::gates * H, stored) : 0);
     for_each_phase<Cell>([&]<int p>() {
@@ -211,8 +234,8 @@ struct PackedWeights {
   const PackedLayout<Cell, T> at;
   const char* data;
 
-  PackedWeights(const Layer& layer, bool training, Stored stored) noexcept
-      : at(layer.sizes, training, stored), data(static_cast<const char*>(layer.packed)) {}
+  PackedWeights(const Layer& layer, bool training, const Packing<T>& packing) noexcept
+      : at(layer.sizes, training, packing), data(static_cast<const char*>(layer.packed)) {}
 
   const char* weights(std::int64_t part) const noexcept { return data + part; }
   const T* values(std::int64_t part) const noexcept { return reinterpret_cast<const T*>(data + part); }
@@ -239,21 +262,11 @@ void pack_values(const PackCall& call, const PackedLayout<Cell, T>& at) noexcept
                 static_cast<std::size_t>(H) * sizeof(T));
 }
 
-// How a format packs weights.
-template <class T>
-struct Packing {
-  Stored stored;
-  void (*panels)(const Worker&, const T* source, int gates, std::int64_t units, std::int64_t depth,
-                 std::int64_t gate_stride, std::int64_t unit_stride, std::int64_t k_stride, char* target) noexcept;
-};
-template <class Format>
-constexpr Packing<typename Format::T> kPacking{kStored<Format>, pack_panels<Format>};
-
 // Packs this worker's part of a layer-direction.
 template <class Cell, class T>
 void pack_layer(const PackCall& call, const Worker& worker, const Packing<T>& packing) noexcept {
   constexpr int gates = Cell::gates;
-  const PackedLayout<Cell, T> at(call.sizes, call.training, packing.stored);
+  const PackedLayout<Cell, T> at(call.sizes, call.training, packing);
   const std::int64_t I = call.sizes.inputs, H = call.sizes.hidden;
   char* const out = static_cast<char*>(call.packed);
   const T* w_ih = static_cast<const T*>(call.weights.w_ih);
@@ -267,8 +280,8 @@ void pack_layer(const PackCall& call, const Worker& worker, const Packing<T>& pa
       if (!of.there) return;
       const T* w = static_cast<const T*>(Phase::projects ? call.weights.w_hr : call.weights.w_hh);
       if constexpr (!Phase::projects) w += Phase::first * H * of.depth;
-      packing.panels(worker, w, Phase::outputs, of.units, of.depth, of.units * of.depth, of.depth, 1,
-                     out + at.weights[p]);
+      packing.of(of.bounded)
+          .panels(worker, w, Phase::outputs, of.units, of.depth, of.units * of.depth, of.depth, 1, out + at.weights[p]);
       if (call.training) packing.panels(worker, w, 1, of.depth, of.rows, 0, 1, of.depth, out + at.weights_t[p]);
     }
   });

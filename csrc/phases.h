@@ -77,6 +77,7 @@ struct PhaseOf : Cell::Step::template At<p> {
   static constexpr int given = Step::means[p + 1] > 0 ? Step::means[p + 1] : p + 1 < Step::count;
   static constexpr bool feeds_product = Step::multiplies[p + 1];
   static constexpr int sets = is_last ? Cell::states : given;  // the `next` of its part
+  static constexpr bool bounded = Cell::bounded && !Step::template At<p>::projects;
 };
 
 // Calls body.template operator()<p>() for each phase p in order, or from the last to the first.

@@ -416,7 +416,7 @@ class LayerContext : protected Context<Cell, T> {
   using V = Vec<T>;
 
   LayerContext(const Base& context, const Layer& layer, bool training) noexcept
-      : Base(context), layer_(layer), packed_(layer, training, context.how.packing.stored) {}
+      : Base(context), layer_(layer), packed_(layer, training, context.how.packing) {}
 
   std::int64_t time(std::int64_t step) const noexcept { return layer_.reverse ? call.steps - 1 - step : step; }
 
@@ -538,7 +538,7 @@ class LayerContext : protected Context<Cell, T> {
       });
     };
     if constexpr (Phase::multiplies) {
-      product<Shape>(this->how, operands, rows, from, of.depth, packed_.weights(packed_.at.weights[p]),
+      product<Shape>(this->how.of(of.bounded), operands, rows, from, of.depth, packed_.weights(packed_.at.weights[p]),
                      Phase::projects ? nullptr : packed_.values(packed_.at.bias[p]), of.units, panels,
                      [&](std::int64_t i, std::int64_t panel, const V* sum)
                          RNNKERN_INLINE_LAMBDA { each(i, panel, sum, Phase::outputs); });

@@ -258,6 +258,33 @@ RNNKERN_INLINE F32 add_pairs(F32 a, F32 b, F32 sum) noexcept {
 #endif
 }
 
+// The nearest float16 numbers, ties to even, in the lower half of each lane, and such numbers as floats: of finite ones
+// below 65520, denormals too.
+RNNKERN_INLINE BitsOf<F32> to_float16(F32 v) noexcept {
+#if defined(__AVX512F__)
+  return reinterpret_cast<BitsOf<F32>>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT)));
+#else
+  using Bits = BitsOf<F32>;
+  const Bits bits = reinterpret_cast<Bits>(v), magnitude = bits & 0x7fffffffu, half = Bits{} + 0x3f000000u;
+  const Bits normal = (magnitude - 0x37fff001u + (magnitude >> 13 & 1u)) >> 13;
+  const Bits denormal =
+      reinterpret_cast<Bits>(reinterpret_cast<F32>(magnitude) + reinterpret_cast<F32>(half)) - half;  // in 2^-24
+  return (magnitude < 0x38800000u ? denormal : normal) | (bits >> 16 & 0x8000u);
+#endif
+}
+RNNKERN_INLINE F32 from_float16(BitsOf<F32> halves) noexcept {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(halves)));
+#else
+  using Bits = BitsOf<F32>;
+  const Bits magnitude = (halves & 0x7fffu) << 13, least = Bits{} + 0x38800000u;  // 2^-14
+  const F32 denormal = reinterpret_cast<F32>(magnitude + least) - reinterpret_cast<F32>(least);
+  const Bits widened = magnitude < 0x00800000u ? reinterpret_cast<Bits>(denormal) : magnitude + 0x38000000u;
+  return reinterpret_cast<F32>(widened | (halves & 0x8000u) << 16);
+#endif
+}
+
 template <class V>
 RNNKERN_INLINE V fnma(V a, V b, V c) noexcept {  // c - a * b
   return fma(-a, b, c);

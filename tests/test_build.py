@@ -106,6 +106,7 @@ def test_compiled_cells_are_those_of_python() -> None:
             "late_gates": cell.late_gates,
             "projects": cell.projects,
             "separate_recurrent": bool(cell.separate_gates),
+            "bounded": cell.bounded,
         }
         for cell in CELLS.values()
     ]

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import rnnkern as rk
-from rnnkern import backends, config, planning
+from rnnkern import backends, config, doctor, planning, testing
 from rnnkern.backends.native import native_module
 from rnnkern.cells import CELLS
 from rnnkern.formats import round_to_bfloat16
-from rnnkern.testing import Problem, assert_accurate, inputs, layer_of, run, state_of
+from rnnkern.testing import Problem, assert_accurate, infer, inputs, layer_of, run, state_of
 
 # T, B, I, H: one row, one tile and many of them, few units in the lanes, odd depths, a depth that goes by parts.
 SIZES = [(3, 1, 1, 1), (3, 20, 3, 3), (4, 33, 2, 7), (6, 1, 33, 70), (3, 8, 31, 33), (2, 26, 1037, 37), (2, 30, 3, 523)]
@@ -26,6 +26,7 @@ OPTIONS = [{}, {"num_layers": 2, "bidirectional": True, "lengths": True, "resets
 
 
 PRECISE = [{"precision": "bfloat16"}, {"arithmetic": "amx"}]  # the options whose products engines make
+EMULATED = ("emulated", "emulated-fp16")  # slices of bfloat16 alone, and those of float16 where h is bounded
 
 
 @contextmanager
@@ -41,10 +42,10 @@ def engine(best):
 
 
 @contextmanager
-def emulated_engine():
+def emulated_engine(best="emulated"):
     """Lets its emulation multiply; skips where no kernels have it."""
-    with engine("emulated"):
-        if native_module() is None or native_module().engine() != "emulated":
+    with engine(best):
+        if native_module() is None or native_module().engine() != best:
             pytest.skip("there are no kernels for AVX-512")
         yield
 
@@ -199,14 +200,15 @@ def test_products_of_pairs_have_the_bits_of_rounded_floats():
 @pytest.mark.skipif(native_module() is None, reason="the compiled module is missing")
 def test_a_matrix_engine_has_the_bits_of_its_emulation():
     """In every layer that it multiplies for: of all kinds of numbers, and whatever others do with it meanwhile."""
-    with engine("amx"):
-        if native_module().engine() != "amx":
+    with engine("amx-fp16"):
+        found = native_module().engine()
+        if not found.startswith("amx"):
             pytest.skip("this machine has no matrix engine")
         for cell, option in product(CELLS, PRECISE):
             for problem in hard_problems(cell):
                 problem = replace(problem, precision="float32", **option)
                 results = run(problem, "native")
-                with engine("emulated"):
+                with engine(found.replace("amx", "emulated")):
                     same_numbers(results, run(problem, "native"), problem)
 
 
@@ -235,7 +237,7 @@ def test_sums_of_a_matrix_engine_have_one_order(cell, option):
     """A row alone, steps of a stream, any number of threads and every way to save: the same bits as all at once."""
     problem = Problem(cell, T=9, B=37, I=33, H=67, num_layers=2, **option)
     drawn, before = inputs(problem), rk.num_threads()
-    with emulated_engine():
+    with emulated_engine(EMULATED["arithmetic" in option]):
         layer, expected = layer_of(problem, "native"), run(problem, "native")
         y, _ = layer(drawn.x, state_of(drawn.state))
         assert np.array_equal(y, expected["y"])
@@ -253,13 +255,77 @@ def test_sums_of_a_matrix_engine_have_one_order(cell, option):
 
 def test_slices_of_floats_on_an_engine_are_as_accurate_as_multiply_adds(cell):
     """Outputs and gradients obey the rule of float32; a row that is not finite has NaN and infinity where it should."""
-    with emulated_engine():
-        for index, poison in enumerate(("", "nan", "inf")):
-            sizes = [(4, 5, 6, 20), (3, 33, 33, 40), (2, 16, 70, 33)][index]
-            problem = Problem(cell, *sizes, arithmetic="amx", poison=poison, **OPTIONS[index])
-            results, by_fma = run(problem, "native"), run(replace(problem, arithmetic="fma"), "native")
-            assert_accurate(problem, results)
-            assert not all(np.array_equal(results[name], by_fma[name], equal_nan=True) for name in results), problem
+    for index, poison in enumerate(("", "nan", "inf")):
+        sizes = [(4, 5, 6, 20), (3, 33, 33, 40), (2, 16, 70, 33)][index]
+        problem = Problem(cell, *sizes, arithmetic="amx", poison=poison, **OPTIONS[index])
+        found = [run(replace(problem, arithmetic="fma"), "native")]
+        for best in EMULATED:
+            with emulated_engine(best):
+                found.append(run(problem, "native"))
+            assert_accurate(problem, found[-1])
+        by_fma, sliced, scaled = found
+        assert not all(np.array_equal(sliced[name], by_fma[name], equal_nan=True) for name in sliced), problem
+        assert np.array_equal(scaled["y"], sliced["y"], equal_nan=True) != CELLS[cell].bounded, problem
+
+
+def hard_numbers(h, w):
+    """Pairs of h (B, H) and recurrent weights (G H, H) of all scales, whose other numbers are h and w."""
+    fifth, of_all_scales = np.arange(h.shape[1]) == 5, np.float32(2.0) ** -np.arange(h.shape[1])
+    huge_of_unit = w.copy()
+    huge_of_unit[3, 5] = 1e10
+    for scale in (1e-40, 1e-30, 1e-10, 1e-4, 1e4, 1e10, 1e30):
+        yield h * scale, w
+        yield h, w * scale
+    yield h * 1e-17, w * 1e-17
+    yield h * of_all_scales, w
+    yield h, w * of_all_scales
+    yield h, w * np.resize(of_all_scales, len(w))[:, None]
+    yield h, 0 * w
+    yield 0 * h, w
+    yield h, huge_of_unit
+    for huge in (1e10, 1):
+        yield np.where(fifth, 0, h), huge * np.where(fifth, 1, 1e-8 * w)
+        yield huge * np.where(fifth, 1, 1e-8 * h), np.where(fifth, 0, w)
+    for special in (np.nan, np.inf, -np.inf):
+        yield np.where(fifth & (h[:, :1] > 0), special, h), w
+
+
+def test_slices_of_float16_are_as_accurate_for_numbers_of_all_scales(monkeypatch):
+    """Of initial states and weights, by the rule: the scale follows both, or multiply-adds take what it loses."""
+    draw = testing.inputs
+    with emulated_engine("emulated-fp16"):
+        for cell in ("rnn_tanh", "lstm", "gru_reset_before"):  # h, h beside c, what a phase gives
+            plain = Problem(cell, T=2, B=4, I=2, H=21, bias=False, arithmetic="amx")
+            drawn = draw(plain)
+            (weights,) = drawn.weights
+            h, *others = drawn.state
+            for seed, (h0, w_hh) in enumerate(hard_numbers(np.tanh(h[0]), weights["w_hh"])):
+                problem = replace(plain, seed=1000 + seed)
+                of_call = weights | {"w_hh": np.float32(w_hh), "w_ih": 0 * weights["w_ih"]}
+                changed = replace(drawn, state=(np.float32(h0)[None], *others), weights=[of_call])
+                monkeypatch.setattr(testing, "inputs", lambda _, changed=changed: changed)
+                assert_accurate(problem, infer(problem, "native"))
+
+
+def test_slices_of_float16_are_decided_by_the_row_alone():
+    """Rows of all scales and kinds in a batch have the bits of each alone, on any number of threads."""
+    scales = np.float32([1, 1e-40, 1e-30, 1e-3, 0, 1e10, 1e30, np.nan, np.inf, 1])
+    before = rk.num_threads()
+    with emulated_engine("emulated-fp16"):
+        for cell in CELLS:
+            problem = Problem(cell, T=3, B=len(scales), I=4, H=70, arithmetic="amx")
+            layer, drawn = layer_of(problem, "native"), inputs(problem)
+            h, *others = drawn.state
+            h = np.where(np.arange(70) % 7 == 0, h * scales[:, None], h)
+            y, _ = layer(drawn.x, state_of((h, *others)))
+            try:
+                for row in range(len(scales)):
+                    rk.set_num_threads(1 + row % 3)
+                    of_row = state_of(tuple(part[:, row : row + 1] for part in (h, *others)))
+                    alone, _ = layer(drawn.x[:, row : row + 1], of_row)
+                    same_numbers({"y": alone[:, 0]}, {"y": y[:, row]}, problem)
+            finally:
+                rk.set_num_threads(before)
 
 
 @pytest.mark.parametrize("option", PRECISE, ids=lambda option: next(iter(option)))
@@ -398,3 +464,28 @@ def test_what_keeps_the_arithmetic_and_what_refuses_it(tmp_path, monkeypatch):
         with pytest.warns(UserWarning, match="arithmetic: 'amx' needs a CPU with a matrix engine"):
             layer = rk.GRU(5, 20, arithmetic="amx", seed=0)
         assert np.array_equal(pickle.loads(pickle.dumps(layer))(x)[0], rk.GRU(5, 20, seed=0)(x)[0])
+
+
+def test_explain_and_doctor_name_the_slices(monkeypatch):
+    """Those of float16 where h is bounded and the engine has them, and which engine that is."""
+
+    def busy(*_):
+        raise RuntimeError("other programs kept the machine busy")
+
+    monkeypatch.setattr(planning, "_measured", busy)
+    monkeypatch.setattr(doctor, "self_test", lambda _: "all")
+    of_all, few = "three of bfloat16, six products", "none: so few units are multiplied as floats"
+    of_h = f"forward of h: two of float16, three products; all else: {of_all}"
+    for best in EMULATED:
+        with emulated_engine(best):
+            said = []
+            doctor.run("native", said.append)
+            assert any(line.endswith(f", matrix engine {best}") for line in said)
+            for layer, slices in (
+                (rk.GRU(5, 20, arithmetic="amx", seed=0), of_h if best == EMULATED[1] else of_all),
+                (rk.RNN(5, 20, nonlinearity="relu", arithmetic="amx", seed=0), of_all),
+                (rk.LSTM(5, 20, proj_size=3, arithmetic="amx", seed=0), of_all),
+                (rk.GRU(5, 3, arithmetic="amx", seed=0), few),
+            ):
+                assert str(rk.explain(layer, (4, 3, 5))).endswith(f"\nslices    {slices}")
+            assert "slices" not in str(rk.explain(rk.GRU(5, 20, seed=0), (4, 3, 5)))

@@ -94,7 +94,7 @@ def decide(threads: typing.SupportsInt | typing.SupportsIndex, expected_ns: typi
     """
 def engine() -> str:
     """
-    What multiplies bfloat16 numbers: 'none', 'pairs', 'emulated' or 'amx', a matrix engine.
+    What multiplies bfloat16 numbers: 'none', 'pairs', or a matrix engine, 'emulated' or 'amx', with '-fp16' if that multiplies float16 too.
     """
 def frozen_call(packed: Packed, friendly: typing.Any, batch_first: bool) -> FrozenCall:
     ...

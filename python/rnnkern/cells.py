@@ -76,6 +76,7 @@ class Cell:
     late_gates: int = 0  # last gates whose recurrent product waits for `prepare`
     projects: bool = False  # may have a projection: the math never reads the previous h elementwise
     separate_gates: tuple[str, ...] = ()  # use x[g] and r[g] apart and not their sum, so that two biases do not merge
+    bounded: bool = True  # what recurrent products take of a step is within [-1, 1] where the h before it is
     nonlinearity: str = ""  # what `rnnkern.RNN` calls it, of the cells which that layer chooses from
     source: str = ""  # the paper
 
@@ -346,7 +347,17 @@ class _Registry(Mapping[str, Cell]):
 
 CELLS: Mapping[str, Cell] = _Registry(
     *(
-        Cell(f"rnn_{name}", ("h",), ("h",), ("h",), _rnn(name), (name,), nonlinearity=name, source="Elman 1990")
+        Cell(
+            f"rnn_{name}",
+            ("h",),
+            ("h",),
+            ("h",),
+            _rnn(name),
+            (name,),
+            bounded=name != "relu",
+            nonlinearity=name,
+            source="Elman 1990",
+        )
         for name in ("tanh", "relu", "sigmoid")
     ),
     Cell(

@@ -106,9 +106,10 @@ def show_config(mode: str = "text") -> dict[str, Any] | None:
     """Print the configuration, or return it as a dict.
 
     Keys: compiler (None without kernels), isas_built, isa (in use), bfloat16 (whether `precision="bfloat16"` has an
-    instruction of this CPU), engine (what multiplies bfloat16: "amx" or "emulated", a matrix engine, "pairs" or "none";
-    None without kernels), threads, threads_now (a sentence: how many of them a long call would take at this moment,
-    beside what else runs), backends (by name None, or why it cannot run), optional (by package, whether it is there).
+    instruction of this CPU), engine (what multiplies bfloat16: a matrix engine, "amx" or "emulated", or one that
+    multiplies float16 too, "amx-fp16" or "emulated-fp16"; "pairs" or "none"; None without kernels), threads,
+    threads_now (a sentence: how many of them a long call would take at this moment, beside what else runs), backends
+    (by name None, or why it cannot run), optional (by package, whether it is there).
 
     Raises
     ------
@@ -127,7 +128,7 @@ def show_config(mode: str = "text") -> dict[str, Any] | None:
         "compiler": None if native is None else native.compiler,
         "isas_built": [] if native is None else [name for name, _ in native.isas()],
         "isa": None if native is None else native.isa(),
-        "bfloat16": native is not None and native.engine() in ("pairs", "amx"),
+        "bfloat16": native is not None and native.engine() in ("pairs", "amx", "amx-fp16"),
         "engine": None if native is None else native.engine(),
         "threads": num_threads(),
         "threads_now": _threads_now(),

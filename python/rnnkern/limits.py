@@ -70,11 +70,15 @@ class Limits:
     backward: Mapping[str, Step]
     unsteady: tuple[str, ...] = ()  # what two measurements disagreed about by more than a twentieth
     bfloat16_flops: float = 0.0  # as `flops`, of products of bfloat16 numbers; 0: there is no instruction for them
+    float16: bool = False  # a matrix engine multiplies float16 numbers too, as fast
 
-    @property
-    def sliced_flops(self) -> float:
-        """As `flops`, of products of floats that are made of six of bfloat16 numbers."""
-        return self.bfloat16_flops / 6
+    def sliced_flops(self, stack: Stack, training: bool) -> float:
+        """As `flops`, of products of floats that are made of six of bfloat16 numbers, or of three of float16."""
+        products = 6.0
+        if self.float16 and takes_float16(stack):
+            recurrent = 2 * len(stack.cell.gates) * stack.hidden_size**2 * len(stack.layers)
+            products -= 3 * recurrent / stack.flops / (3 if training else 1)
+        return self.bfloat16_flops / products
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,11 @@ class Limit:
     bound: str
 
 
+def takes_float16(stack: Stack) -> bool:
+    """Whether forward makes recurrent products of slices of float16 where the matrix engine has them."""
+    return stack.cell.bounded and not stack.proj_size
+
+
 def flops(work: Work, training: bool) -> int:
     """Additions and multiplications of the products: T B sum over layer-directions of 2 G H (I + H).
 
@@ -117,7 +126,7 @@ def limit(work: Work, limits: Limits, threads: int, training: bool) -> Limit:
     - bytes: each step of each layer-direction reads its recurrent weights, G H H numbers, as fast as a working set of
       that size is read, and the input's weights are read once. Traffic of x, y and saved gates is left out.
     - arithmetic: `flops` at the rate of multiply-adds, of bfloat16 numbers where the stack rounds to them and the CPU
-      multiplies them, a sixth of that where it makes products of slices, plus the elementwise parts.
+      multiplies them, a sixth of that where it makes products of slices, or a third, plus the elementwise parts.
 
     Training adds the same for backward.
 
@@ -145,7 +154,7 @@ def _plan(work: Work, limits: Limits, training: bool, cores: int, by_rows: bool)
     if limits.bfloat16_flops and stack.rounds:
         rate, size = limits.bfloat16_flops, FLOAT // 2
     elif stack.engines:
-        rate = max(rate, limits.sliced_flops)
+        rate = max(rate, limits.sliced_flops(stack, training))
     recurrent = size * gates * H * H
     inputs = size * sum(gates * H * (sizes.input_size + 2) for sizes in stack.layers)
     step = _read(limits, recurrent, cores, same=True) if by_rows else _read(limits, recurrent / cores, cores)
@@ -199,7 +208,7 @@ def measure(threads: int) -> Limits:
 
     arithmetic, latency = (_Probe(name, lanes) for name in ("multiply_add", "multiply_add_latency"))
     barrier = _Probe("barrier", lanes, threads)
-    of_engine = {"pairs": "multiply_pairs", "amx": "multiply_tiles"}.get(native.engine())
+    of_engine = {"pairs": "multiply_pairs", "amx": "multiply_tiles"}.get(native.engine().removesuffix("-fp16"))
     pairs = [] if of_engine is None else [_Probe(of_engine, lanes)]
     probes = [arithmetic, latency, *pairs, *[barrier] * (threads > 1)]
     probes += [
@@ -236,6 +245,7 @@ def measure(threads: int) -> Limits:
         step("backward"),
         tuple(str(probe) for probe in first if abs(log(first[probe] / second[probe])) > log(1 + STEADY)),
         2 / best[pairs[0]] if pairs else 0.0,
+        native.engine() == "amx-fp16",
     )
 
 

@@ -18,7 +18,7 @@ from .checkpoints import Chain, chains_of, segment_steps
 from .config import num_threads
 from .functional import SAVES, check_save
 from .layers import Recurrent
-from .limits import Limit, Limits, Work, limit, measure
+from .limits import Limit, Limits, Work, limit, measure, takes_float16
 from .stack import Stack, Weights
 
 __all__ = ["Division", "Explanation", "MemoryPlan", "explain", "memory_plan"]
@@ -107,6 +107,7 @@ class Explanation:
     limits: tuple[Limit, Limit] | None  #: of forward alone, and of both calls
     without_limits: str = ""  #: why there are none
     products: str = ""  #: how fast a core makes them in each way that there is, where that was measured
+    slices: str = ""  #: which ones products of floats are made of, with `arithmetic="amx"`
 
     def __str__(self) -> str:
         kept, peak = sum(self.memory.kept.values()), self.memory.peak
@@ -123,6 +124,8 @@ class Explanation:
             lines["limit"] = f"{forward} forward, {both} with backward: nothing is faster on this machine"
         if self.products:
             lines["products"] = self.products
+        if self.slices:
+            lines["slices"] = self.slices
         return "\n".join([self.call, *(f"{name:<10}{text}" for name, text in lines.items())])
 
     __repr__ = __str__
@@ -229,7 +232,8 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
         backward; the additions and multiplications; bytes of weights and `memory_plan`; and `limits`, the shortest
         times of a forward alone and of both calls, by `rnnkern.limits.limit`. There are none for float64 and
         projections, nor where other programs kept the machine busy while it was measured. Where the CPU has more than
-        multiply-adds, `products` has the rates of a core for each `arithmetic` and `precision`.
+        multiply-adds, `products` has the rates of a core for each `arithmetic` and `precision`. With
+        `arithmetic="amx"`, `slices` says which ones the layer takes on this machine.
 
     Raises
     ------
@@ -260,6 +264,7 @@ def explain(layer: Recurrent, shape: Sequence[int], *, limits: Limits | None = N
         found,
         reason,
         products,
+        _slices(layer._signature.stack),
     )
 
 
@@ -449,14 +454,27 @@ def _limits(
             return None, str(error), ""
     work = Work(stack, steps, batch)
     forward, both = (limit(work, limits, num_threads(), training) for training in (False, True))
-    return (forward, both), "", _rates(limits)
+    return (forward, both), "", _rates(limits, limits.sliced_flops(stack, training=False))
 
 
-def _rates(limits: Limits) -> str:
-    """Those of the products of a core, where there is more than one."""
+def _slices(stack: Stack) -> str:
+    """Those that products of this stack are made of."""
+    native = native_module()
+    if not stack.engines or native is None or native.engine() in ("none", "pairs"):
+        return ""
+    if stack.hidden_size < native.lanes("float32") and not stack.proj_size:
+        return "none: so few units are multiplied as floats"
+    of_all = "three of bfloat16, six products"
+    if native.engine().endswith("fp16") and takes_float16(stack):
+        return f"forward of h: two of float16, three products; all else: {of_all}"
+    return of_all
+
+
+def _rates(limits: Limits, sliced: float) -> str:
+    """Those of the products of a core, where there is more than one; `sliced`: of those made of slices."""
     rates = {"by multiply-adds": limits.flops}
-    if limits.sliced_flops > limits.flops:  # else there is no engine
-        rates["with arithmetic='amx'"] = limits.sliced_flops
+    if sliced > limits.flops:  # else there is no engine
+        rates["with arithmetic='amx'"] = sliced
     if limits.bfloat16_flops > limits.flops:
         rates["with precision='bfloat16'"] = limits.bfloat16_flops
     found = ", ".join(f"{rate / 1e9:.0f} {way}" for way, rate in rates.items())

@@ -29,8 +29,8 @@ else:
     if _limit and _limit not in _built:
         raise ValueError(f"RNNKERN_MAX_ISA: expected one of {', '.join(_built)}, got {_limit!r}")
     _engine = os.environ.get("RNNKERN_AMX")
-    if _engine and _engine not in ("off", "emulated"):
-        raise ValueError(f"RNNKERN_AMX: expected 'off' or 'emulated', got {_engine!r}")
+    if _engine and _engine not in ("off", "emulated", "emulated-fp16"):
+        raise ValueError(f"RNNKERN_AMX: expected 'off', 'emulated' or 'emulated-fp16', got {_engine!r}")
     _asked = os.environ.get("RNNKERN_NUM_THREADS") or "1"  # empty: not set
     if not _asked.isdecimal() or int(_asked) < 1:
         raise ValueError(f"RNNKERN_NUM_THREADS: expected a positive integer, got {_asked!r}")
@@ -71,7 +71,7 @@ def native_module() -> Any:
 
 def missing_engine() -> str | None:
     """See `backends`."""
-    if _native.engine() in ("emulated", "amx"):
+    if _native.engine() not in ("none", "pairs"):
         return None
     return (
         "arithmetic: 'amx' needs a CPU with a matrix engine (Intel AMX) and kernels for AVX-512; products are made by "
