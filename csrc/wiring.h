@@ -152,9 +152,11 @@ struct Prepared {
   Plan plan;
   std::int64_t kernels_bytes, between_bytes, aside_bytes;
 
-  Prepared(const Network& network, const ForwardCall& given, const Kept* kept, const BackwardCall* slopes)
+  // Inlined, since a step of a stream would feel the call.
+  [[gnu::always_inline]] Prepared(const Network& network, const ForwardCall& given, const Kept* kept,
+                                  const BackwardCall* slopes)
       : layers(network.layers()), lowest(slopes ? lowest_wanted(network, *slopes) : 0) {
-    for (std::size_t i = 0; i < layers.size(); ++i) layers[i].saved = kept ? kept->saved(i) : nullptr;
+    for (std::size_t i = 0; kept && i < layers.size(); ++i) layers[i].saved = kept->saved(i);
     given.rows->describe(call);
     call.resets = given.resets, call.masks = given.masks, call.save = given.save;
     if (slopes) call.watch = slopes->watch;
