@@ -471,10 +471,10 @@ constexpr Tiles<float> kTilesOf<OnEngine<Slices, emulate>, vectors>{vectors, kEn
                                                                     kEngineTile<OnEngine<Slices, emulate>, vectors>};
 
 // One row and some panels, one after the other.
-__attribute__((noinline)) void engine_panels(const Tiles<float>* tiles, Stored stored, std::int64_t vectors,
-                                             std::int64_t tail_vectors, std::int64_t panels, const float* a,
-                                             std::int64_t depth, const void* w, const float* start,
-                                             F32* sums) noexcept {
+[[maybe_unused, gnu::noinline]] void engine_panels(const Tiles<float>* tiles, Stored stored, std::int64_t vectors,
+                                                   std::int64_t tail_vectors, std::int64_t panels, const float* a,
+                                                   std::int64_t depth, const void* w, const float* start,
+                                                   F32* sums) noexcept {
   const std::int64_t width = vectors * kLanes<float>;
   const auto* weights = static_cast<const char*>(w);
   for (; panels > 0; --panels, weights += stored.inputs(depth) * width * stored.bytes, sums += vectors, start += width)

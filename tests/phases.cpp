@@ -86,7 +86,7 @@ struct Team {
 template <class Cell>
 void run_cell(KernelCall call, Layer layer, LayerWeights<const void*> weights, int threads) {
   std::vector<double> packed(
-      static_cast<std::size_t>(PackedLayout<Cell, double>(layer.sizes, true, kStored<Format>).total) / 8 + 8);
+      static_cast<std::size_t>(PackedLayout<Cell, double>(layer.sizes, true, kPacking<Format>).total) / 8 + 8);
   const auto aligned = [](std::vector<double>& room) {
     return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(room.data()) + 63) / 64 * 64);
   };
