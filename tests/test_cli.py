@@ -317,10 +317,12 @@ def one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("one_backend")
 def test_doctor_finds_a_working_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    """Versions, and the verdict of the self-test."""
+    """Versions, a matrix engine where there is one, and the verdict of the self-test."""
     assert cli.main(["doctor", "--backend", "reference"]) == 0
     printed = capsys.readouterr().out
     assert np.__version__ in printed
+    engine = rk.show_config("dicts")["engine"] or "none"
+    assert re.findall(r", matrix engine (\S+)", printed) == [engine] * engine.startswith(("amx", "emulated"))
     assert re.search(r"threads +\d+ wanted", printed)
     assert f"reference    works: forward and backward of {len(CELLS)} of {len(CELLS)} cells" in printed
 

@@ -27,7 +27,7 @@ def run(asked: str, say: Callable[[str], object]) -> int:
     say(f"platform     {platform.platform()}")
     say(f"compiler     {config['compiler'] or 'none: the kernels are not compiled'}")
     in_use = (config["isa"] or "none") + ", with bfloat16" * config["bfloat16"]
-    if config["engine"] not in (None, "none"):
+    if config["engine"] not in (None, "none", "pairs"):
         in_use += f", matrix engine {config['engine']}"
     say(f"ISAs         built: {', '.join(config['isas_built']) or 'none'}; in use: {in_use}")
     say(f"threads      {config['threads_now']}")
