@@ -253,11 +253,12 @@ class NarrowBackward : public Narrow<BackwardLoop<NarrowBackward<Cell, T>, Cell,
       std::memcpy(to, this->saved(before, vector) + Cell::kept[state] * H_ * lanes,
                   static_cast<std::size_t>(H_) * lanes * sizeof(T));
     if (!call.resets && there >= rows) return;
-    for (int l = 0; l < lanes; ++l) {
-      const std::int64_t b = vector * lanes + (l < rows ? l : rows - 1);
+    for (int l = 0; l < rows; ++l) {
+      const std::int64_t b = vector * lanes + l;
       if (l < there && !this->cut(layer_.reverse, t, b)) continue;
       copy_lane(to + l, lanes, this->entered(state, t, b), 1, H_);
     }
+    for (int l = rows; l < lanes; ++l) copy_lane(to + l, lanes, to + rows - 1, lanes, H_);
   }
 
   void add_elementwise(Step& s, std::int64_t t, std::int64_t vector, Mask<V> active, Mask<V> passes) const noexcept {
