@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "poison.h"
 #include "pybind11_inside.h"
 
 namespace rnnkern {
@@ -109,10 +110,11 @@ class Borrowed {
 // The same for the time of a call; what is small lies on the stack, since calls of a microsecond feel an allocation.
 class Scratch {
  public:
-  explicit Scratch(std::int64_t bytes) {
+  explicit Scratch(std::int64_t bytes) : bytes_(bytes) {
     if (beside_stack(bytes) > 0) large_.emplace(bytes);
     data_ = large_ ? large_->data : small_;
   }
+  ~Scratch() { unpoison(data_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
@@ -127,6 +129,7 @@ class Scratch {
   alignas(64) std::byte small_[kSmall];
   std::optional<Buffer> large_;
   void* data_;
+  std::int64_t bytes_;
 };
 
 }  // namespace rnnkern

@@ -9,6 +9,7 @@
 #include "amx.h"
 #include "cells.h"
 #include "patience.h"
+#include "poison.h"
 
 namespace rnnkern {
 namespace {
@@ -19,8 +20,10 @@ class Arena {
   explicit Arena(void* base) noexcept : base_(static_cast<char*>(base)) {}
   template <class E>
   E* take(std::int64_t count) noexcept {
-    const std::int64_t begin = used_;
-    used_ += round_up(count * static_cast<std::int64_t>(sizeof(E)), 64);
+    const std::int64_t begin = used_, bytes = count * static_cast<std::int64_t>(sizeof(E));
+    used_ += round_up(bytes, 64);
+    if (base_) poison(base_ + used_);  // so that what is written past the end of an array is seen
+    used_ += kBetweenArrays;
     return base_ ? reinterpret_cast<E*>(base_ + begin) : nullptr;
   }
   // Hands out several arrays of as many elements, one behind the other.

@@ -107,6 +107,21 @@ def test_threads_share_units(cell: str, dtype: str, options: dict[str, Any]) -> 
     assert_threads_agree(Problem(cell, T=2 + 16 // gates, B=1, I=97, H=H, dtype=dtype, **options))
 
 
+@pytest.mark.parametrize("products", [{"precision": "bfloat16"}, {"arithmetic": "amx"}], ids=["bfloat16", "slices"])
+@pytest.mark.parametrize("engine", ["emulated", "emulated-fp16"])
+def test_a_matrix_engine(products: dict[str, Any], engine: str) -> None:
+    """Steps of a few rows that are filled up, few rows that are not, and one row alone."""
+    before = native_module().use_engine(engine)
+    try:
+        if native_module().engine() != engine:
+            pytest.skip("there are no kernels for AVX-512")
+        for name in CELLS:
+            for T, B in (60, 18), (5, 3), (3, 1):
+                assert_threads_agree(Problem(name, T=T, B=B, I=5, H=20, **STACK, **products))
+    finally:
+        native_module().use_engine(before)
+
+
 @pytest.mark.parametrize("sizes", [(1, 97, 150, 135), (33, 9, 99, 35)], ids=["units", "rows"])
 @pytest.mark.usefixtures("native")
 def test_threads_share_a_projection(dtype: str, sizes: tuple[int, int, int, int]) -> None:
