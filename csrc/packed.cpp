@@ -301,22 +301,27 @@ Watch Packed::watch_of(const GivenBound& bound, const GivenSaturated& saturated)
 py::dict Packed::plan(std::int64_t steps, std::int64_t batch, const py::object& save, bool backward,
                       const py::object& offsets) const {
   if (!training_) throw py::value_error("plan: expected weights that were packed for training");
-  ForwardCall call{};
+  KernelCall call{};
   call.save = save_of(save);
   check_size(steps, batch);
   const Sequences rows = offsets.is_none() ? Sequences(steps, batch, saved_together(batch, call.save))
                                            : rows_of({steps}, py::none(), offsets, py::none(), call.save);
-  call.rows = &rows;
-  const Kept kept(*this, rows, call.save, false, &call);  // of which nothing is read
-  const BackwardCall slopes{};
-  const Prepared one(*this, call, call.save == Save::nothing ? nullptr : &kept, backward ? &slopes : nullptr);
+  const std::int64_t kept = kept_bytes(*this, rows, call.save, false);
+  rows.describe(call);
+  std::vector<Layer> layers = this->layers();
+  for (std::size_t i = 0; i < layers.size(); ++i)
+    if (saved_bytes(i, rows, call.save) > 0) layers[i].saved = &layers[i];  // forward works in it instead of in scratch
+  const Plan plan = complete(call, layers, backward);
+  std::int64_t scratch = kernels().scratch_bytes(call, backward);
+  if (backward || call.save == Save::nothing) scratch += between_bytes(call);
+  if (backward) scratch += aside_bytes(call, rows.given_count());
   constexpr const char *splits[] = {"rows", "units", "layers"},
                        *reasons[] = {"cache", "weights", "gradients", "joining", "layers", "call"};
   using namespace py::literals;
-  return py::dict("threads"_a = one.plan.threads, "split"_a = splits[static_cast<int>(one.plan.split)],
-                  "block_steps"_a = one.plan.block_steps, "block_reason"_a = reasons[static_cast<int>(one.plan.reason)],
-                  "kept"_a = backward || kept.bytes() == 0 ? 0 : Buffer::with_room(kept.bytes()),
-                  "scratch"_a = Scratch::beside_stack(one.scratch_bytes()));
+  return py::dict("threads"_a = plan.threads, "split"_a = splits[static_cast<int>(plan.split)],
+                  "block_steps"_a = plan.block_steps, "block_reason"_a = reasons[static_cast<int>(plan.reason)],
+                  "kept"_a = backward || kept == 0 ? 0 : Buffer::with_room(kept),
+                  "scratch"_a = Scratch::beside_stack(scratch));
 }
 
 }  // namespace rnnkern

@@ -143,57 +143,41 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
   }
 }
 
-// A forward, or with `slopes` the backward of one, as kernels take it: divided, with the sizes of the memory that it
-// works in beside that of its caller. Layers do not know their rows yet, see connect.
-struct Prepared {
-  std::vector<Layer> layers;
-  std::size_t lowest;
-  KernelCall call{};
-  Plan plan;
-  std::int64_t kernels_bytes, between_bytes, aside_bytes;
-
-  // Inlined, since a step of a stream would feel the call.
-  [[gnu::always_inline]] Prepared(const Network& network, const ForwardCall& given, const Kept* kept,
-                                  const BackwardCall* slopes)
-      : layers(network.layers()), lowest(slopes ? lowest_wanted(network, *slopes) : 0) {
-    for (std::size_t i = 0; kept && i < layers.size(); ++i) layers[i].saved = kept->saved(i);
-    given.rows->describe(call);
-    call.resets = given.resets, call.masks = given.masks, call.save = given.save;
-    if (slopes) call.watch = slopes->watch;
-    if (lowest == network.layer_count()) return;
-    plan = network.complete(call, layers, slopes != nullptr, lowest);
-    kernels_bytes = network.kernels().scratch_bytes(call, slopes != nullptr);
-    between_bytes = kept && !slopes ? 0 : network.between_bytes(call);
-    aside_bytes = slopes ? network.aside_bytes(call, given.rows->given_count()) : 0;
-  }
-
-  std::int64_t scratch_bytes() const { return kernels_bytes + between_bytes + aside_bytes; }
-};
-
 // Runs a forward, or with `slopes` the backward of one that has run. A Host has the memory to work in, Scratch, and
 // launch(task, stack, plan), which fills in who is asked whether to give up.
 template <class Host>
 void run(const Network& network, const ForwardCall& call, const BackwardCall* slopes = nullptr) {
+  std::vector<Layer> layers = network.layers();
   std::optional<Kept> kept;
   std::vector<void*> masked;
   if (call.save != Save::nothing) {
     kept.emplace(network, *call.rows, call.save, call.masks != nullptr, call.kept);
+    for (std::size_t i = 0; i < layers.size(); ++i) layers[i].saved = kept->saved(i);
     for (std::size_t layer = 0; call.masks && layer + 1 < network.layer_count(); ++layer)
       masked.push_back(kept->masked(layer));
   }
-  Prepared one(network, call, kept ? &*kept : nullptr, slopes);
-  if (one.lowest == network.layer_count()) return;
-  const typename Host::Scratch scratch(one.scratch_bytes());
-  char* const between = static_cast<char*>(scratch.data()) + one.kernels_bytes;
-  connect(network, one.layers, call, kept ? &*kept : nullptr, between);
-  if (slopes)
-    connect(network, one.layers, call, *slopes, one.lowest, between,
-            one.aside_bytes ? between + one.between_bytes : nullptr);
-  std::vector<std::int64_t> progress(one.plan.split == Split::layers ? one.layers.size() + 1 : 0);
-  if (!progress.empty()) one.call.progress = progress.data();
-  one.call.masked = masked.data();
-  one.call.scratch = scratch.data();
-  Host::launch(slopes ? network.kernels().backward : network.kernels().forward, one.call, one.plan);
+  const bool backward = slopes != nullptr;
+  const std::size_t lowest = backward ? lowest_wanted(network, *slopes) : 0;
+  if (lowest == network.layer_count()) return;
+  KernelCall kernel_call{};
+  call.rows->describe(kernel_call);
+  kernel_call.resets = call.resets;
+  kernel_call.masks = call.masks, kernel_call.masked = masked.data();
+  kernel_call.save = call.save;
+  if (backward) kernel_call.watch = slopes->watch;
+  const Plan plan = network.complete(kernel_call, layers, backward, lowest);
+  const std::int64_t own = network.kernels().scratch_bytes(kernel_call, backward);
+  const std::int64_t between_bytes = kept && !backward ? 0 : network.between_bytes(kernel_call);
+  const std::int64_t aside_bytes = backward ? network.aside_bytes(kernel_call, call.rows->given_count()) : 0;
+  const typename Host::Scratch scratch(own + between_bytes + aside_bytes);
+  char* const between = static_cast<char*>(scratch.data()) + own;
+  connect(network, layers, call, kept ? &*kept : nullptr, between);
+  if (backward)
+    connect(network, layers, call, *slopes, lowest, between, aside_bytes ? between + between_bytes : nullptr);
+  std::vector<std::int64_t> progress(plan.split == Split::layers ? layers.size() + 1 : 0);
+  if (!progress.empty()) kernel_call.progress = progress.data();
+  kernel_call.scratch = scratch.data();
+  Host::launch(backward ? network.kernels().backward : network.kernels().forward, kernel_call, plan);
 }
 
 }  // namespace rnnkern
