@@ -252,9 +252,8 @@ def test_an_explanation_says_what_a_call_does() -> None:
     assert rates in str(rk.explain(layer, (100, 32, 64), limits=of_engine))
     sliced = limits.Work(replace(work.stack, arithmetic="amx"), 100, 32)
     assert limits.limit(sliced, of_engine, 1, True).seconds < limits.limit(work, of_engine, 1, True).seconds
-    assert (limits.limit(sliced, replace(of_engine, float16=True), 1, True).seconds) < limits.limit(
-        sliced, of_engine, 1, True
-    ).seconds
+    of_float16 = replace(of_engine, float16=True)
+    assert limits.limit(sliced, of_float16, 1, True).seconds < limits.limit(sliced, of_engine, 1, True).seconds
     assert one.memory == rk.memory_plan(layer, (100, 32, 64))
     assert str(one).startswith("LSTM(64, 128, num_layers=2), x (100, 32, 64)\nforward ")
     for figure in (one.forward.block_steps, one.backward.block_steps, one.weights, one.memory.peak):
