@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import rnnkern as rk
 from rnnkern import backends
 from rnnkern.cells import CELLS
 from rnnkern.testing import Problem, assert_accurate, infer, run
@@ -77,6 +79,22 @@ def test_every_cell_and_option_in_the_simulator():
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["numba", "numba_cuda"])
+def test_what_numba_warns_of_while_it_is_imported_is_no_error(name, tmp_path):
+    """As of a newer NumPy, in a process whose warnings are errors: whether a backend can run is answered."""
+    (tmp_path / "numba").mkdir()
+    for file in ("__init__", "cuda"):
+        (tmp_path / "numba" / f"{file}.py").write_text(
+            "import warnings\nwarnings.warn('a newer NumPy', DeprecationWarning)\nis_available = lambda: True\n"
+        )
+    program = f"from rnnkern import backends; assert backends.get({name!r}).unavailable() is None"
+    path = os.pathsep.join([str(tmp_path), str(Path(rk.__file__).parents[1])])
+    subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", program], env=os.environ | {"PYTHONPATH": path},
+        check=True,
+    )  # fmt: skip
 
 
 @pytest.mark.gpu

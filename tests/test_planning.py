@@ -335,6 +335,8 @@ def test_a_backend_on_a_device_plans_nothing(monkeypatch: pytest.MonkeyPatch) ->
     layer = rk.LSTM(3, 4, backend="numba_cuda", seed=0)
     with pytest.raises(ValueError, match=r"layer: expected a backend on the CPU, got 'numba_cuda', .* backend='auto'"):
         rk.memory_plan(layer, (5, 2, 3))
+    with pytest.raises(ValueError, match=r"save: expected 'gates', .* with the backend 'numba_cuda', .* got 100"):
+        layer.forward(np.zeros((5, 2, 3), np.float32), save=100)
 
 
 def test_the_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

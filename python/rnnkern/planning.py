@@ -202,8 +202,13 @@ def fitting_save(
     Raises
     ------
     ValueError
-        There is none; the message says how much the least takes.
+        There is none; the message says how much the least takes. Or nobody can tell, as of memory on a device.
     """
+    if not hasattr(layer._backend, "plan"):
+        raise ValueError(
+            f"save: expected {', '.join(map(repr, SAVES))} with the backend {layer.backend!r}, whose memory is the "
+            f"device's, got {most}"
+        )
     kept: dict[str, int] = {}
     for save in SAVES:
         plan = _plan(layer, steps, batch, save, offsets)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..stack import Stack, Weights
-from .numba_layers import backward, forward, kept_columns, linear_backward, linear_forward, pack_for
+from .numba_layers import backward, forward, kept_columns, linear_backward, linear_forward, pack_for, quiet
 
 __all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "plan", "unavailable"]
 
@@ -17,7 +17,8 @@ name = "numba"
 def unavailable() -> str | None:
     """None, or why Numba cannot be imported, with the command that mends it."""
     try:
-        import numba  # noqa: F401
+        with quiet():
+            import numba  # noqa: F401
     except ImportError as error:  # not installed, or not made for this NumPy
         return f"{error}; python -m pip install numba"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .numba_layers import backward, forward, linear_backward, linear_forward, pack_for
+from .numba_layers import backward, forward, linear_backward, linear_forward, pack_for, quiet
 
 __all__ = ["backward", "forward", "linear_backward", "linear_forward", "name", "pack", "unavailable"]
 
@@ -14,9 +14,10 @@ name = "numba_cuda"
 def unavailable() -> str | None:
     """None, or why no kernel can run: no Numba for CUDA, or no device; with the command that mends it."""
     try:
-        from numba import cuda
+        with quiet():
+            from numba import cuda
 
-        found = cuda.is_available()
+            found = cuda.is_available()
     except ImportError as error:
         return f"{error}; python -m pip install numba-cuda"
     return None if found else "Numba finds no CUDA GPU; where there is one: python -m pip install numba-cuda"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +15,8 @@ from .numba_units import Function, unit_functions
 
 __all__ = ["array", "run"]
 
-THREADS = 2 if numba.config.ENABLE_CUDASIM else 128  # of a block; the simulator starts a thread of the CPU for each
+# Threads of a block, and blocks at least: Numba warns of fewer. The simulator starts a thread of the CPU for each.
+THREADS, BLOCKS = (2, 1) if numba.config.ENABLE_CUDASIM else (128, 128)
 
 _device = cuda.jit(device=True)
 
@@ -62,7 +62,8 @@ def _kernel(cell: Cell, dtype: np.dtype[Any], forward: bool) -> Any:
 
     @cuda.jit
     def kernel(H: Any, steps: Any, arrays: Any) -> None:  # of this module, whose `cuda` the simulator puts its own for
-        all_steps(H, steps, arrays)
+        if cuda.blockIdx.x < arrays.active.shape[1]:
+            all_steps(H, steps, arrays)
 
     return kernel
 
@@ -76,6 +77,4 @@ def run(cell: Cell, dtype: np.dtype[Any], forward: bool, H: int, steps: Any, arr
     """See `numba_layers`."""
     T, B = arrays.active.shape
     if T and B:
-        with warnings.catch_warnings():  # of a launch that does not fill the device, as that of a small layer cannot
-            warnings.filterwarnings("ignore", ".*Grid size")
-            _kernel(cell, dtype, forward)[B, THREADS](H, steps, arrays)
+        _kernel(cell, dtype, forward)[max(B, BLOCKS), THREADS](H, steps, arrays)

@@ -13,7 +13,9 @@ elements its threads share. A module of kernels has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -25,10 +27,18 @@ from ..reference import gradients
 from ..stack import Backward, Forward, LayerSizes, Stack, State, Wanted, Weights, backward_by_layer, forward_by_layer
 from .numba_units import Function
 
-__all__ = ["backward", "forward", "kept_columns", "linear_backward", "linear_forward", "loop", "pack_for"]
+__all__ = ["backward", "forward", "kept_columns", "linear_backward", "linear_forward", "loop", "pack_for", "quiet"]
 
 Array = NDArray[Any]
 Named = dict[str, Any]  # fields of `Arrays`
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what Numba warns of while it is imported, as on a NumPy newer than itself, from being an error here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class Arrays(NamedTuple):
