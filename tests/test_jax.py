@@ -22,7 +22,6 @@ from rnnkern.stack import cuts
 from rnnkern.testing import Problem, assert_accurate, inputs, layer_of, named_gradients, named_states, run, state_of
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
-jax.config.update("jax_platforms", "cpu")
 jnp = jax.numpy
 
 import rnnkern.jax as rj  # noqa: E402
