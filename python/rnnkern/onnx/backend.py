@@ -238,8 +238,8 @@ class Backend(base.Backend):
             model = onnx.load_model_from_string(model)
         elif not isinstance(model, onnx.ModelProto):
             raise TypeError(f"model: expected an onnx.ModelProto, bytes or a path, got {describe(model)}")
+        _check_opset(model)  # comes first, because what onnx says of an opset differs from version to version
         super().prepare(model, device)  # the checks of onnx
-        _check_opset(model)
         return PreparedModel(model)
 
     @classmethod
