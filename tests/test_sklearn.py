@@ -104,7 +104,8 @@ def test_a_classifier_learns_what_a_linear_model_cannot():
     def padded(X):
         return np.array([np.pad(x[:, 0], (0, 12 - len(x)), constant_values=-1) for x in X])
 
-    assert LogisticRegression().fit(padded(X), y).score(padded(X_new), y_new) < 0.65
+    linear = LogisticRegression(solver="newton-cholesky")  # the default of scikit-learn 1.6 makes a newer SciPy warn
+    assert linear.fit(padded(X), y).score(padded(X_new), y_new) < 0.65
     assert model.score(X_new, y_new) > 0.95
     assert list(model.classes_) == ["even", "odd"]
 
