@@ -104,7 +104,8 @@ def test_a_decision_stands_once_and_begins_a_paragraph():
     """Branches that write there at the same time leave a paragraph twice, or two in one."""
     text = (ROOT / "docs" / "decisions.md").read_text("utf-8")
     topics = re.split(r"^## .*$", text, flags=re.MULTILINE)[1:]
-    decisions = [one for topic in topics for one in topic.strip().split("\n\n")]
-    assert [one for one in decisions if not one.startswith("**") or one.count("**") != 2] == []
+    decisions = [f"**{one}" for topic in topics for one in f"\n{topic}".split("\n\n**")[1:]]
+    assert [one for one in decisions if one.count("**") != 2] == []
+    assert [topic for topic in topics if not topic.startswith("\n\n**")] == []
     titles = Counter(" ".join(one.split("**")[1].split()) for one in decisions)
     assert [title for title, times in titles.items() if times > 1] == []

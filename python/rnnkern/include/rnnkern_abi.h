@@ -1,9 +1,10 @@
 /* The kernels of rnnkern for other compiled code, in C: plain structs over plain memory, no Python, no exceptions.
  *
- * The compiled module exports `rnnkern_abi`; whoever has loaded it looks that up with dlsym. Calls use as many threads as
- * Python has set, which is done on `import rnnkern`, or `rnnkern_set_num_threads(int)`; else one. Arrays are C-contiguous,
- * of one element type, shaped as in docs/conventions.md: T steps, B rows, L layers of D directions. A struct that is
- * zeroed before its fields are set stands for the defaults. examples/train_layer.c trains a layer with it. */
+ * The compiled module exports `rnnkern_abi`; whoever has loaded it looks that up with dlsym. Calls use as many threads
+ * as Python has set, which is done on `import rnnkern`, or `rnnkern_set_num_threads(int)`; else one. Arrays are
+ * C-contiguous, of one element type, shaped as in docs/conventions.md: T steps, B rows, L layers of D directions. A
+ * struct that is zeroed before its fields are set stands for the defaults. examples/train_layer.c trains a layer with
+ * it. */
 #ifndef RNNKERN_ABI_H
 #define RNNKERN_ABI_H
 
