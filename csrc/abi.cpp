@@ -91,7 +91,7 @@ struct Host {
   static void launch(Task task, KernelCall& call, const Plan& plan) {
     std::int64_t stop = 0;
     call.stop = &stop;
-    run_team(task, &call, demand_of(plan));
+    run_team(task, &call, plan);
   }
 };
 

@@ -194,8 +194,7 @@ struct PackedLayout {
                                                       // which forward reads alike
   std::int64_t total = 0;
 
-  // Compiled once, since it is long.
-  __attribute__((noinline)) PackedLayout(const LayerSizes& sizes, bool training, const Packing<T>& packing) noexcept {
+  PackedLayout(const LayerSizes& sizes, bool training, const Packing<T>& packing) noexcept {
     constexpr Stored values = kStored<AsStates<T>>;
     const Stored stored = packing.stored;
     const std::int64_t I = sizes.inputs, H = sizes.hidden;

@@ -41,14 +41,14 @@ void PythonHost::launch(Task task, KernelCall& call, const Plan& plan) {
   call.stop = &stop;
   if (plan.expected_ns < kKeepsGil) {
     call.poll = nullptr;
-    run_team(task, &call, demand_of(plan));
+    run_team(task, &call, plan);
     return;
   }
   {
     WithoutGil gil;
     call.poll = WithoutGil::poll;
     call.poll_context = &gil;
-    run_team(task, &call, demand_of(plan));
+    run_team(task, &call, plan);
   }
   if (stop != 0) throw py::error_already_set();
 }

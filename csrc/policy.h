@@ -48,16 +48,22 @@ struct Meetings {
   int a_step = 1;
 };
 
+// What a call asks of the team.
+struct Demand {
+  int threads;  // that it can use, the caller among them
+  std::int64_t expected_ns;
+  bool at_places = false;  // helpers may join it on its way, see worker.h, and not only at its start
+  Meetings meetings{};
+  std::int64_t since_last = 0;  // ns, from the end of the call before
+};
+
 // How a call is divided: among how many threads, by rows, units or layers, and in blocks of how many steps. Results do
 // not depend on it, only the time.
-struct Plan {
+struct Plan : Demand {
   Split split;
-  int threads;
   std::int64_t block_steps, part_steps;  // part_steps: of a block, after which backward hands on what it has of dx
-  std::int64_t expected_ns;
   BlockReason reason;
-  std::int64_t rows_together = 0;  // those of one thread once all have come; all where threads do not divide them
-  Meetings meetings{};
+  std::int64_t rows_together;  // those of one thread once all have come; all where threads do not divide them
 };
 
 struct PlanInput {
@@ -105,7 +111,7 @@ inline Plan make_plan(const PlanInput& in) {
 
   const int meetings_a_step = in.backward ? 2 : 1;
 
-  Plan plan{Split::rows, in.max_threads, 1, 1, 0, BlockReason::cache};
+  Plan plan{{in.max_threads, 0, true}, Split::rows, 1, 1, BlockReason::cache, in.batch};
   SideBySide side{};
   const std::int64_t recurrent_bytes = in.gates * in.hidden * in.outputs * in.weight_bytes;
   const std::int64_t fewest_rows = recurrent_bytes > in.private_cache ? kRowsToStream : 1;  // of a step and a thread
@@ -166,20 +172,9 @@ inline Plan make_plan(const PlanInput& in) {
     plan.meetings = {step_ns, static_cast<double>(2 * in.gates * in.hidden * in.outputs) / kFlopsPerNs + 20,
                      plan.part_steps, meetings_a_step};
   const bool divides = plan.split == Split::rows && plan.threads > 1 && in.row_grain == 1;
-  plan.rows_together = divides ? (in.batch + plan.threads - 1) / plan.threads : in.batch;
+  if (divides) plan.rows_together = (in.batch + plan.threads - 1) / plan.threads;
   return plan;
 }
-
-// What a call asks of the team.
-struct Demand {
-  int threads;  // that it can use, the caller among them
-  std::int64_t expected_ns;
-  bool at_places = false;  // helpers may join it on its way, see worker.h, and not only at its start
-  Meetings meetings{};
-  std::int64_t since_last = 0;  // ns, from the end of the call before
-};
-
-inline Demand demand_of(const Plan& plan) noexcept { return {plan.threads, plan.expected_ns, true, plan.meetings}; }
 
 inline Demand divide_section(double total_ns, double worth_help_ns, int max_threads) noexcept {
   const int threads = total_ns < worth_help_ns ? 1 : max_threads;

@@ -356,19 +356,17 @@ void set_num_threads(int count) noexcept {
   thread_limit.store(std::clamp(count, 1, kMaxThreads), std::memory_order_relaxed);
 }
 
-void run_team(Task task, void* context, Demand demand) noexcept {
-  Team* team = nullptr;
-  if (demand.threads > 1) {
-    demand.threads = std::min(demand.threads, num_threads());
-    if (demand.threads > 1) team = get_team();
-  }
+void run_team(Task task, void* context, const Demand& demand) noexcept {
+  const int threads = demand.threads > 1 ? std::min(demand.threads, num_threads()) : 1;
+  Team* const team = threads > 1 ? get_team() : nullptr;
   if (team == nullptr || !team->acquire()) return run_alone(task, context);
-  demand.since_last = team->since_last();
-  if (team->retreats(demand.since_last)) {
+  Demand now = demand;
+  now.threads = threads, now.since_last = team->since_last();
+  if (team->retreats(now.since_last)) {
     run_alone(task, context);
   } else {
     Team* const before = std::exchange(working, team);
-    team->run(task, context, demand);
+    team->run(task, context, now);
     working = before;
   }
   team->release();

@@ -13,7 +13,7 @@ struct Demand;
 // returns when all are done. Helpers that are asleep are woken; the call goes on without those that do not come in
 // time: a fraction of what it is expected to take where they can join only at the start. A call that finds the team at
 // work for another caller runs on its own thread alone. Results must therefore not depend on worker.count.
-void run_team(Task task, void* context, Demand demand) noexcept;
+void run_team(Task task, void* context, const Demand& demand) noexcept;
 
 // Is the work of helpers missing in the call that this thread is in, since the process was forked meanwhile? Says so
 // once. Such a call ends as if all had taken part; whoever made it has to give it up.
