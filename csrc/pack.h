@@ -194,7 +194,8 @@ struct PackedLayout {
                                                       // which forward reads alike
   std::int64_t total = 0;
 
-  PackedLayout(const LayerSizes& sizes, bool training, const Packing<T>& packing) noexcept {
+  // Compiled once: in every place that needs it, it would take a tenth of the wheel.
+  __attribute__((noinline)) PackedLayout(const LayerSizes& sizes, bool training, const Packing<T>& packing) noexcept {
     constexpr Stored values = kStored<AsStates<T>>;
     const Stored stored = packing.stored;
     const std::int64_t I = sizes.inputs, H = sizes.hidden;

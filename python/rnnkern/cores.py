@@ -34,7 +34,7 @@ def cgroup_quota(system: Path = Path("/")) -> float:
     In a container the path may be the host's, and then only the root is there to read.
     """
     tightest = math.inf
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # an import never fails for what a system shows there
         for line in (system / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)  # "0::/path" in v2, "4:cpu,cpuacct:/path" in v1
             if controllers and "cpu" not in controllers.split(","):
