@@ -291,7 +291,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
             self.found({step_ns, step_ns}, threads, alone_ns, together_ns);
           },
           py::arg("step_ns"), py::arg("threads"), py::arg("alone_ns"), py::arg("together_ns"))
-      .def("came_late", &Worth::came_late);
+      .def("tried", &Worth::tried);
   m.def("next_retreat", &next_retreat, py::arg("before"), "How many calls do without helpers after a crowded one.");
   m.attr("compiler") = RNNKERN_COMPILER;
 }

@@ -260,7 +260,7 @@ class Worth {
     const double saved_ns = pace_ * meetings.step_ns * (1 - 1.0 / threads);
     return saved_ns < kMargin * meetings.a_step * threads * meeting_ns_ ? Way::alone : Way::together;
   }
-  // Notes what a call of so many threads took for a step, alone and with its helpers; or that they came too late.
+  // Notes what a call of so many threads took for a step, alone and with its helpers.
   void found(const Meetings& meetings, int threads, double alone_ns, double together_ns) noexcept {
     paces_[found_] = alone_ns / meetings.recurrent_ns;
     meetings_ns_[found_] = (together_ns - alone_ns / threads) / threads;
@@ -268,9 +268,10 @@ class Worth {
       std::ranges::sort(meetings_ns_);
       pace_ = std::ranges::min(paces_), meeting_ns_ = meetings_ns_[kOdd / 2];
     }
-    came_late();
+    tried();
   }
-  void came_late() noexcept {
+  // Notes that a call was to measure, also where its helpers came too late for that.
+  void tried() noexcept {
     if (found_ < kOdd && ++tried_ < kTries) return;
     found_ = tried_ = 0;
     rests_ = kRests;
@@ -278,10 +279,10 @@ class Worth {
 
  private:
   static constexpr double kLong = 16'000;  // ns; a longer step is worth it on any two cores
-  static constexpr double kMargin = 1.5;
-  static constexpr int kOdd = 3;        // measurements, the middle one of which decides
-  static constexpr int kTries = 24;     // calls; a helper that has to wake up misses some
-  static constexpr int kRests = 1'000;  // calls from one time to the next
+  static constexpr double kMargin = 1.5;   // what a barrier costs, rows from another core with it, to its time alone
+  static constexpr int kOdd = 3;           // measurements, the middle one of which decides
+  static constexpr int kTries = 24;        // calls; a helper that has to wake up misses some
+  static constexpr int kRests = 1'000;     // calls from one time to the next
 
   double paces_[kOdd] = {}, meetings_ns_[kOdd] = {};
   double pace_ = 1, meeting_ns_ = 0;  // pace: of one thread, in expected times; meeting: of a barrier, for each thread

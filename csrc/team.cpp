@@ -226,7 +226,7 @@ class Team {
       if (self.seats().taken() > 0 && self.seats().closed()) {
         worker.count = self.let_in(place);
       } else {
-        self.worth_.came_late();
+        self.worth_.tried();
         worker.admit = admit;
       }
     }

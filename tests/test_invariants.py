@@ -425,7 +425,7 @@ def test_helpers_are_asked_where_their_barriers_are_worth_it():
         pass
     for _ in range(24):
         assert way() == measured
-        worth.came_late()
+        worth.tried()
     assert way() == together
 
 

@@ -76,14 +76,14 @@ class Worth:
     """
     def __init__(self) -> None:
         ...
-    def came_late(self) -> None:
-        ...
     def found(self, step_ns: typing.SupportsFloat | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, alone_ns: typing.SupportsFloat | typing.SupportsIndex, together_ns: typing.SupportsFloat | typing.SupportsIndex) -> None:
         ...
     def next(self, step_ns: typing.SupportsFloat | typing.SupportsIndex, steps: typing.SupportsInt | typing.SupportsIndex, meetings: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
         """
         0: alone, 1: with helpers, 2: measured.
         """
+    def tried(self) -> None:
+        ...
 def cells() -> list:
     """
     What the compiled module knows of each cell.
