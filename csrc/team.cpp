@@ -71,6 +71,9 @@ class Helper {
   ThreadCpus cpus_;
 };
 
+class Team;
+thread_local Team* working = nullptr;  // on a call of this thread, with helpers
+
 // Never destroyed: helpers may sleep in it when the process exits.
 class Team {
  public:
@@ -86,6 +89,7 @@ class Team {
       last_end_ = Clock::now();
       return;
     }
+    Team* const before = std::exchange(working, this);
     task_ = task;
     context_ = context;
     arrivals_.store(0, std::memory_order_relaxed);
@@ -115,6 +119,7 @@ class Team {
                           off_core_.load(std::memory_order_relaxed)};
     const bool retreat = crowded(outcome) && runnable_threads() == 0;  // else the next call asks
     alone_ = retreat_ = retreat ? next_retreat(retreat_) : 0;
+    working = before;
   }
 
   // In a forked child, by the thread that was at work: nobody waits any more for helpers, which are not there. Returns
@@ -323,7 +328,6 @@ class Team {
 std::atomic<Team*> the_team = nullptr;
 
 std::atomic<unsigned> fork_count = 0;
-thread_local Team* working = nullptr;  // on a call of this thread
 thread_local bool lost = false;
 
 // A forked child has none of the parent's helpers: it leaves the parent's team as it is and makes its own.
@@ -362,13 +366,10 @@ void run_team(Task task, void* context, const Demand& demand) noexcept {
   if (team == nullptr || !team->acquire()) return run_alone(task, context);
   Demand now = demand;
   now.threads = threads, now.since_last = team->since_last();
-  if (team->retreats(now.since_last)) {
+  if (team->retreats(now.since_last))
     run_alone(task, context);
-  } else {
-    Team* const before = std::exchange(working, team);
+  else
     team->run(task, context, now);
-    working = before;
-  }
   team->release();
 }
 
