@@ -254,6 +254,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
       py::arg("best"),
       "The best that may, where it is there, for what is packed from now on.\n\nReturns what was best "
       "before.");
+  m.def("private_cache", &private_cache, "Bytes of a core's private cache, as the plans reckon with it.");
   m.def(
       "lanes",
       [](const py::object& dtype) {

@@ -206,7 +206,7 @@ def test_a_matrix_engine_has_the_bits_of_its_emulation():
             pytest.skip("this machine has no matrix engine")
         for cell, option in product(CELLS, PRECISE):
             for problem in hard_problems(cell):
-                problem = replace(problem, precision="float32", **option)
+                problem = replace(problem, **{"precision": "float32"} | option)
                 results = run(problem, "native")
                 with engine(found.replace("amx", "emulated")):
                     same_numbers(results, run(problem, "native"), problem)

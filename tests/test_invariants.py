@@ -434,7 +434,7 @@ def test_the_number_of_helpers_that_a_call_asks_for(monkeypatch, tmp_path):
     native = backends.get("native").native_module()
     if native is None:
         pytest.skip("the compiled module is missing")
-    long, short, ago, just = 1_000_000, 60_000, 1_000_000, 10_000  # ns
+    long, short, tiny, ago, just = 1_000_000, 60_000, 4_000, 1_000_000, 10_000  # ns
     table = [
         # threads, expected, since the last, CPUs, runnable, awake -> helpers, looks again
         (1, long, ago, 1, 1, 0, 0, False),
@@ -455,7 +455,12 @@ def test_the_number_of_helpers_that_a_call_asks_for(monkeypatch, tmp_path):
         (16, long, ago, 16, 0, 0, 15, False),  # not known, as where the caller may not run on all CPUs
         (16, short, ago, 16, 1, 0, 0, False),
         (16, short, ago, 16, 4, 3, 3, False),
-        (16, short, just, 16, 1, 0, 15, False),
+        (16, short, just, 16, 1, 0, 7, False),  # those that sleep are woken one after the other
+        (16, short, just, 16, 11, 10, 10, False),
+        (16, tiny, just, 16, 1, 0, 1, False),
+        (16, tiny, just, 16, 16, 15, 15, False),
+        (16, tiny, ago, 16, 4, 3, 3, False),
+        (2, tiny, just, 2, 1, 0, 1, False),
     ]
     for threads, expected_ns, since_last, cpus, runnable, awake, *decision in table:
         asked = native.decide(

@@ -56,6 +56,11 @@ class Vectors:
         return 64 * 1024 // (vectors * self.weight_bytes)
 
     @property
+    def block_rows(self) -> int:
+        """The most rows of a block where the gates of a row take 1,024 bytes (policy.h)."""
+        return max(native_module().private_cache() // 4096, 256)
+
+    @property
     def outer_rows(self) -> int:
         """The rows of a part of a sum of outer products (kOuterRows)."""
         return 32 * 1024 // (4 * self.bytes)
@@ -141,7 +146,7 @@ PATHS = {
         large=True,
     ),
     "steps in blocks": Path(
-        lambda v: (3, 86, 5, 1024 * v.lanes // (v.bytes * v.gates) + 5),
+        lambda v: (v.block_rows // 86 + 1, 86, 5, 1024 * v.lanes // (v.bytes * v.gates) + 5),
         lambda call: call.in_blocks,
         large=True,
     ),
@@ -157,8 +162,11 @@ PATHS = {
     ),
     "outer products in parts": Path(
         lambda v: (v.outer_rows // 33 + 1, 33, 32 * v.lanes + 9, 97 // v.gates + 1),
-        # In vectors of two lanes a block of backward has fewer rows than a part.
-        lambda call: call.backward.block_steps * call.problem.B > call.vectors.outer_rows or call.vectors.lanes == 2,
+        # Where vectors have few lanes or the cache is small a block of backward has fewer rows than a part.
+        lambda call: (
+            call.backward.block_steps * call.problem.B > call.vectors.outer_rows
+            or call.backward.block_reason == "gradients"
+        ),
         large=True,
     ),
 }

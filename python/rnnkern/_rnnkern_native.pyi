@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'Worth', 'cells', 'compiler', 'decide', 'engine', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear', 'measure', 'next_retreat', 'num_threads', 'pack', 'reserve', 'run', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_engine', 'use_isa', 'wait_at_start']
+__all__: list[str] = ['FrozenCall', 'Packed', 'Reserve', 'Saved', 'Steps', 'Worth', 'cells', 'compiler', 'decide', 'engine', 'frozen_call', 'isa', 'isas', 'lanes', 'limit_caller', 'linear', 'measure', 'next_retreat', 'num_threads', 'pack', 'private_cache', 'reserve', 'run', 'set_num_threads', 'stream', 'sum_of_squares', 'supply', 'use_engine', 'use_isa', 'wait_at_start']
 class Saved:
     """
     What a training forward keeps for backward.
@@ -126,6 +126,10 @@ def num_threads() -> int:
     ...
 def pack(stack: tuple[str, str, bool, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, training: bool) -> Packed:
     ...
+def private_cache() -> int:
+    """
+    Bytes of a core's private cache, as the plans reckon with it.
+    """
 def reserve() -> Reserve:
     ...
 def run(stack: tuple[str, str, bool, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[bool]], names: tuple, weights: typing.Any, request: typing.Any) -> tuple:

@@ -153,8 +153,9 @@ def memory_plan(layer: Recurrent, shape: Sequence[int], *, save: str = "gates", 
     kernels, on the backends numba and reference, it is an estimate, within a fifth for all but small layers.
 
     Scratch of one layer is below 2 MiB a thread, mostly below 1, as long as 256 rows of gates (G H elements each, for a
-    GRU twice as many), or one step of the batch where that is more, take at most 512 KiB a thread. A block of backward
-    is not smaller, so with more units or rows scratch grows with both. It does not grow with the steps.
+    GRU twice as many), or one step of the batch where that is more, take at most 512 KiB a thread; where a core's
+    private cache is larger than 2 MiB, it stands in place of these, and a quarter of it. A block of backward is not
+    smaller, so with more units or rows scratch grows with both. It does not grow with the steps.
 
     Parameters
     ----------
