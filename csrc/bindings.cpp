@@ -90,8 +90,9 @@ double sum_of_squares(const py::list& arrays) {
       throw py::value_error(Name{"arrays", i}.text() + ": expected one or two dimensions");
     const std::int64_t rows = fields.nd == 2 ? fields.dimensions[0] : 1, columns = fields.dimensions[fields.nd - 1];
     const Shape shape = fields.nd == 2 ? Shape{rows, columns} : Shape{columns};
+    const py::array array = checked(arrays[i], {"arrays", i}, dtype, shape);  // kept while others have the GIL
     std::vector<double> squares(static_cast<std::size_t>(rows));
-    Squares call{rows, columns, bytes_of(checked(arrays[i], {"arrays", i}, dtype, shape)), squares.data()};
+    Squares call{rows, columns, bytes_of(array), squares.data()};
     const Demand demand = divide_squares(static_cast<double>(rows) * static_cast<double>(columns), num_threads());
     std::optional<WithoutGil> gil;
     if (demand.expected_ns > kKeepsGil) gil.emplace();
@@ -242,8 +243,7 @@ PYBIND11_MODULE(_rnnkern_native, m, py::mod_gil_not_used()) {
   m.def(
       "engine", [] { return std::string(kEngines[static_cast<int>(engine(*active().table))]); },
       "What multiplies bfloat16 numbers: 'none', 'pairs', or a matrix engine, 'emulated' or 'amx', with '-fp16' if "
-      "that "
-      "multiplies float16 too.");
+      "that multiplies float16 too.");
   m.def(
       "use_engine",
       [](const std::string& best) {

@@ -107,7 +107,7 @@ class Borrowed {
   Buffer buffer_;
 };
 
-// The same for the time of a call; what is small lies on the stack, since calls of a microsecond feel an allocation.
+// Memory for the time of a call; what is small lies on the stack, since calls of a microsecond feel an allocation.
 class Scratch {
  public:
   explicit Scratch(std::int64_t bytes) : bytes_(bytes) {

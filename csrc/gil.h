@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cfenv>
 #include <chrono>
 #include <thread>
 #include <type_traits>
@@ -32,7 +33,7 @@ constexpr std::int64_t kKeepsGil = 10'000;  // ns
 // then on.
 class WithoutGil {
  public:
-  WithoutGil() noexcept : thread_(PyEval_SaveThread()) {}
+  WithoutGil() noexcept : thread_(PyEval_SaveThread()) { std::fegetenv(&callers_); }
   ~WithoutGil() { in_python(PyEval_RestoreThread, thread_); }
   WithoutGil(const WithoutGil&) = delete;
   WithoutGil& operator=(const WithoutGil&) = delete;
@@ -42,6 +43,9 @@ class WithoutGil {
     const auto now = Clock::now();
     if (now < self.next_) return false;
     self.next_ = now + std::chrono::milliseconds(50);
+    std::fenv_t kernels;  // in which denormals are zero: no handler of a signal may compute so, and no thread it starts
+    std::fegetenv(&kernels);
+    std::fesetenv(&self.callers_);
     in_python(PyEval_RestoreThread, self.thread_);
     bool interrupted = in_python(PyErr_CheckSignals) != 0;
     if (lost_helpers() && !interrupted) {
@@ -51,6 +55,7 @@ class WithoutGil {
       interrupted = true;
     }
     self.thread_ = PyEval_SaveThread();
+    std::fesetenv(&kernels);
     return interrupted;
   }
 
@@ -58,6 +63,7 @@ class WithoutGil {
   using Clock = std::chrono::steady_clock;
 
   PyThreadState* thread_;
+  std::fenv_t callers_;
   Clock::time_point next_ = Clock::now() + std::chrono::milliseconds(100);
 };
 

@@ -98,6 +98,9 @@ class Network {
     if (projected_ && !entry_.projects)
       throw std::invalid_argument("proj_size: expected 0, since cell '" + std::string(of.cell) +
                                   "' takes no projection");
+    if (projected_ && outputs_ >= hidden_)
+      throw std::invalid_argument("proj_size: expected less than hidden_size " + std::to_string(hidden_) + ", got " +
+                                  std::to_string(outputs_));
     if (reverse_.empty() || reverse_.size() > 2) throw std::invalid_argument("directions: expected one or two");
     width_ = outputs_ * static_cast<std::int64_t>(reverse_.size());
   }

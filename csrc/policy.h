@@ -218,9 +218,9 @@ struct Decision {
 };
 
 // Each helper gets a CPU that nobody else wants: to wait at every step for one that shares its CPU costs more than its
-// help is worth. Where that is not known, as where the caller may not run on all CPUs, all are asked. Those that sleep
-// are woken one after the other: so many as make the call shortest in all, the one that calls close together keep awake
-// among them.
+// help is worth. Where that is not known, as where the caller may not run on all CPUs, all are asked that are wanted.
+// Those that sleep are woken one after the other, as many as make the call shortest in all: at least one, which calls
+// that come close together keep awake.
 inline Decision decide(const Demand& call, const Supply& supply) noexcept {
   const bool wake = call.expected_ns >= kWorthWaking || call.since_last < kIdle;
   const double work_ns = static_cast<double>(call.expected_ns) * call.threads;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -50,7 +51,7 @@ struct Seats {
 // A helper; whoever wakes it may keep it off its own CPU until it is awake.
 class Helper {
  public:
-  void start() noexcept { cpus_ = ThreadCpus(); }  // by itself, before it first sleeps, and so are the next two
+  void start() noexcept { cpus_ = ThreadCpus(); }  // called by its own thread, as the next two are; before these
   void falls_asleep() noexcept {
     const std::lock_guard lock(mutex_);
     asleep_ = true;
@@ -128,6 +129,7 @@ class Team {
     const bool missing = seats().taken() > 0 && joins_at_.load() >= kStart;
     seats_.store(Seats::of(0, 0).packed);
     finished_.store(0);
+    looks_again_ = false;
     return missing;
   }
 
@@ -254,6 +256,7 @@ class Team {
   }
 
   [[noreturn]] void help(Helper& self) noexcept {
+    std::fesetenv(FE_DFL_ENV);  // a kernel may have started it, in which denormals are zero
     self.start();
     for (;;) {
       Seats seats = await_call(self);
@@ -302,14 +305,15 @@ class Team {
 
   std::atomic<bool> busy_ = false;
   std::forward_list<Helper> helpers_;
-  // Written by the caller that has acquired the team, before it offers the seats.
-  int hired_ = 0;
+  // Read by helpers, once the caller that has acquired the team has offered them seats.
   Task task_ = nullptr;
   void* context_ = nullptr;
+  // The caller's alone.
+  int hired_ = 0;
   unsigned missed_ = 0;               // calls that are joined at the start, since all helpers came
   unsigned retreat_ = 0, alone_ = 0;  // calls to run without helpers: at the last count, and still to come
   Clock::time_point last_end_{};
-  Clock::time_point first_came_{};  // of a call, seen by worker 0
+  Clock::time_point first_came_{};  // of a call
   Demand demand_{};                 // of a call
   bool looks_again_ = false;        // nobody is asked to come while the CPUs are wanted by others
   Clock::time_point next_look_{};   // whether they still are

@@ -133,7 +133,7 @@ inline void connect(const Network& network, std::vector<Layer>& layers, const Fo
     one.dy_stride = width;
     one.dx = input_gradient(layer);
     one.add_to_dx = i % network.directions() > 0 || (layer == lowest && slopes.add_to_dx);
-    if (one.add_to_dx && one.dx && aside) one.dx = aside, one.add_to_dx = false;
+    if (i % network.directions() > 0 && one.dx && aside) one.dx = aside, one.add_to_dx = false;
     one.gradients = slopes.gradients[i];
     one.flow = slopes.watch.flow ? slopes.flow[i] : nullptr;
     for (std::size_t s = 0; s < network.state_count(); ++s) {

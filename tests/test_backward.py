@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import rnnkern as rk
 from rnnkern.cells import CELLS
 from rnnkern.layers import PARAMETER_NAMES
 from rnnkern.reference import forward_layer
+from rnnkern.stack import Backward
 from rnnkern.testing import Problem, assert_accurate, assert_directional, inputs, layer_of, numerical_gradients, run
 
 SIZES = [
@@ -123,6 +125,25 @@ def test_results_do_not_depend_on_what_the_memory_held(cell, backend, monkeypatc
     monkeypatch.setattr(np, "empty_like", lambda *args, **kwargs: poisoned(empty_like(*args, **kwargs)))
     for name, array in run(problem, backend).items():
         assert np.array_equal(array, expected[name]), name
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("size", [(64, 1, 16, 96), (9, 40, 5, 8)], ids=["few rows", "many rows"])
+def test_a_gradient_of_x_is_added_to_what_is_given(backend, directions, size):
+    """By two threads too, which work on two directions side by side where rows are few."""
+    T, B, I, H = size
+    layer = rk.LSTM(I, H, bidirectional=directions == 2, backend=backend, seed=0)
+    x = np.random.default_rng(0).normal(size=(T, B, I)).astype(np.float32)
+    before = rk.num_threads()
+    try:
+        for threads in (1, 2, 2):  # a helper that sleeps may come too late for the first
+            rk.set_num_threads(threads)
+            y, _, tape = layer.forward(x)
+            asked = Backward(y, None, dx=np.zeros_like(x))
+            found, _, _ = tape.backend.backward(tape.signature.stack, tape.packed, tape.saved, tape.call, asked)
+            np.testing.assert_array_equal(found, layer.backward(tape, y).x)
+    finally:
+        rk.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("B", "H"), [(4, 5), (20, 3)])

@@ -159,6 +159,40 @@ else:
     assert child.returncode == 0, child.stderr
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this platform has no timers that signal")
+def test_a_signal_handler_during_a_call_computes_with_denormals(tmp_path: Path) -> None:
+    """And so does a thread that it starts, which outlives the call; in the kernels they count as zero."""
+    program = """
+import signal, threading
+import numpy as np, rnnkern as rk
+seen, tiny, ended = [], 5e-324, threading.Event()
+
+def handler(*_):
+    seen.append(tiny * 1.0)
+    threading.Thread(target=lambda: ended.wait() and seen.append(tiny * 1.0)).start()
+
+signal.signal(signal.SIGALRM, handler)
+layer, x = rk.LSTM(64, 512), np.zeros((3_000, 16, 64), np.float32)
+signal.setitimer(signal.ITIMER_REAL, 0.12)
+while not seen:
+    layer(x)
+ended.set()
+for thread in threading.enumerate():
+    if thread is not threading.current_thread():
+        thread.join()
+assert seen == [tiny, tiny], seen
+"""
+    child = run_python(tmp_path, "-c", program)
+    assert child.returncode == 0, child.stderr
+
+
+def test_a_projection_is_smaller_than_the_state() -> None:
+    """In the compiled module too, whose kernels have arrays of the larger of the two."""
+    for P in (2, 3, 2**20):
+        with pytest.raises(ValueError, match="proj_size: expected less than hidden_size 2, got"):
+            native.pack(("lstm", "float32", False, False, 3, 2, P, 1, (False,)), ("w_ih", "w_hh", "w_hr"), [{}], True)
+
+
 FAILING = """
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -107,6 +107,26 @@ def test_threads_share_units(cell: str, dtype: str, options: dict[str, Any]) -> 
     assert_threads_agree(Problem(cell, T=2 + 16 // gates, B=1, I=97, H=H, dtype=dtype, **options))
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this platform pins no threads")
+@pytest.mark.parametrize("sizes", [(5, 256, 24, 135), (20, 1, 97, 300)], ids=["rows", "units"])
+def test_many_threads(sizes: tuple[int, int, int, int]) -> None:
+    """Of which a call asks as many as it can use, whatever CPUs there are, where its own are not all of them."""
+    T, B, I, H = sizes
+    cpus = os.sched_getaffinity(0)
+    problems = [Problem("lstm", T, B, I, H, **options) for options in ({}, STACK)]
+    expected = []
+    for problem in problems:
+        set_num_threads(1)
+        expected.append(everything(problem))
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+        set_num_threads(16)
+        for problem, results in zip(problems, expected, strict=True):
+            assert_same(everything(problem), results)
+    finally:
+        os.sched_setaffinity(0, cpus)
+
+
 @pytest.mark.parametrize("products", [{"precision": "bfloat16"}, {"arithmetic": "amx"}], ids=["bfloat16", "slices"])
 @pytest.mark.filterwarnings("ignore:arithmetic. 'amx' needs:UserWarning")
 def test_whatever_multiplies(products: dict[str, Any]) -> None:
