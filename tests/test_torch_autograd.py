@@ -72,6 +72,22 @@ def test_second_derivatives_know_dropout_and_projection(cell):
     torch.testing.assert_close(first.detach(), second)
 
 
+@pytest.mark.parametrize("kind", [rt.RNN, rt.LSTM])
+def test_gradients_to_be_differentiated_are_those_of_one_call(kind):
+    """What a state has from the same weights, and weights that are one, count once; autocast rounds no more."""
+    module, x = kind(3, 3, num_layers=2), torch.rand(5, 2, 3, requires_grad=True)
+    module.weight_ih_l1 = module.weight_ih_l0
+    for rounded in (False, True):
+        with torch.autocast("cpu", enabled=rounded):
+            y, state = module(x)
+            loss = (module(y.float(), state)[0].float() ** 2).sum()
+            wanted = [x, *module.parameters()]
+            expected = torch.autograd.grad(loss, wanted, retain_graph=True)
+            found = torch.autograd.grad(loss, wanted, create_graph=True)
+        tolerance = {"atol": 2e-2, "rtol": 2e-2} if rounded else {}
+        torch.testing.assert_close(found, expected, **tolerance)
+
+
 def test_only_the_gradients_that_are_wanted_come(monkeypatch):
     """Frozen weights have none, an input that needs none neither; layers below those that learn take no part."""
     module, x = rt.LSTM(3, 4, num_layers=3, bidirectional=True, dropout=0.5), torch.rand(5, 2, 3)

@@ -103,10 +103,13 @@ def _again(
     gradients: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated, or are many at once, of the same call in torch's own operations."""
-    create_graph, tensors = torch.is_grad_enabled(), (x, *state, *weights)
+    """Gradients to be differentiated, many at once or with tangents, of the same call in torch's own operations."""
+    create_graph = torch.is_grad_enabled()
     ends, cuts, offsets, sizes = [None if one is None else torch.tensor(one) for one in (*rows[:2], *rows[3:])]
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        # Differentiate by views of this call alone: a state may come from x or the weights, and one may come twice.
+        tensors = [one.view_as(one) for one in (x, *state, *weights)]
+        x, state, weights = tensors[0], tensors[1 : 1 + len(state)], tensors[1 + len(state) :]
         if offsets is None and sizes is None:
             results = run_plain(kernels, x, state, weights, ends, cuts, rows.masks)
         else:
