@@ -117,6 +117,12 @@ def test_forward_mode_derivatives():
     with torch.no_grad(), forward_ad.dual_level():
         found = forward_ad.unpack_dual(module(forward_ad.make_dual(x, direction))[0]).tangent
     torch.testing.assert_close(found, expected)
+    y = module(x.requires_grad_())[0]
+    up, tangent = torch.rand(2, *y.shape, dtype=torch.float64)
+    with forward_ad.dual_level():  # of the backward of a graph that was there before
+        (dual,) = torch.autograd.grad(y, x, forward_ad.make_dual(up, tangent), retain_graph=True)
+        found = forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(found, torch.autograd.grad(y, x, tangent)[0])
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -314,9 +320,12 @@ def test_a_storage_of_results_is_resized_in_a_clone():
 
 @pytest.mark.parametrize("kind", [rt.GRU, rt.LSTM])
 def test_gradients_come_in_batches(kind):
-    """`is_grads_batched` and `jacobian(vectorize=True)`, as one by one."""
+    """`is_grads_batched`, `jacobian(vectorize=True)` and `torch.vmap` of a backward, as one by one."""
     module, x = kind(3, 4), torch.rand(5, 2, 3, requires_grad=True)
     y = module(x)[0]
     directions = torch.rand(3, *y.shape)
     expected = torch.stack([torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in directions])
-    torch.testing.assert_close(torch.autograd.grad(y, x, directions, is_grads_batched=True)[0], expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)[0], expected
+    )
+    torch.testing.assert_close(torch.vmap(lambda one: torch.autograd.grad(y, x, one)[0])(directions), expected)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import plain
 from .kernels import Kernels, Rows, kernels_of, tape_of, tensor_of, threads_of_torch
@@ -80,7 +81,12 @@ class Eager(torch.autograd.Function):
         kernels, states, rows, seed, dropout = ctx.call
         needs = ctx.needs_input_grad[2:]
         tape = tape_of(tensor, x, y)
-        again = torch.is_grad_enabled() or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHES)
+        again = (
+            torch.is_grad_enabled()
+            or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHES)
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        )
         if again or tape is None:
             rows = rows._replace(masks=kernels.masks(x, seed, dropout))
             if again:
