@@ -88,6 +88,25 @@ def test_gradients_to_be_differentiated_are_those_of_one_call(kind):
         torch.testing.assert_close(found, expected, **tolerance)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_gradient_that_ends_above_is_none(create_graph):
+    """Where nothing comes back to the results, nothing is handed on."""
+
+    class End(torch.autograd.Function):
+        @staticmethod
+        def forward(_, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(*_):
+            return None
+
+    module = rt.LSTM(3, 4)
+    loss = End.apply(module(X)[0]).sum()
+    found = torch.autograd.grad(loss, [*module.parameters()], create_graph=create_graph, allow_unused=True)
+    assert found == (None,) * len(found)
+
+
 def test_only_the_gradients_that_are_wanted_come(monkeypatch):
     """Frozen weights have none, an input that needs none neither; layers below those that learn take no part."""
     module, x = rt.LSTM(3, 4, num_layers=3, bidirectional=True, dropout=0.5), torch.rand(5, 2, 3)

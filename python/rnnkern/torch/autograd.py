@@ -80,6 +80,8 @@ class Eager(torch.autograd.Function):
         tensor, y, x, *tensors = ctx.saved_tensors
         kernels, states, rows, seed, dropout = ctx.call
         needs = ctx.needs_input_grad[2:]
+        if not any(one is not None for one in gradients):
+            return (None,) * len(ctx.needs_input_grad)
         tape = tape_of(tensor, x, y)
         again = (
             torch.is_grad_enabled()
@@ -121,6 +123,8 @@ def _again(
         else:
             results = _run_unpadded(kernels, x, state, weights, cuts, rows.masks, Packing(offsets, sizes))
     seen = [(one, d) for one, d in zip(results, gradients, strict=True) if d is not None]
+    if not seen:  # no steps, and a state that needs nothing
+        return [None] * len(needs)
     outputs, directions = zip(*seen, strict=True)
     wanted = [one for one, need in zip(tensors, needs, strict=True) if need]
     found = iter(torch.autograd.grad(outputs, wanted, directions, create_graph=create_graph, allow_unused=True))
