@@ -100,6 +100,10 @@ def test_no_steps_or_no_rows_are_fine(cell, shape):
         assert torch.equal(one.grad, torch.full_like(one, 2))
     assert x.grad.shape == shape
     assert all(not parameter.grad.any() for parameter in module.parameters())
+    again, _ = module(x, one_or_tuple(state))
+    (slope,) = torch.autograd.grad(again.sum(), x, create_graph=True)  # and in torch's own operations
+    assert slope.shape == shape
+    assert torch.vmap(module)(torch.zeros(2, *shape))[0].shape == (2, *y.shape)
 
 
 def rows_of(lengths):

@@ -122,7 +122,7 @@ def _again(
             results = run_plain(kernels, x, state, weights, ends, cuts, rows.masks)
         else:
             results = _run_unpadded(kernels, x, state, weights, cuts, rows.masks, Packing(offsets, sizes))
-    seen = [(one, d) for one, d in zip(results, gradients, strict=True) if d is not None]
+    seen = [(one, d) for one, d in zip(results, gradients, strict=True) if d is not None and one.requires_grad]
     if not seen:  # no steps, and a state that needs nothing
         return [None] * len(needs)
     outputs, directions = zip(*seen, strict=True)

@@ -135,4 +135,4 @@ def _layer(
         active = None if lengths is None else (t < lengths)[:, None]
         outputs[t] = new[0] if active is None else torch.where(active, new[0], 0)
         state = new if active is None else [torch.where(active, *pair) for pair in zip(new, state, strict=True)]
-    return torch.stack(outputs), state
+    return torch.stack(outputs) if outputs else share[..., : state[0].shape[-1]], state
