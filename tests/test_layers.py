@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import re
 import signal
 import threading
 import time
@@ -727,6 +728,20 @@ def test_truncated_gradients_go_back_to_the_chunk_before(cell, native):
     expected = layer.backward(both, dy)
     same((chunks[6].x, chunks[6].state), (expected.x[3:], expected.state))
     agree(tuple(chunks[6].parameters.values()), tuple(expected.parameters.values()))
+
+
+def test_truncated_rows_end_where_those_of_a_call_do(subtests):
+    """Lengths may be of any integers, unsigned ones too, and what a call refuses is refused before the first chunk."""
+    layer, x = rk.GRU(3, 4, seed=0), np.random.default_rng(0).standard_normal((20, 2, 3)).astype(np.float32)
+    for dtype in (np.uint8, np.int8, np.uint64):
+        lengths = np.array([3, 20], dtype)
+        chunks = [part for _, part, _ in rk.tbptt(layer, x, k1=5, lengths=lengths)]
+        same(np.concatenate(chunks), layer(x, lengths=lengths)[0])
+    for wrong in ({"lengths": [3, 25]}, {"lengths": [-3, 20]}, {"lengths": [3]}, {"resets": np.zeros((30, 2), bool)}):
+        with pytest.raises(ValueError, match="expected") as caught:
+            layer(x, **wrong)
+        with subtests.test(str(caught.value)), pytest.raises(ValueError, match=re.escape(str(caught.value))):
+            next(rk.tbptt(layer, x, k1=5, **wrong))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -32,6 +32,7 @@ __all__ = [
     "number",
     "positive",
     "probability",
+    "resets_of_shape",
     "row_lengths",
     "row_offsets",
     "seed_or_none",
@@ -261,7 +262,7 @@ def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any], inputs:
     return out
 
 
-def _resets_of_shape(resets: object, shape: tuple[int, ...]) -> Array:
+def resets_of_shape(resets: object, shape: tuple[int, ...]) -> Array:
     """Resets of one exact shape."""
     array = as_array("resets", resets)
     expected = f"resets: expected bool of shape {shape}"
@@ -390,7 +391,7 @@ class Signature:
             if [len(one) for one in resets] != lengths:
                 raise ValueError(f"resets: expected arrays of {lengths} steps, got {[len(one) for one in resets]}")
             resets = np.concatenate([as_array("resets", one) for one in resets])
-        return np.array(_resets_of_shape(resets, (int(form.offsets[-1]),)), order="C")
+        return np.array(resets_of_shape(resets, (int(form.offsets[-1]),)), order="C")
 
     def step(self, batch: int, x_t: object, out: object) -> tuple[Array, Array]:
         """x_t (B, I) of a stream as backends take it, and the array for y_t (B, P): `out`, or a new one for None."""
@@ -438,7 +439,7 @@ class Signature:
     def resets(self, resets: object, steps: int, batch: int, unbatched: bool) -> Array:
         """Resets as backends take them, a copy."""
         shape = (steps,) if unbatched else (batch, steps) if self.batch_first else (steps, batch)
-        array = _resets_of_shape(resets, shape)
+        array = resets_of_shape(resets, shape)
         return np.array(array[:, None] if unbatched else self.time_major(array), order="C")
 
     def time_major(self, array: Array) -> Array:

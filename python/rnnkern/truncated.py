@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import describe, integer, refuse_sequences
+from .arguments import describe, integer, refuse_sequences, resets_of_shape, row_lengths
 from .functional import Grads, Limits, Tape
 from .layers import Recurrent
 
@@ -97,7 +97,11 @@ def _chunks(
     shape = x.shape
     axis = 1 if layer.batch_first and len(shape) == 3 else 0
     steps_of_all = shape[axis] if len(shape) in (2, 3) else 0
-    ends = None if lengths is None else np.asarray(lengths)
+    # Look at lengths and resets whole: a part of what is too long, or of an unsigned dtype, would pass for right.
+    if lengths is not None and len(shape) == 3:
+        lengths = row_lengths(lengths, shape[axis], shape[1 - axis])
+    if resets is not None and len(shape) in (2, 3):
+        resets = resets_of_shape(resets, tuple(shape[:-1]))
     tapes: deque[Tape] = deque(maxlen=reach)
     for number, first in enumerate(range(0, steps_of_all, k1) or [0]):
         steps = slice(first, min(first + k1, steps_of_all))
@@ -105,8 +109,8 @@ def _chunks(
         y, state, tape = layer.forward(
             x[place] if steps_of_all else x,
             state,
-            lengths=None if ends is None else np.clip(ends - first, 0, steps.stop - first),
-            resets=None if resets is None else np.asarray(resets)[place],
+            lengths=None if lengths is None else np.clip(lengths - first, 0, steps.stop - first),
+            resets=None if resets is None else resets[place],
             save=save,
             seed=None if seed is None else seed + number,
         )
