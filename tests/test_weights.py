@@ -258,6 +258,26 @@ def test_what_a_killed_save_left_is_removed(path: Path, monkeypatch: pytest.Monk
     assert set(path.parent.iterdir()) == {path, of_other}
 
 
+def test_saves_of_one_file_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose new file another takes for abandoned, before or while it locks that file, makes another file."""
+    path, lock = tmp_path / "state.npz", weights._lock
+    for number, removed in enumerate((True, False)):
+
+        def lock_late(file: Any, removed: bool = removed) -> None:
+            monkeypatch.setattr(weights, "_lock", lock)
+            with open(file.name, "rb") as taken:
+                if removed:
+                    rk.save(path, {"a": -1})
+                else:
+                    lock(taken)
+                lock(file)
+
+        monkeypatch.setattr(weights, "_lock", lock_late)
+        rk.save(path, {"a": number})
+        assert rk.load(path) == {"a": number}
+        assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_thread_that_saves_leaves_nothing_when_the_process_ends(tmp_path: Path) -> None:
     """A daemon thread, which Python does not wait for."""
     code = (

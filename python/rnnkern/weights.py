@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -174,25 +175,23 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))  # a symbolic link stays one
     # Name the target by a hash, since its own name may be as long as names can be.
     prefix = f".rnnkern-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
-    temporary = target.with_name(f"{prefix}{secrets.token_hex(8)}.tmp")
     try:
         _remove_abandoned(target.parent, prefix)
-        _unfinished.add((os.getpid(), temporary))
-        with _create(temporary, before) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if fcntl is None:  # Windows renames no open file
-                file.close()
-            temporary.replace(target)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError) and error.errno:
+        temporary, file = _create(target.parent, prefix, before)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if fcntl is None:  # Windows renames no open file
+                    file.close()
+                temporary.replace(target)
+        finally:
+            _forget(temporary)
+    except OSError as error:
+        if error.errno:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    finally:
-        _unfinished.discard((os.getpid(), temporary))
 
 
 _unfinished: set[tuple[int, Path]] = set()  # by process, since a fork has the set and not the thread that saves
@@ -207,26 +206,49 @@ def _remove_unfinished() -> None:
                 path.unlink()
 
 
-def _create(path: Path, like: os.stat_result | None) -> BinaryIO:
-    """A new file, locked for as long as it is open, with the owner and the permissions of another."""
+def _forget(temporary: Path) -> None:
+    """Remove a temporary file where it is still there."""
+    with suppress(OSError):
+        temporary.unlink()
+    _unfinished.discard((os.getpid(), temporary))
+
+
+def _create(folder: Path, prefix: str, like: os.stat_result | None) -> tuple[Path, BinaryIO]:
+    """A new temporary file, locked for as long as it is open, with the owner and the permissions of another."""
+    path = folder / f"{prefix}{secrets.token_hex(8)}.tmp"
     permissions = stat.S_IMODE(like.st_mode) if like else 0o666  # less the umask
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, permissions)
-    file = os.fdopen(descriptor, "wb")
+    _unfinished.add((os.getpid(), path))
     try:
-        with suppress(OSError):  # a file system without locks
-            _lock(file)
-        if not path.exists():  # taken for abandoned before it was locked
+        file = open(path, "xb", opener=partial(os.open, mode=permissions))  # noqa: SIM115
+        try:
+            taken = _taken(path, file)
+            if like and not taken:
+                with suppress(OSError):  # the owner is for the superuser to change
+                    os.chown(path, like.st_uid, like.st_gid)
+                with suppress(OSError):  # a file system without permissions
+                    path.chmod(permissions)
+        except BaseException:
             file.close()
-            return _create(path, like)
-        if like:
-            with suppress(OSError):  # the owner is for the superuser to change
-                os.chown(path, like.st_uid, like.st_gid)
-            with suppress(OSError):  # a file system without permissions
-                path.chmod(permissions)
+            raise
     except BaseException:
-        file.close()
+        _forget(path)
         raise
-    return file
+    if not taken:
+        return path, file
+    file.close()
+    _forget(path)
+    return _create(folder, prefix, like)  # of another name, which the other save does not have in its hands
+
+
+def _taken(path: Path, file: BinaryIO) -> bool:
+    """Lock a new file; whether another save takes it for abandoned, since it was not locked until now."""
+    try:
+        _lock(file)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    return not path.exists()
 
 
 def _lock(file: BinaryIO) -> None:
