@@ -120,7 +120,9 @@ def test_equal_states_give_equal_files(path: Path, state: dict[str, Any]) -> Non
 def test_what_cannot_be_saved_is_a_type_error(subtests: pytest.Subtests, path: Path) -> None:
     """It is found before anything is written."""
     path.write_text("before")
+    wide = np.zeros(2, [(f"column {index}", "f4") for index in range(500)])  # of a dtype too long to be read again
     things = ([1], {1: 2}, {"a": {"b": {1, 2}}}, {"a": len}, {"a": np.array([None])}, {"a": np.ma.ones(3)}, {"a": b"x"})
+    things += ({"a": wide},)
     for wrong in things:
         with subtests.test(str(wrong)), pytest.raises(TypeError, match=r"state"):
             rk.save(path, wrong)  # type: ignore[arg-type]
@@ -265,7 +267,7 @@ def test_saves_of_one_file_at_once_do_not_meet(tmp_path: Path, monkeypatch: pyte
 
         def lock_late(file: Any, removed: bool = removed) -> None:
             monkeypatch.setattr(weights, "_lock", lock)
-            with open(file.name, "rb") as taken:
+            with Path(file.name).open("rb") as taken:
                 if removed:
                     rk.save(path, {"a": -1})
                 else:

@@ -375,8 +375,12 @@ def _form(path: Path) -> _Form:
     return _SAFETENSORS
 
 
+_LONGEST_DTYPE = 8_000  # characters; NumPy reads no header of over 10,000, of which the most dimensions take 1,400
+
+
 def _add_npz(arrays: Arrays, keys: tuple[str, ...], array: NDArray[Any]) -> str:
-    if array.dtype.hasobject or npy.descr_to_dtype(npy.dtype_to_descr(array.dtype)) != array.dtype:
+    described = npy.dtype_to_descr(array.dtype)
+    if array.dtype.hasobject or npy.descr_to_dtype(described) != array.dtype or len(str(described)) > _LONGEST_DTYPE:
         raise TypeError(f"{_where(keys)}: expected a dtype that .npy files can hold, got {array.dtype}")
     name = "/".join(quote(key, safe="", errors="surrogatepass") for key in keys)
     arrays[name] = array
