@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import signal
 import threading
 from collections.abc import Iterator
@@ -169,8 +170,10 @@ def test_ctrl_c_ends_after_the_step_and_keeps_the_best_weights() -> None:
     assert results[0].ended == "all epochs"
 
 
-def test_fit_shows_progress_where_it_is_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing in a pipe; a single layer is a model too, and its batches may be of either layout."""
+def test_fit_shows_progress_where_it_is_asked_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing in a pipe or without a stdout; a single layer is a model too, its batches may be of either layout."""
     layer = rk.LSTM(2, 3, batch_first=True, seed=0)
     data = [(X.swapaxes(0, 1), np.zeros((N, T, 3)), LENGTHS)]
     rk.fit(layer, data, loss=rk.mse, epochs=2)
@@ -181,6 +184,11 @@ def test_fit_shows_progress_where_it_is_asked_to(capsys: pytest.CaptureFixture[s
     assert lines[0].startswith("epoch 1/2  step 1  loss 0.")
     assert lines[-1] == str(history)
     assert lines[-1].startswith("all epochs: training loss 0.")
+    closed = io.StringIO()
+    closed.close()
+    for stdout, verbose in ((None, None), (None, True), (closed, None), (closed, True), (object(), None)):
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert rk.fit(layer, data, loss=rk.mse, epochs=1, verbose=verbose).ended == "all epochs"
 
 
 def test_fit_names_what_is_wrong(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from .data import Batch
 from .layers import Recurrent
 from .schedules import CosineSchedule, PlateauSchedule, StepSchedule
 from .sequential import Sequential, derived_seed
-from .terminal import Terminal
+from .terminal import Terminal, stdout_is_a_terminal
 from .train import SGD, Adam
 from .weights import load, save
 
@@ -157,7 +156,7 @@ def fit(
         training.load(checkpoint, validation is not None)
     history, carry = training.history, flag("carry_state", carry_state)
     history.ended = "all epochs"
-    shown = sys.stdout.isatty() if verbose is None else flag("verbose", verbose)
+    shown = stdout_is_a_terminal() if verbose is None else flag("verbose", verbose)
     with Terminal() if shown else nullcontext() as terminal, _noting_interrupt() as interrupts:
         for epoch in range(len(history.loss), epochs):
             if interrupts or (patience is not None and training.waited >= patience):

@@ -8,9 +8,17 @@ import sys
 import time
 from typing import Any
 
-__all__ = ["Terminal"]
+__all__ = ["Terminal", "stdout_is_a_terminal"]
 
 PLAIN_INTERVAL = 5.0  # seconds between progress lines where they cannot replace each other
+
+
+def stdout_is_a_terminal() -> bool:
+    """Whether stdout is one; it may also be closed, None in a process without a console, or an object of the caller."""
+    try:
+        return bool(sys.stdout.isatty())
+    except (AttributeError, ValueError):
+        return False
 
 
 class Terminal:
@@ -20,7 +28,7 @@ class Terminal:
     """
 
     def __init__(self) -> None:
-        self._interactive = sys.stdout.isatty()
+        self._interactive = stdout_is_a_terminal()
         self._live = _rich_live() if self._interactive else None
         self._shown = -math.inf  # when a progress line was last written
         self._width = 0  # of the progress line on the screen
@@ -65,7 +73,7 @@ class Terminal:
             return
         try:
             print(text, end="", flush=True)
-        except OSError:
+        except (OSError, ValueError):  # the latter where it is closed
             self._lost = True
 
 
