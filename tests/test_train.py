@@ -579,7 +579,7 @@ def test_a_gradient_that_is_not_finite_stops_the_step(bad: float, dtype: str) ->
 
 
 def test_a_wrong_step_changes_nothing() -> None:
-    """Gradients are checked before the first parameter moves."""
+    """Gradients are checked before the first parameter moves, and that the parameters are those that were given."""
     parameters = {"a": np.ones(3), "b": np.ones((2, 2))}
     optimizer = rk.Adam(parameters)
     good = {"a": np.ones(3), "b": np.ones((2, 2))}
@@ -595,7 +595,17 @@ def test_a_wrong_step_changes_nothing() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.step(grads)
+    given = parameters["a"]
+    parameters["a"] = given * 1  # which the optimizer does not know of
+    with pytest.raises(ValueError, match=r"parameters\[0\]\['a'\]: expected the array that the optimizer was given"):
+        optimizer.step(good)
+    parameters["a"] = given[:]
+    last = parameters.pop("b")
+    with pytest.raises(ValueError, match="parameters: expected the 2 that the optimizer was given, got 1"):
+        optimizer.step({"a": good["a"]})
+    parameters["b"] = last
     assert optimizer.state_dict()["steps"] == 0
+    optimizer.step({name: np.zeros_like(one) for name, one in good.items()})
     assert (parameters["a"] == 1).all()
     assert (parameters["b"] == 1).all()
 

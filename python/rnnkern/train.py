@@ -269,8 +269,8 @@ class _Optimizer(ABC):
         self._state = {moment: [self._zeros(group) for group in self._groups] for moment in self._moments}
 
     def _flat_parameters(self) -> list[Array]:
-        """Views of the parameters, which `step` writes through."""
-        views = []
+        """Views of the parameters, which `step` writes through; notes the parameters themselves."""
+        views, self._held = [], []
         for index, key, array in items_of(self._parameters):
             name = f"parameters[{index}][{key!r}]"
             if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
@@ -279,6 +279,7 @@ class _Optimizer(ABC):
             if not (array.flags.c_contiguous and array.flags.writeable):
                 raise ValueError(f"{name}: expected a writable C-contiguous array, to be updated in place")
             views.append(array.reshape(-1))
+            self._held.append(array)
         return views
 
     def _zeros(self, group: slice) -> Array:
@@ -288,7 +289,8 @@ class _Optimizer(ABC):
     def __getstate__(self) -> dict[str, Any]:
         # Mappings of layers copy their arrays themselves; those of the caller's own making get theirs back by name.
         own = [{} if isinstance(one, Parameters) else shared(dict(one)) for one in self._parameters]
-        return self.__dict__ | {"_values": own, "_state": shared(self._state)}
+        rest = {name: value for name, value in self.__dict__.items() if name != "_held"}
+        return rest | {"_values": own, "_state": shared(self._state)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -322,7 +324,7 @@ class _Optimizer(ABC):
         Raises
         ------
         TypeError, ValueError
-            The gradients do not fit the parameters.
+            The gradients do not fit the parameters, or a mapping has other arrays than it had when it was given.
         FloatingPointError
             A gradient is NaN or infinite; the message names it. Whatever the error, nothing has changed.
         """
@@ -367,13 +369,18 @@ class _Optimizer(ABC):
         given = mappings_of("grads", grads)
         if len(given) != len(self._parameters):
             raise ValueError(f"grads: expected {len(self._parameters)}, one for each layer, got {len(given)}")
-        flat = []
+        flat, held = [], iter(self._held)
         for index, (one, parameters) in enumerate(zip(given, self._parameters, strict=True)):
             if one is parameters:
                 raise ValueError(f"grads[{index}]: expected gradients, as backward returns, got the parameters")
             if set(one) != set(parameters):
                 raise ValueError(f"grads[{index}]: expected the names {sorted(parameters)}, got {sorted(one)}")
             for name, value in parameters.items():
+                if not _is_same(value, next(held, None)):
+                    raise ValueError(
+                        f"parameters[{index}][{name!r}]: expected the array that the optimizer was given, got another: "
+                        "write into that one, as in parameters[name][...] = values"
+                    )
                 gradient = np.asarray(one[name])
                 if gradient.shape != value.shape or gradient.dtype != value.dtype:
                     raise ValueError(
@@ -381,6 +388,10 @@ class _Optimizer(ABC):
                         f"got {gradient.dtype} of shape {gradient.shape}"
                     )
                 flat.append(gradient.reshape(-1))
+        if len(flat) < len(self._held):
+            raise ValueError(
+                f"parameters: expected the {len(self._held)} that the optimizer was given, got {len(flat)}"
+            )
         groups = [flat[one] for one in self._groups]
         vectors = [one[0] if len(one) == 1 else np.concatenate(one) for one in groups]
         if not all(map(_all_finite, vectors)):
@@ -655,6 +666,13 @@ def _split(vector: Array, like: Sequence[Array]) -> Iterator[Array]:
     for one in like:
         yield vector[start : start + one.size]
         start += one.size
+
+
+def _is_same(array: object, held: Array | None) -> bool:
+    """Whether a parameter is the array that is held, or another view of the same memory."""
+    if array is held or held is None or not isinstance(array, np.ndarray):
+        return array is held
+    return array.shape == held.shape and array.strides == held.strides and array.ctypes.data == held.ctypes.data
 
 
 def _all_finite(array: Array) -> bool:
