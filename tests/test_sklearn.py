@@ -876,3 +876,10 @@ def test_what_a_forecaster_cannot_do_is_refused():
             model.predict(history, coverage)
     with pytest.raises(ValueError, match="horizon: expected an integer >= 1, got 0"):
         RNNForecaster(0).fit(days(100))
+    before = model.predict()
+    model.set_params(horizon=6, period=10, window=30)  # of the next fit
+    assert np.array_equal(model.predict(), before)
+    with pytest.raises(ValueError, match="series: expected at least 46 steps"):
+        model.fit(days(50))
+    assert np.array_equal(model.predict(), before)
+    assert model.fit(np.stack([days(100), days(100)], axis=1)).predict().shape == (6, 2)

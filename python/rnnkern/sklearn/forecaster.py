@@ -164,8 +164,8 @@ class RNNForecaster(TrainedNetwork):
         self._check_parameters()
         values = self._series(series)
         training = len(values) - round(self.calibration_fraction * len(values))
-        self.window_ = self.window or max(self.period, 2 * self.horizon, SHORTEST_WINDOW)
-        least = self._history_needed() + self.horizon
+        window = self.window or max(self.period, 2 * self.horizon, SHORTEST_WINDOW)
+        least = window + self.period + self.horizon
         calibrating = self.calibration_fraction > 0
         if training < least or (calibrating and len(values) - training < self.horizon):
             raise ValueError(
@@ -174,6 +174,7 @@ class RNNForecaster(TrainedNetwork):
             )
         if hasattr(self, "layer_"):
             del self.layer_  # an error from here on leaves no model rather than halves of two
+        self.window_, self._horizon, self._period = window, self.horizon, self.period  # what the weights are made for
         self.n_features_in_ = values.shape[1]
         self._fit(values, training)
         self._last = values[-self._history_needed() :].copy()
@@ -206,7 +207,7 @@ class RNNForecaster(TrainedNetwork):
             number of held-out errors can tell.
         """
         check_is_fitted(self, "layer_")
-        values = self._last if history is None else self._series(history)
+        values = self._last if history is None else self._history(history)
         if len(values) < self._history_needed():
             raise ValueError(
                 f"history: expected at least {self._history_needed()} steps (window + period), got {len(values)}"
@@ -218,7 +219,7 @@ class RNNForecaster(TrainedNetwork):
     def stream(self, history: Any = None) -> ForecastStream:
         """Forecasts after each new step, from a history as for `predict`; the same bits as `predict` gives."""
         self.predict(history)
-        return ForecastStream(self, self._last if history is None else self._series(history))
+        return ForecastStream(self, self._last if history is None else self._history(history))
 
     def score(self, series: Any, y: None = None) -> float:
         """How much less than the seasonal-naive forecast is wrong: 1 - MAE / MAE_naive over all windows of a series.
@@ -227,14 +228,12 @@ class RNNForecaster(TrainedNetwork):
         `period` steps.
         """
         check_is_fitted(self, "layer_")
-        values = self._series(series)
-        origins = np.arange(self._history_needed(), len(values) - self.horizon + 1)
+        values = self._history(series)
+        origins = np.arange(self._history_needed(), len(values) - self._horizon + 1)
         if len(origins) == 0:
-            raise ValueError(
-                f"series: expected at least {self._history_needed() + self.horizon} steps (window + period + horizon), "
-                f"got {len(values)}"
-            )
-        wanted = _following(values, origins, self.horizon)
+            least = self._history_needed() + self._horizon
+            raise ValueError(f"series: expected at least {least} steps (window + period + horizon), got {len(values)}")
+        wanted = _following(values, origins, self._horizon)
         wrong = np.abs(self._forecasts(values, origins) - wanted).mean()
         return float(1 - wrong / np.abs(self._naive(values, origins) - wanted).mean())
 
@@ -247,43 +246,47 @@ class RNNForecaster(TrainedNetwork):
             integer("window", self.window, 2)
 
     def _series(self, series: Any) -> Array:
-        """A series as (T, D), of the D of `fit`."""
+        """A series as (T, D)."""
         values: Array = check_array(
             series, dtype=np.float64, ensure_2d=False, ensure_min_samples=0, input_name="series", estimator=self
         )
-        values = values.reshape(len(values), -1)
-        if hasattr(self, "layer_") and values.shape[1] != self.n_features_in_:
+        return values.reshape(len(values), -1)
+
+    def _history(self, series: Any) -> Array:
+        """A series as (T, D), of the D of `fit`."""
+        values = self._series(series)
+        if values.shape[1] != self.n_features_in_:
             raise ValueError(f"history: expected {self.n_features_in_} values a step, as in fit, got {values.shape[1]}")
         return values
 
     def _history_needed(self) -> int:
         """Steps before a forecast: those of the window, and the period before them for the differences."""
-        return int(self.window_ + self.period)
+        return int(self.window_ + self._period)
 
     def _fit(self, values: Array, training: int) -> None:
         """Train on the first steps of the series: on windows all of whose targets lie in them."""
-        ends = np.arange(self.period - 1, training - self.horizon)  # steps with a naive forecast and a target
-        targets = np.zeros((training, self.horizon * values.shape[1]))
-        change = _following(values, ends + 1, self.horizon) - self._naive(values, ends + 1)
+        ends = np.arange(self._period - 1, training - self._horizon)  # steps with a naive forecast and a target
+        targets = np.zeros((training, self._horizon * values.shape[1]))
+        change = _following(values, ends + 1, self._horizon) - self._naive(values, ends + 1)
         targets[ends] = change.reshape(len(ends), -1)
         self._initialize(values[:training], np.ones(training), targets.shape[1])
         self.target_scale_ = mean_and_scale(targets[ends], np.ones(len(ends)))[1]
-        firsts = np.arange(self.period, training - self.horizon - self.window_ + 1)
+        firsts = np.arange(self._period, training - self._horizon - self.window_ + 1)
         data = Windows(self._read(values[:training]), np.full(len(firsts), self.window_), firsts)
         weights = np.ones(training, self.layer_.dtype)
         self._train(data, targets / self.target_scale_, weights, np.arange(len(firsts)), self.max_iter, False)
 
     def _initialize_inputs(self, steps: Array, weights: Array) -> int:
         self.series_mean_, self.series_scale_ = mean_and_scale(steps, weights)
-        differences = steps[self.period :] - steps[: -self.period]
-        self.difference_scale_ = mean_and_scale(differences, weights[self.period :])[1]
+        differences = steps[self._period :] - steps[: -self._period]
+        self.difference_scale_ = mean_and_scale(differences, weights[self._period :])[1]
         return 2 * int(steps.shape[1])
 
     def _read(self, values: Array) -> Array:
         """What the network reads of each step, (T, 2D); differences of the first period are 0 and never read."""
         read = np.zeros((len(values), 2, values.shape[1]), self.layer_.dtype)
         read[:, 0] = (values - self.series_mean_) / self.series_scale_
-        read[self.period :, 1] = (values[self.period :] - values[: -self.period]) / self.difference_scale_
+        read[self._period :, 1] = (values[self._period :] - values[: -self._period]) / self.difference_scale_
         return read.reshape(len(values), -1)
 
     @property
@@ -300,8 +303,8 @@ class RNNForecaster(TrainedNetwork):
 
     def _naive(self, values: Array, origins: Array) -> Array:
         """(N, K, D): the last period before each origin, again and again."""
-        ahead = np.arange(self.horizon)
-        steps: Array = values[origins[:, None] + ahead % self.period - self.period]
+        ahead = np.arange(self._horizon)
+        steps: Array = values[origins[:, None] + ahead % self._period - self._period]
         return steps
 
     def _forecasts(self, values: Array, origins: Array) -> Array:
@@ -314,13 +317,13 @@ class RNNForecaster(TrainedNetwork):
             steps = origins[at : at + some] - first + np.arange(-self.window_, 0)[:, None]
             y, _ = self.layer_(read[steps])
             outputs[at : at + some] = self.output_(y[-1])
-        changes = (outputs * self.target_scale_).reshape(len(origins), self.horizon, -1)
+        changes = (outputs * self.target_scale_).reshape(len(origins), self._horizon, -1)
         return self._naive(values, origins) + changes
 
     def _calibrate(self, values: Array, training: int) -> None:
         """Measure errors where the K steps of a forecast lie after training, and compare with the baselines."""
-        origins = np.arange(training, len(values) - self.horizon + 1)
-        wanted = _following(values, origins, self.horizon)
+        origins = np.arange(training, len(values) - self._horizon + 1)
+        wanted = _following(values, origins, self._horizon)
         errors = np.abs(self._forecasts(values, origins) - wanted)
         self.errors_ = np.sort(errors, axis=0)
         self.report_ = {
@@ -336,11 +339,11 @@ class RNNForecaster(TrainedNetwork):
         def windows(origins: Array) -> Array:
             return scaled[origins[:, None] + np.arange(-self.window_, 0)].reshape(len(origins), -1)
 
-        fitted = np.arange(self.window_, training - self.horizon + 1)
+        fitted = np.arange(self.window_, training - self._horizon + 1)
         fitted = fitted[:: math.ceil(len(fitted) / WINDOWS_OF_RIDGE)]
-        wanted = _following(scaled, fitted, self.horizon).reshape(len(fitted), -1)
+        wanted = _following(scaled, fitted, self._horizon).reshape(len(fitted), -1)
         found = Ridge().fit(windows(fitted), wanted).predict(windows(origins))
-        forecasts: Array = found.reshape(len(origins), self.horizon, -1) * self.series_scale_ + self.series_mean_
+        forecasts: Array = found.reshape(len(origins), self._horizon, -1) * self.series_scale_ + self.series_mean_
         return forecasts
 
     def _half_width(self, coverage: float) -> Array:
@@ -368,11 +371,11 @@ class ForecastStream:
 
     def __init__(self, forecaster: RNNForecaster, history: Array) -> None:
         self._forecaster = forecaster
-        self._history = history[-(forecaster.window_ + forecaster.period) :].copy()
+        self._history = history[-forecaster._history_needed() :].copy()
 
     def append(self, values: Any) -> None:
         """One more step: D values, or a number where D is 1."""
-        step = self._forecaster._series(np.reshape(values, (1, -1)))
+        step = self._forecaster._history(np.reshape(values, (1, -1)))
         self._history = np.concatenate([self._history[1:], step])
 
     def predict(self, coverage: float | None = None) -> Any:
