@@ -236,6 +236,7 @@ def test_pieces_that_do_not_fit_are_refused_by_name() -> None:
         ((gru, 3), r"pieces\[1\]: expected Embedding, .* or Linear, got int 3"),
         ((gru, gru), r"pieces\[1\]: expected each piece once, got GRU\(3, 4\) again"),
         ((gru, rk.Embedding(4, 2)), r"expected an Embedding in the first place alone, got Embedding\(4, 2\) there"),
+        (([gru, linear],), r"pieces\[0\]: expected .*, got a list; give its elements, \*pieces"),
         ((rk.Sequential(gru), linear), r"got a Sequential; give its pieces, \*model.pieces"),
         ((gru, rk.Linear(5, 2)), r"Linear\(5, 2\): expected 4 features, as pieces\[0\], GRU\(3, 4\) gives, got 5"),
         (

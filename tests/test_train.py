@@ -302,6 +302,7 @@ WRONG_LOSSES = [
     (lambda: rk.cross_entropy(Z.astype(int), ZT), TypeError, "logits: expected float32 or float64, got int64"),
     (lambda: rk.cross_entropy(Z, ZT.astype(float)), TypeError, "targets: expected integers, got float64"),
     (lambda: rk.cross_entropy(Z, ZT[:4]), ValueError, r"targets: expected shape \(5, 2\), got \(4, 2\)"),
+    (lambda: rk.cross_entropy(Z, Z), ValueError, r"targets: expected integers of shape \(5, 2\), .* of one-hot rows"),
     (lambda: rk.cross_entropy(Z, ZT + 3), ValueError, r"targets: expected values in \[0, 3\), got 3"),
     (lambda: rk.cross_entropy(Z, ZT - 1), ValueError, r"targets: expected values in \[0, 3\), got -1"),
     (lambda: rk.cross_entropy(Z[0], ZT[0], [1, 1]), ValueError, "lengths: expected logits of 3 dimensions"),

@@ -140,8 +140,10 @@ def as_array(name: str, value: object) -> Array:
         raise TypeError(f"{name}: expected an array, got a tuple, as a layer returns it: (y, state); pass y alone")
     try:
         return np.asarray(value)
-    except ValueError as error:  # nested lists of different lengths
-        raise ValueError(f"{name}: expected an array, got {type(value).__name__}: {error}") from None
+    except ValueError as error:
+        ragged = "inhomogeneous" in str(error)  # nested lists of different lengths
+        pad = " rnnkern.data.pad makes one array of sequences of different lengths." if ragged else ""
+        raise ValueError(f"{name}: expected an array, got {type(value).__name__}: {error}{pad}") from None
 
 
 def _is_result(value: object) -> bool:

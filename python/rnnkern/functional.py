@@ -52,6 +52,9 @@ class Parameters(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         return self._arrays[name]
 
+    def __setitem__(self, name: str, value: object) -> None:
+        raise TypeError(f"parameters: cannot exchange an array; write into it, parameters[{name!r}][...] = value")
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
 

@@ -98,6 +98,9 @@ def cross_entropy(
     if z.ndim < 2:
         raise ValueError(f"logits: expected shape (..., C) of at least 2 dimensions, got {z.shape}")
     chosen = as_array("targets", targets)
+    if chosen.shape == z.shape:
+        expected = f"targets: expected integers of shape {z.shape[:-1]}, one class for each row of logits"
+        raise ValueError(f"{expected}, got {describe(chosen)}; of one-hot rows take targets.argmax(-1)")
     if chosen.dtype.kind not in "iu":
         raise TypeError(f"targets: expected integers, got {chosen.dtype}")
     if chosen.shape != z.shape[:-1]:

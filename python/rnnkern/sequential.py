@@ -560,6 +560,8 @@ def _chain(pieces: tuple[Any, ...]) -> _Chain:
     for index, piece in enumerate(pieces):
         if isinstance(piece, Sequential):
             raise TypeError(f"pieces[{index}]: expected {kinds}, got a Sequential; give its pieces, *model.pieces")
+        if isinstance(piece, list | tuple):
+            raise TypeError(f"pieces[{index}]: expected {kinds}, got a {describe(piece)}; give its elements, *pieces")
         if not isinstance(piece, _KINDS):
             raise TypeError(f"pieces[{index}]: expected {kinds}, got {describe(piece)}")
         if any(piece is other for other in pieces[:index]):
