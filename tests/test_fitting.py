@@ -214,6 +214,14 @@ def test_fit_names_what_is_wrong(tmp_path: Path) -> None:
         ({"data": []}, "data: expected at least one batch, got none in epoch 0"),
         ({"data": lambda epoch: rk.data.batches(sequences, 1, seed=epoch)}, "give x, labels.indices., lengths"),
         ({"validation": [(X,)]}, r"validation: expected batches \(x, target\) .*, got tuple"),
+        ({"data": [(X, [[1, 2], [1]])]}, "target: expected an array, got list: .* rnnkern.data.pad makes one array"),
+        ({"data": [(X[:, :0], TARGET[:, :0])]}, "data: expected batches with rows, got none with any in epoch 0"),
+        ({"validation": [(X[:, :0], TARGET[:, :0])]}, "validation: expected batches with rows, got none"),
+        ({"loss": "mse"}, "loss: expected a function, such as rnnkern.mse, got str 'mse'"),
+        ({"loss": lambda y, _: y.mean()}, "loss: expected a function that returns the loss and its gradient, got"),
+        ({"optimizer": "adam"}, r"optimizer: expected one such as rnnkern.Adam\(model\), got str 'adam'"),
+        ({"schedule": "cosine"}, "schedule: expected one of rnnkern, such as CosineSchedule, got str 'cosine'"),
+        ({"metrics": ["accuracy"], "validation": single}, "metrics: expected a mapping of names to func.* got list"),
     ]
     for changes, message in cases:
         arguments = {"model": model, "data": single, "loss": rk.cross_entropy, "epochs": 1} | changes
@@ -222,5 +230,23 @@ def test_fit_names_what_is_wrong(tmp_path: Path) -> None:
     rk.save(tmp_path / "other.npz", {"a": 1})
     with pytest.raises(ValueError, match=r"other\.npz: expected one of this training"):
         rk.fit(model, single, loss=rk.cross_entropy, epochs=1, checkpoint=tmp_path / "other.npz", resume=True)
-    with pytest.raises(FloatingPointError, match="expected finite values"):
+    with pytest.raises(FloatingPointError, match=r"finite values.*\. x and target of this batch are finite: try"):
         rk.fit(model, single, loss=lambda y, _: (np.nan, np.full_like(y, np.nan)), epochs=1)
+
+
+def test_fit_says_what_of_a_batch_is_not_finite() -> None:
+    """Where NaN is read, not past a row's end; in the validation it warns."""
+    layer, short = rk.RNN(2, 3, seed=0), np.full(N, T - 1)
+    finite, broken, zeros = X.copy(), X.copy(), np.zeros((T, N, 3))
+    broken[-1, 0, 0] = np.nan
+    for x, target, message in (
+        (broken, zeros, "expected finite values, .* x of this batch has NaN or infinity: fill"),
+        (finite, zeros + np.nan, "target of this batch has NaN or infinity: leave"),
+    ):
+        with pytest.raises(FloatingPointError, match=message):
+            rk.fit(layer, [(x, target)], loss=rk.mse, epochs=1)
+    with pytest.raises(FloatingPointError, match="target of this batch"):
+        rk.fit(layer, [(broken, zeros + np.nan, short)], loss=rk.mse, epochs=1)
+    with pytest.warns(UserWarning, match="validation: the loss is NaN"):
+        history = rk.fit(layer, [(broken, zeros, short)], loss=rk.mse, epochs=2, validation=[(broken, zeros)])
+    assert history.best_epoch is None

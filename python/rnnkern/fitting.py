@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import check_names, describe, flag, integer, positive, seed_or_none
+from .arguments import as_array, check_names, describe, flag, integer, positive, seed_or_none, warn_the_caller
 from .clipping import clip_grad_norm
 from .data import Batch
 from .layers import Recurrent
@@ -30,6 +30,7 @@ __all__ = ["History", "fit"]
 Array = NDArray[Any]
 Loss = Callable[..., tuple[float, Any]]
 Metric = Callable[[Array, Array], float]
+_SCHEDULES: tuple[type[Any], ...] = (CosineSchedule, StepSchedule, PlateauSchedule)
 _Batch = tuple[Any, Array, Any, Any]  # x, target, and lengths and resets or None
 
 
@@ -124,7 +125,7 @@ def fit(
     TypeError, ValueError
         An argument is not as above; the message names it.
     FloatingPointError
-        A gradient is NaN or infinite; the model has the weights before that step.
+        A gradient is NaN or infinite, and whether the batch is; the model has the weights before that step.
     OSError
         The checkpoint cannot be read or written.
 
@@ -144,6 +145,10 @@ def fit(
     """
     if not isinstance(model, Sequential | Recurrent):
         raise TypeError(f"model: expected Sequential or a recurrent layer, got {describe(model)}")
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function, such as rnnkern.mse, got {describe(loss)}")
+    if metrics is not None and not (isinstance(metrics, Mapping) and all(map(callable, metrics.values()))):
+        raise TypeError(f"metrics: expected a mapping of names to functions of y and target, got {describe(metrics)}")
     epochs = integer("epochs", epochs, 1)
     patience = None if patience is None else integer("patience", patience, 1)
     max_norm = None if max_norm is None else positive("max_norm", max_norm)
@@ -173,6 +178,7 @@ def fit(
             if interrupts:
                 history.ended = f"interrupted in epoch {epoch + 1}"
                 break
+            mean.need_rows("data", epoch)
             results = None
             if validation is not None:
                 results = training.evaluate(_batches("validation", validation, epoch), loss, carry)
@@ -199,13 +205,22 @@ class _Mean:
     def value(self) -> float:
         return self.total / self.rows if self.rows else math.nan
 
+    def need_rows(self, name: str, epoch: int) -> None:
+        """Refuse an epoch of empty batches, as windows of a series are that is shorter than one."""
+        if not self.rows:
+            raise ValueError(f"{name}: expected batches with rows, got none with any in epoch {epoch}")
+
 
 class _Training:
     """A model with all that changes while it is trained, which a checkpoint keeps."""
 
     def __init__(self, model: Any, optimizer: Any, schedule: Any, seed: int | None, metrics: dict[str, Metric]) -> None:
+        if schedule is not None and not isinstance(schedule, _SCHEDULES):
+            raise TypeError(f"schedule: expected one of rnnkern, such as CosineSchedule, got {describe(schedule)}")
         if optimizer is None:
             optimizer = Adam(model) if schedule is None else schedule.optimizer
+        if not isinstance(optimizer, SGD | Adam):
+            raise TypeError(f"optimizer: expected one such as rnnkern.Adam(model), got {describe(optimizer)}")
         held = [list(map(id, one.values())) for one in optimizer._parameters]
         if held != [list(map(id, model.parameters.values()))]:
             raise ValueError("optimizer: expected one of the parameters of the model, such as rnnkern.Adam(model)")
@@ -228,22 +243,42 @@ class _Training:
         losses = self.history.validation_loss
         return f"  validation {losses[-1]:.4g}" if losses else ""
 
-    def _of_loss(self, lengths: Any) -> dict[str, Any]:
-        """What the loss is told of the ends of rows."""
-        if lengths is None or getattr(self.model, "many_to_one", False):
+    def _of_steps(self, lengths: Any) -> dict[str, Any]:
+        """Where rows end, of what has steps."""
+        if lengths is None:
             return {}
         return {"lengths": lengths} | ({"batch_first": True} if self.model.batch_first else {})
+
+    def _of_loss(self, lengths: Any) -> dict[str, Any]:
+        """What the loss is told of the ends of rows."""
+        return self._of_steps(None if getattr(self.model, "many_to_one", False) else lengths)
+
+    def _cause(self, batch: _Batch, y: Array) -> str:
+        """Whether NaN in the gradient of a batch is of its data, and what to do about it."""
+        x, target, lengths, _ = batch
+        x = np.asarray(x)
+        if not _finite(x, x, self._of_steps(lengths)):
+            return "x of this batch has NaN or infinity: fill or leave out these values"
+        if not _finite(target, y, self._of_loss(lengths)):
+            return "target of this batch has NaN or infinity: leave these rows out, or give the loss row_weights of 0"
+        return "x and target of this batch are finite: try a smaller learning rate, or max_norm=1.0"
 
     def step(self, batch: _Batch, state: Any, loss: Loss, max_norm: float | None) -> tuple[Any, float, int]:
         """Train on one batch; the final state, the loss, and the number of rows it is the mean of."""
         x, target, lengths, resets = batch
         seed, options = derived_seed(self.seed, self.optimizer.steps), self._of_loss(lengths)
         y, state, tape = self.model.forward(x, state, lengths=lengths, resets=resets, seed=seed)
-        value, dy = loss(y, target, **options)
+        found = loss(y, target, **options)
+        if not isinstance(found, tuple | list) or len(found) != 2:
+            raise TypeError(f"loss: expected a function that returns the loss and its gradient, got {describe(found)}")
+        value, dy = found
         grads = self.model.backward(tape, dy, need_x=False)
         if max_norm is not None:
             clip_grad_norm(grads, max_norm)
-        self.optimizer.step(grads)
+        try:
+            self.optimizer.step(grads)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}. {self._cause(batch, y)}") from None
         if self.schedule is not None and not self.by_epoch:
             self.schedule.step()
         return state, float(value), _count(y, options)
@@ -257,6 +292,7 @@ class _Training:
             mean.add(float(loss(y, target, **options)[0]), _count(y, options))
             if self.metrics:
                 parts.append((_rows(y, y, options), _rows(target, y, options)))
+        mean.need_rows("validation", len(self.history.loss))
         whole = [np.concatenate(part) for part in zip(*parts, strict=True)]
         return mean.value, {name: float(metric(*whole)) for name, metric in self.metrics.items()}
 
@@ -268,6 +304,8 @@ class _Training:
             best = math.inf if history.best_epoch is None else history.validation_loss[history.best_epoch]
             if validation < best:
                 history.best_epoch, self.best = len(history.loss), self.model.state_dict()
+            if math.isnan(validation) and not any(map(math.isnan, history.validation_loss)):
+                warn_the_caller("validation: the loss is NaN, and an epoch with such a loss is never the best one")
             history.validation_loss.append(validation)
             for name, value in metrics.items():
                 history.metrics[name].append(value)
@@ -320,7 +358,7 @@ def _batches(name: str, data: Any, epoch: int) -> Iterator[_Batch]:
         if not isinstance(batch, tuple | list) or len(batch) not in (2, 3, 4):
             raise TypeError(f"{expected}, got {describe(batch)}; a single batch is [(x, target)]")
         x, target, lengths, resets = (*batch, None, None)[:4]
-        yield x, np.asarray(target), lengths, resets
+        yield x, as_array("target", target), lengths, resets
     if none:
         raise ValueError(f"{name}: expected at least one batch, got none in epoch {epoch}")
 
@@ -337,6 +375,12 @@ def _rows(array: Array, y: Array, options: Mapping[str, Any]) -> Array:
         valid = np.arange(steps)[:, None] < np.reshape(options["lengths"], batch)
         return array[valid.T if "batch_first" in options else valid]
     return array.reshape(y.size // y.shape[-1], *array.shape[y.ndim - 1 :])
+
+
+def _finite(array: Array, y: Array, options: Mapping[str, Any]) -> bool:
+    """Whether those rows have neither NaN nor infinity; all of what has other rows, as a loss of one's own may take."""
+    rows = _rows(array, y, options) if array.shape[: y.ndim - 1] == y.shape[:-1] else array
+    return rows.dtype.kind != "f" or bool(np.isfinite(rows).all())
 
 
 @contextmanager
