@@ -488,3 +488,10 @@ def test_flow_reads_a_saved_layer_of_ones_own(tmp_path: Path, capsys: pytest.Cap
     error = error_of(capsys, ["flow", str(path), "--out", out])
     assert "expected one of the cells gru, gru_reset_before (--cell), got no --cell" in error
     assert "No such file" in error_of(capsys, ["flow", str(tmp_path / "none.npz"), "--out", out])
+    rk.save_model(path, rk.Sequential(rk.GRU(3, 4), rk.LSTM(4, 5, bidirectional=True), rk.Linear(10, 1)))
+    assert "one layer (--layer NAME), got 0, 1" in error_of(capsys, ["flow", str(path), "--out", out])
+    assert repr(flow.layer_of_model(path, "1", None)) == "LSTM(4, 5, bidirectional=True)"
+    rk.save_model(path, rk.GRU(3, 4))
+    error = error_of(capsys, ["flow", str(path), "--cell", "lstm", "--out", out])
+    assert "expected the cell gru (--cell), got lstm" in error
+    assert "half-life" in flow_page(str(path), out=tmp_path / "p.html")

@@ -116,11 +116,13 @@ def add_flow(commands: Any) -> None:
         help="draw how far gradients flow",
         description="Write one page that shows where gradients go: what each character of a text owes to those before "
         "it, seven numbers on a layer with what to try, and fresh layers at several scales. The layer is that of a "
-        "FILE of rnnkern.save, as `rnnkern demo` writes it, or else a small one that is trained first. Ctrl-C ends "
-        "that training early.",
+        "FILE of rnnkern.save or save_model, as `rnnkern demo` writes one, or else a small one that is trained first. "
+        "Ctrl-C ends that training early.",
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="saved parameters of a layer")
-    parser.add_argument("--layer", metavar="NAME", help="key of the layer in a file with several")
+    parser.add_argument(
+        "--layer", metavar="NAME", help="key of the layer, or its place in the model, where there are several"
+    )
     parser.add_argument("--cell", choices=tuple(CELLS), help="cell of the layer (default: lstm, or that of the file)")
     parser.add_argument(
         "--hidden", type=_positive_integer, default=defaults.hidden, help="hidden units to train (default: %(default)d)"

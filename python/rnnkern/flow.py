@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from .demo import STEPS, Terminal, new_session, noting_interrupts, one_hot, trai
 from .flow_page import Fresh, Influence, Page, render
 from .insight import Diagnosis, diagnose
 from .layers import Recurrent
+from .models import load_model
+from .sequential import Sequential
 from .text import Text, read_text
 from .train import Linear
 from .weights import load
@@ -79,10 +82,11 @@ def prepare(options: Options, terminal: Terminal) -> Model:
 
 
 def read_model(options: Options) -> Model:
-    """The layer of a file of `rnnkern.save`; one that `rnnkern demo` has saved knows its alphabet, too."""
+    """The layer of a file of `save` or `save_model`; one that `rnnkern demo` has saved knows its alphabet, too."""
     assert options.file is not None
     saved = load(options.file)
-    layer = read_layer(options.file, saved, options.layer, options.cell)
+    read = layer_of_model if "model" in saved else partial(read_layer, saved=saved)
+    layer = read(path=options.file, name=options.layer, cell=options.cell)
     title = f"{options.file.name}: {layer!r}"
     alphabet, output = saved.get("alphabet"), saved.get("output")
     if not (isinstance(alphabet, str) and isinstance(output, Mapping) and len(alphabet) == layer.input_size):
@@ -105,13 +109,7 @@ def read_layer(path: Path, saved: Mapping[str, Any], name: str | None, cell: str
     ValueError
         There is none, or there are several and no `name`, or several cells have such parameters and no `cell`.
     """
-    found = {key: one for key, one in ({"": saved} | dict(saved)).items() if _is_layer(one)}
-    if name is not None:
-        found = {key: one for key, one in found.items() if key == name}
-    if len(found) != 1:
-        known = ", ".join(filter(None, found)) or "none"
-        raise ValueError(f"{path}: expected the parameters of one layer (--layer NAME), got {known}")
-    (parameters,) = found.values()
+    parameters = _the_one(path, {key: one for key, one in ({"": saved} | dict(saved)).items() if _is_layer(one)}, name)
     w_ih, w_hh, w_hr = (parameters.get(f"weight_{part}_l0") for part in ("ih", "hh", "hr"))
     hidden = w_hh.shape[1] if w_hr is None else w_hr.shape[1]
     extras = {key.removesuffix("_l0") for key in parameters if re.fullmatch(r"(?!weight|bias).*_l0", key)}
@@ -134,8 +132,34 @@ def read_layer(path: Path, saved: Mapping[str, Any], name: str | None, cell: str
     return layer
 
 
+def layer_of_model(path: Path, name: str | None, cell: str | None) -> Recurrent[Any]:
+    """The layer of a file of `rnnkern.save_model`, called by its place where the model has several.
+
+    Raises
+    ------
+    ValueError
+        There is none, or there are several and no `name`, or it has another cell.
+    """
+    model = load_model(path)
+    pieces = model.pieces if isinstance(model, Sequential) else (model,)
+    layers = {str(place): piece for place, piece in enumerate(pieces) if isinstance(piece, Recurrent)}
+    layer: Recurrent[Any] = _the_one(path, layers, name)
+    if cell not in (None, layer.cell):
+        raise ValueError(f"{path}: expected the cell {layer.cell} (--cell), got {cell}")
+    return layer
+
+
 def _is_layer(value: object) -> bool:
     return isinstance(value, Mapping) and "weight_hh_l0" in value and "weight_ih_l0" in value
+
+
+def _the_one(path: Path, found: Mapping[str, Any], name: str | None) -> Any:
+    """That of this name, or the only one."""
+    chosen = [one for key, one in found.items() if name in (None, key)]
+    if len(chosen) != 1:
+        known = ", ".join(filter(None, found)) or "none"
+        raise ValueError(f"{path}: expected the parameters of one layer (--layer NAME), got {known}")
+    return chosen[0]
 
 
 def fresh_layers(seed: int) -> list[Fresh]:
