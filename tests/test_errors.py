@@ -118,7 +118,7 @@ WRONG_ARGUMENTS = {
         "x: expected numbers that convert to float32, got datet",
     ),
     "x_record": ({"x": np.zeros((T, B, I), [("a", "f4")])}, TypeError, "x: expected numbers that convert to float32"),
-    "x_none": ({"x": None}, TypeError, "x: expected numbers that convert to float32, got object"),
+    "x_none": ({"x": None}, TypeError, "x: expected numbers that convert to float32, got NoneType"),
     "x_ragged": ({"x": [[1.0, 2.0], [3.0]]}, ValueError, "x: expected an array, got list"),
     "state_array": ({"state": FLOATS["h"]}, TypeError, r"state: expected a tuple \(h, c\), got float32 of shape"),
     "state_one": ({"state": (FLOATS["h"],)}, ValueError, r"state: expected a tuple \(h, c\), got 1 elements"),

@@ -164,7 +164,8 @@ def as_floats(name: str, value: object, dtype: np.dtype[Any]) -> Array:
             return value
     array = as_array(name, value)
     if array.dtype.names is not None or not np.can_cast(array.dtype, dtype, "same_kind"):
-        raise TypeError(f"{name}: expected numbers that convert to {dtype}, got {describe(array)}")
+        got = describe(array if array.ndim or array.dtype != object else value)  # any object is an array of one
+        raise TypeError(f"{name}: expected numbers that convert to {dtype}, got {got}")
     return np.require(array, dtype, ["C", "ALIGNED"])
 
 
