@@ -92,7 +92,7 @@ def fit(
     optimizer
         Of this model, such as `Adam(model)`, which None stands for; with a schedule its own.
     validation
-        Batches that are not trained on, in the forms of `data`.
+        Batches that are not trained on, in the forms of `data`. A loss of NaN there warns.
     metrics
         Functions of the rows (N, F) of y on all of the validation and of their targets, (N,) or (N, F), by name; past
         a row's end there is none.

@@ -302,7 +302,7 @@ class Recurrent(Piece, Generic[StateT]):
             Integers (B,) from 0 to T, in any order: steps of each row; not with unbatched x. x beyond is not read, y
             there is zero; the final state is that of the row's last step, in reverse that of step 0.
         offsets
-            Integers (B + 1,), from 0 to N without falling: x has no padding, and sequence b is its rows from
+            Integers (B + 1,), from 0 to N, nondecreasing: x has no padding, and sequence b is its rows from
             `offsets[b]` to `offsets[b + 1]`; so have y and resets, whatever `batch_first`. Not with lengths.
         resets
             Bool (T, B), (B, T) with `batch_first`, (T,) unbatched, (N,) with `offsets`. True at t cuts
@@ -474,9 +474,9 @@ class Recurrent(Piece, Generic[StateT]):
         ----------
         weights
             What the matrices of the weights are stored in: None, the layer's dtype, or `"bfloat16"`, for a layer of
-            float32: rounded to nearest even, half the memory to read at each step (but of a few units, whose matrices
-            are small). Biases, states and sums stay float32, so that the results are those of a layer whose matrices
-            have the rounded values.
+            float32: rounded to nearest even, half the memory to read at each step (except with few units, whose
+            matrices are small). Biases, states and sums stay float32, so that the results are those of a layer whose
+            matrices have the rounded values.
 
         Raises
         ------

@@ -89,7 +89,7 @@ class Layers(torch.nn.RNNBase):
             Bool, shaped like input without its last dimension. True at t cuts the link from t-1 to t in every layer and
             direction: what follows starts from a zero state.
         offsets
-            Integers (B + 1,), from 0 to N without falling: input has no padding, and sequence b is its rows from
+            Integers (B + 1,), from 0 to N, nondecreasing: input has no padding, and sequence b is its rows from
             `offsets[b]` to `offsets[b + 1]`; so have y and resets, whatever `batch_first`. Not with lengths.
 
         Returns
