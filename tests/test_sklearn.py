@@ -246,6 +246,7 @@ NO_SEQUENCES = [
     ([[1.0, 2.0], [3.0, np.nan]], r"X\[1\]: .* NaN at step 1; .* pass a list of sequences \(T_i, I\)"),
     ([np.ones((2, 3)), np.ones((2, 4))], r"X\[1\]: .*, got \(2, 4\); steps come first: .* pass \[x.T for x in X\]"),
     ([np.ones((3, 2)), np.ones((2, 2)) * 1j], "Complex data not supported"),
+    (["anna", "bo"], "X: expected sequences of numbers, got 2 strings; RNNTagger, or rnnkern.data.Vocabulary"),
     ([np.ones(2), np.array(["c"])], r"X\[1\]: expected numbers, got .*: could not convert string to float"),
     ([np.ones((3, 2))], "inconsistent numbers of samples.*: X is read as 1 sequences"),
     ([], "Expected 2D array, got 1D array"),

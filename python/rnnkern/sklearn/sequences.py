@@ -83,6 +83,9 @@ def as_sequences(X: Any) -> tuple[Array, Array, list[Any] | None] | None:
             X = np.asarray(X)
         except ValueError:  # lists of different lengths
             X = list(X)
+    if isinstance(X, np.ndarray) and X.ndim == 1 and X.dtype.kind in "SU":
+        ways = "RNNTagger, or rnnkern.data.Vocabulary and rnnkern.Sequential with an Embedding, take symbols"
+        raise ValueError(f"X: expected sequences of numbers, got {len(X)} strings; {ways}")
     shape = getattr(X, "shape", None)
     if shape is not None and len(shape) == 2 and getattr(X, "dtype", np.dtype(object)) == np.dtype(object):
         _assert_not_nested(X)
