@@ -208,7 +208,7 @@ class _Mean:
     def need_rows(self, name: str, epoch: int) -> None:
         """Refuse an epoch of empty batches, as windows of a series are that is shorter than one."""
         if not self.rows:
-            raise ValueError(f"{name}: expected batches with rows, got none with any in epoch {epoch}")
+            raise ValueError(f"{name}: expected batches with rows, got only empty ones in epoch {epoch}")
 
 
 class _Training:
