@@ -226,9 +226,16 @@ def test_a_write_through_data_is_seen_by_the_next_call(training):
         assert torch.equal(module(x)[0], expected)
 
 
+def misaligned(tensor):
+    """A copy at an odd place, as of a buffer from a file or a message."""
+    buffer = bytearray(1 + tensor.nbytes)
+    return torch.frombuffer(buffer, dtype=tensor.dtype, offset=1).view(tensor.shape).copy_(tensor)
+
+
 MOVES = {
     "to other memory": lambda weight: setattr(weight, "data", weight.data + 1),
     "within its memory": lambda weight: setattr(weight, "data", weight.data.t()),
+    "out of alignment": lambda weight: setattr(weight, "data", misaligned(weight.data + 1)),
     "into shared memory": lambda weight: weight.share_memory_().data.add_(1),
 }
 
@@ -240,6 +247,7 @@ def test_a_weight_that_moved_is_found(training, move):
     module, x = rt.RNN(4, 4), torch.rand(5, 2, 4)
     with torch.set_grad_enabled(training):
         before = module(x)[0]
+        assert torch.equal(module(misaligned(x))[0], before)
         move(module.weight_hh_l0)
         for _ in range(2):
             expected = copy.deepcopy(module)(x)[0]
@@ -424,11 +432,15 @@ def test_a_wrong_option_is_named(subtests):
 
 
 def test_a_module_of_another_dtype_or_device_says_what_is_supported(subtests):
-    """At the call, since `half()` belongs to torch; also where some of the parameters are of another."""
+    """At the call, since `half()` belongs to torch; also where some of the parameters are of another, or of a shape."""
     with pytest.raises(NotImplementedError, match=r"parameters: .*got torch.float16 on cpu"):
         rt.GRU(3, 4).half()(X.half())
     with pytest.raises(NotImplementedError, match=r"parameters: expected some on cpu, as input, got .* on meta"):
         rt.GRU(3, 4, device="meta")(X)
+    module = rt.GRU(3, 4)
+    module.weight_hh_l0.data = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match=r"parameters: expected weight_hh_l0 of shape \(12, 4\), got \(4, 4\)"):
+        module(X)
     for kind in (torch.float64, "meta"):
         module = rt.GRU(3, 4)
         module.weight_hh_l0 = torch.nn.Parameter(module.weight_hh_l0.to(kind))

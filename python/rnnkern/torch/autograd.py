@@ -241,8 +241,7 @@ def _backward_shapes(
 ) -> list[Tensor]:
     kernels = kernels_of(*stack, x.dtype)
     states = [shape if need_state else 0 for shape in kernels.signature.stack.state_shapes(x.shape[1])]
-    weight_shapes = kernels.weight_shapes()
-    slopes = [shape if need else 0 for shape, need in zip(weight_shapes, need_weights, strict=True)]
+    slopes = [shape if need else 0 for shape, need in zip(kernels.weight_shapes, need_weights, strict=True)]
     return [x.new_empty(shape) for shape in (x.shape if need_x else 0, *states, *slopes)]
 
 

@@ -112,9 +112,10 @@ class _Lent:
 
 
 def array_of(tensor: Tensor) -> Array:
-    """The tensor's own memory where it is contiguous, else a copy; to be read."""
+    """The tensor's own memory where it is contiguous and aligned, else a copy; to be read."""
     array: Array = np.from_dlpack(_Lent(tensor.resolve_neg() if tensor.is_neg() else tensor))
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else array.copy()
 
 
 def too_many_threads() -> bool:
@@ -148,6 +149,9 @@ class Kernels:
         self.dtype = dtype
         self.keys = keys  # the weights of a layer-direction, in torch's order
         self.names = [names[key] for names in parameter_names(signature.stack, "b_ih" in keys) for key in keys]
+        bias, projection = "b_ih" in keys, "w_hr" in keys
+        shapes = [sizes.weight_shapes(bias, projection) for sizes in signature.stack.layers]
+        self.weight_shapes = [one[key] for one in shapes for key in keys]
         self.flops = signature.stack.flops  # of a row of one step
 
     def pack(self, arrays: Sequence[dict[str, Array]], training: bool) -> Any:
@@ -155,23 +159,19 @@ class Kernels:
         return self.backend.pack(self.signature.stack, arrays, training)
 
     def arrays(self, weights: Sequence[Tensor]) -> list[dict[str, Array]]:
-        """The memory of the weights where they are contiguous, else copies."""
-        for name, one in zip(self.names, weights, strict=True):
+        """The memory of the weights where they are contiguous and aligned, else copies."""
+        for name, shape, one in zip(self.names, self.weight_shapes, weights, strict=True):
             if one.dtype is not self.dtype or not one.is_cpu:
                 got = f"{name} of {one.dtype} on {one.device}"
                 raise TypeError(f"parameters: expected all of {self.dtype} on cpu, got {got}")
+            if one.shape != shape:
+                raise ValueError(f"parameters: expected {name} of shape {shape}, got {tuple(one.shape)}")
         return self.by_layer([array_of(one) for one in weights])
 
     def by_layer(self, weights: Sequence[Any]) -> list[dict[str, Any]]:
         """A mapping for each layer-direction, of the weights of all, one after the other."""
         count = len(self.keys)
         return [dict(zip(self.keys, weights[i : i + count], strict=True)) for i in range(0, len(weights), count)]
-
-    def weight_shapes(self) -> list[tuple[int, ...]]:
-        """In the order of the weights."""
-        bias, projection = "b_ih" in self.keys, "w_hr" in self.keys
-        shapes = [sizes.weight_shapes(bias, projection) for sizes in self.signature.stack.layers]
-        return [one[key] for one in shapes for key in self.keys]
 
     def rows(
         self,
@@ -271,7 +271,7 @@ class Kernels:
             return [
                 torch.zeros_like(x) if need_x else None,
                 *([from_numpy(one.copy()) for one in passed] or [None] * len(need_state)),
-                *[x.new_zeros(shape) for shape in self.weight_shapes()],
+                *[x.new_zeros(shape) for shape in self.weight_shapes],
             ]
         self._make_way(tape.call.x)
         wanted = None if all(need_weights) else self._wanted(need_weights)

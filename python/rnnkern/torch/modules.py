@@ -241,7 +241,8 @@ class Layers(torch.nn.RNNBase):
         if seen is None or not contiguous or seen[0] != options or seen[1] != places:
             kernels = kernels_of(*self._stack(precision), weights[0].dtype)
             arrays = kernels.arrays(weights)
-            if not contiguous:  # copies
+            read = [one.ctypes.data for layer in arrays for one in layer.values()]
+            if not contiguous or read != places[: len(weights)]:  # copies
                 return kernels, arrays
             self._seen = seen = options, places, (kernels, arrays)
         return seen[2]
