@@ -470,6 +470,7 @@ def test_a_module_in_bfloat16_has_the_bits_of_a_layer_in_that_precision():
     wide.load_state_dict(module.state_dict())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(wide(x)[0], found)
+        assert torch.equal(torch.compile(wide, backend="eager", fullgraph=True)(x)[0], found)
     with torch.no_grad():
         assert torch.equal(module.freeze()(x)[0], found)
         assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x)[0], found)

@@ -24,6 +24,7 @@ from ..formats import check_arithmetic
 from .autograd import apply, run_plain
 from .kernels import DTYPES, Kernels, kernels_of, threads_of_torch, too_many_threads
 from .packing import Packing
+from .uncompiled import constant
 
 __all__ = ["GRU", "LSTM", "OWN", "RNN", "SUPPORTED", "THEIRS", "Layers", "is_supported", "torchs"]
 
@@ -431,8 +432,8 @@ class Layers(torch.nn.RNNBase):
         with torch.autocast("cpu", enabled=False):
             if dtype is torch.bfloat16:
                 return self._run_bfloat16(weights, _to(input, dtype), _to(hx, dtype), lengths, resets, offsets)
-            can = dtype is torch.float32 and getattr(backends.pick(self.backend), "rounds_operands", False)
-            precision = "bfloat16" if can and asked is torch.bfloat16 else "float32"
+            rounds = dtype is torch.float32 and asked is torch.bfloat16 and _rounds_operands(self.backend)
+            precision = "bfloat16" if rounds else "float32"
             y, state = self._call(weights, _to(input, dtype), _to(hx, dtype), lengths, resets, offsets, precision)
         if dtype is torch.float32:  # others autocast leaves alone
             dtype = asked
@@ -458,6 +459,12 @@ class Layers(torch.nn.RNNBase):
             if one.dtype is not torch.bfloat16:
                 raise TypeError(f"parameters: expected all of torch.bfloat16, got {name} of {one.dtype}")
         return [one.float() for one in weights]
+
+
+@constant
+def _rounds_operands(backend: str) -> bool:
+    """A backend can round the operands of products to bfloat16."""
+    return getattr(backends.pick(backend), "rounds_operands", False)
 
 
 def _states(hx: Any) -> Sequence[Any]:

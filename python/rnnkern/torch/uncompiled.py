@@ -1,4 +1,4 @@
-"""`uncompiled`, which keeps `torch.compile` out of a function."""
+"""`uncompiled` and `constant`, which keep `torch.compile` out of a function."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ from typing import Any, TypeVar
 import torch
 from torch._C._dynamo import eval_frame
 
-__all__ = ["uncompiled"]
+__all__ = ["constant", "uncompiled"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant(function: Function) -> Function:
+    """A decorator: what a function gives for the same arguments is the same, so that torch calls it while it compiles.
+
+    As `torch.compiler.assume_constant_result`, without the time to import Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def uncompiled(*, inner: bool = True) -> Callable[[Function], Function]:
