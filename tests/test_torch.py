@@ -409,10 +409,13 @@ BAD_CALLS = {
 
 
 def test_a_wrong_argument_is_named(subtests):
-    """With what was expected and what came."""
+    """With what was expected and what came, within transforms of `torch.func` too."""
     for name, (kind, arguments, options, error, message) in BAD_CALLS.items():
+        call = partial(kind(3, 4), *arguments, **options)
         with subtests.test(name), pytest.raises(error, match=message):
-            kind(3, 4)(*arguments, **options)
+            call()
+        with subtests.test(f"{name}, transformed"), pytest.raises(error, match=message):
+            torch.func.vjp(lambda _, call=call: call(), X)
 
 
 BAD_MODULES = {

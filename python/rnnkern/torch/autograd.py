@@ -265,7 +265,10 @@ def _differentiate(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, .
 
 
 def _differentiate_again(ctx: Any, gradients: Sequence[Tensor | None]) -> Any:
-    raise NotImplementedError("rnnkern::backward: a compiled graph has no second derivatives; in eager mode there are")
+    raise NotImplementedError(
+        "rnnkern::backward: a compiled graph, or a call under a TorchDispatchMode, has no second derivatives; "
+        "in eager mode, without such a mode, there are"
+    )
 
 
 torch.library.register_autograd("rnnkern::forward", _differentiate, setup_context=_keep)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
 
 from .. import backends
 from ..arguments import Signature, row_offsets
@@ -118,6 +119,15 @@ def array_of(tensor: Tensor) -> Array:
     return array if flags.c_contiguous and flags.aligned else array.copy()
 
 
+def _known(tensor: Tensor) -> Array:
+    """The values within transforms of torch.func, to be checked; zeros where one has batched them."""
+    while is_gradtrackingtensor(tensor):
+        tensor = get_unwrapped(tensor)
+    if is_functorch_wrapped_tensor(tensor):
+        return np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    return array_of(tensor)
+
+
 def too_many_threads() -> bool:
     """A call would have more threads than torch would use: a DataLoader's worker has one."""
     return torch.get_num_threads() < _num_threads()
@@ -200,6 +210,17 @@ class Kernels:
             None if resets is None else self.signature.resets(array_of(resets), steps, batch, False),
             self.masks(x, seed, dropout),
         )
+
+    def check(self, x: Tensor, lengths: Tensor | None, resets: Tensor | None, packing: Packing | None) -> None:
+        """Refuse what `rows` refuses, of a call in torch's own operations."""
+        steps, batch = x.shape[:2]
+        if lengths is not None:
+            self.signature.lengths(_known(lengths), steps, batch, False)
+        if packing is not None:
+            if packing.offsets is not None:
+                row_offsets(_known(packing.offsets), steps)
+        elif resets is not None:
+            self.signature.resets(_known(resets), steps, batch, False)
 
     def masks(self, x: Tensor, seed: Tensor | None, dropout: float) -> Sequence[Array] | None:
         """Of dropout between the layers; None, which stands for no dropout, without a seed."""

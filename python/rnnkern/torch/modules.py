@@ -388,6 +388,9 @@ class Layers(torch.nn.RNNBase):
         # vmap, grad and the others of torch.func; forward mode.
         transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
         dispatched = not transformed and (compiling or _is_dispatched(x, weights[0]))
+        if transformed:
+            kernels = kernels_of(*self._stack(precision), x.dtype)
+            kernels.check(x, lengths, resets, packing)
         if packing is not None and (transformed or dispatched):
             places = packing.places()
             cuts = None if resets is None else packing.spread(resets, places)
@@ -399,7 +402,6 @@ class Layers(torch.nn.RNNBase):
             call = (x, state, weights, lengths, resets, seed, dropout, grad)
             return torch.ops.rnnkern.forward(*call, *self._stack(precision))[:-1]
         if transformed:
-            kernels = kernels_of(*self._stack(precision), x.dtype)
             return run_plain(kernels, x, state, weights, lengths, resets, kernels.masks(x, seed, dropout))
         if frozen is not None:
             if grad and any(map(_requires_grad, (x, *state))):
