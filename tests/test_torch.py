@@ -194,7 +194,7 @@ def test_the_constructor_is_that_of_torch(cell):
 
 
 def test_dropout_follows_the_seed_of_torch_and_the_mode():
-    """torch.manual_seed makes it reproducible; evaluation has none."""
+    """torch.manual_seed makes it reproducible, vmap says whether all have the same; evaluation has none."""
     module = rt.GRU(3, 8, num_layers=2, dropout=0.5)
     x = torch.rand(5, 2, 3)
 
@@ -207,6 +207,9 @@ def test_dropout_follows_the_seed_of_torch_and_the_mode():
     with torch.no_grad():
         assert torch.equal(run(0), run(0))
         assert not torch.equal(run(0), run(1))
+    for randomness in ("same", "different"):
+        found = torch.vmap(lambda x: module(x)[0], randomness=randomness)(x.expand(2, *x.shape))
+        assert torch.allclose(*found) is (randomness == "same")
     module.eval()
     assert torch.equal(run(0), run(1))
 

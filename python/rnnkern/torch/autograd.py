@@ -28,7 +28,7 @@ def run_plain(
 ) -> list[Tensor]:
     """What `Kernels.infer` computes, in torch's own operations."""
     by_layer = kernels.by_layer(weights)
-    tensors = None if masks is None else [torch.from_numpy(one) for one in masks]
+    tensors = None if masks is None else [torch.as_tensor(one) for one in masks]
     return plain.forward(kernels.signature.stack, by_layer, x, state, lengths, resets, tensors)
 
 

@@ -14,7 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+)
 
 from .. import backends
 from ..arguments import Signature, row_offsets
@@ -119,10 +124,16 @@ def array_of(tensor: Tensor) -> Array:
     return array if flags.c_contiguous and flags.aligned else array.copy()
 
 
-def _known(tensor: Tensor) -> Array:
-    """The values within transforms of torch.func, to be checked; zeros where one has batched them."""
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """Without what torch.func wraps a tensor in to differentiate."""
     while is_gradtrackingtensor(tensor):
         tensor = get_unwrapped(tensor)
+    return tensor
+
+
+def _known(tensor: Tensor) -> Array:
+    """The values within transforms of torch.func, to be checked; zeros where one has batched them."""
+    tensor = _unwrapped(tensor)
     if is_functorch_wrapped_tensor(tensor):
         return np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
     return array_of(tensor)
@@ -222,10 +233,14 @@ class Kernels:
         elif resets is not None:
             self.signature.resets(_known(resets), steps, batch, False)
 
-    def masks(self, x: Tensor, seed: Tensor | None, dropout: float) -> Sequence[Array] | None:
+    def masks(self, x: Tensor, seed: Tensor | None, dropout: float) -> Sequence[Any] | None:
         """Of dropout between the layers; None, which stands for no dropout, without a seed."""
         if seed is None:
             return None
+        if is_batchedtensor(_unwrapped(seed)):  # vmap with randomness="different": each call its own, by torch
+            size = self.signature.output_size
+            ones = torch.ones((*x.shape[:2], size), dtype=x.dtype)
+            return [torch.nn.functional.dropout(ones, dropout) for _ in range(self.signature.stack.num_layers - 1)]
         if x.dim() == 2:
             return packed_masks(self.signature.stack, np.array([0, len(x)]), dropout, int(seed))
         return dropout_masks(self.signature.stack, x.shape[0], x.shape[1], dropout, int(seed))
