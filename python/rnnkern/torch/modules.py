@@ -158,8 +158,9 @@ class Layers(torch.nn.RNNBase):
     def freeze(self) -> Self:
         """Switch to evaluation, and keep the weights packed from now on, for calls without gradients.
 
-        Later changes of the parameters are not seen until `unfreeze()`, `train()`, `load_state_dict()`, `to()` or
-        another `freeze()`. A compiled graph packs its weights at each call all the same.
+        Later changes of the parameters, and those that `functional_call` hands over, are not seen until `unfreeze()`,
+        `train()`, `load_state_dict()`, `to()` or another `freeze()`. A compiled graph packs its weights at each call
+        all the same.
         """
         self.eval()
         weights = self._weights()
