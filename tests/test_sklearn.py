@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 
@@ -577,6 +578,11 @@ def test_training_goes_on_where_it_stopped(estimator):
     assert same_bits(whole, warm)
     assert same_bits(whole, parts)
     assert whole.n_iter_ == warm.n_iter_ == parts.n_iter_ == 4
+    for model, name, other in ((warm, "hidden_size", 5), (parts, "cell", "lstm"), (parts, "pooling", "mean")):
+        changed = deepcopy(model).set_params(**{name: other})
+        with pytest.raises(ValueError, match=f"{name}: expected {getattr(model, name)}, .*, got {other}; for new ones"):
+            changed.partial_fit(X, y)
+    assert deepcopy(warm).set_params(dtype=np.float32).fit(X, y).n_iter_ == 6
     assert warm.set_params(warm_start=False).fit(X, y).n_iter_ == 2
 
 
@@ -789,6 +795,8 @@ def test_what_a_tagger_cannot_read_is_refused():
     model = RNNTagger(2, max_iter=1).fit(X, y)
     with pytest.raises(TypeError, match="X: expected sequences of strings, as in fit, got"):
         model.predict([np.ones((3, 2))])
+    with pytest.raises(ValueError, match=r"y\[0\]: expected"):  # with the symbols of other sequences
+        deepcopy(model).fit(["other words"], [[1]])
     with pytest.raises(ValueError, match="min_count: expected an integer >= 1, got 0"):
         RNNTagger(min_count=0).fit(X, y)
 

@@ -19,6 +19,8 @@ from .training import TrainedNetwork
 
 Array = NDArray[Any]
 
+_OF_LAYER = ("cell", "hidden_size", "num_layers", "bidirectional", "dropout", "dtype")  # parameters that it keeps to
+
 
 class RNNEstimator(TrainedNetwork):
     """All but the targets and their loss, which are the subclass's."""
@@ -70,12 +72,14 @@ class RNNEstimator(TrainedNetwork):
         self._check_parameters()
         if y is None:
             raise ValueError(f"y: {type(self).__name__} requires y to be passed, but the target y is None")
+        if not fresh:
+            self._check_unchanged()
+        elif hasattr(self, "layer_"):
+            del self.layer_  # an error from here on leaves no model rather than halves of two
         data = self._sequences(X, fresh)
         y = self._checked_targets(y, data.lengths)
-        pooling = POOLINGS[self.pooling if fresh else self._pooling]
+        pooling = POOLINGS[self.pooling]
         weights = pooling.of_targets(weights_of(sample_weight, len(data.lengths)), data.lengths)
-        if fresh and hasattr(self, "layer_"):
-            del self.layer_  # an error from here on leaves no model rather than halves of two
         targets, outputs = self._targets(y, weights, fresh, classes)
         weights = weights * self._factors(targets, weights)
         of_steps = pooling.of_steps(weights, data.lengths)
@@ -85,6 +89,18 @@ class RNNEstimator(TrainedNetwork):
             self._initialize(data.steps, of_steps / mean, outputs)
         weights = (weights / mean).astype(self.layer_.dtype)
         return self._train(self._standardized(data), targets, weights, rows, epochs, early_stopping)
+
+    def _check_unchanged(self) -> None:
+        """The parameters are those of the weights from which training goes on."""
+        made = {name: getattr(self.layer_, name) for name in _OF_LAYER} | {"pooling": self._pooling}
+        if self.embedding_ is not None:
+            made["embedding_size"] = self.embedding_.sizes[1]
+        for name, value in made.items():
+            if (given := getattr(self, name)) != value:
+                raise ValueError(
+                    f"{name}: expected {value}, as of the weights to go on from, got {given}; for new ones "
+                    "fit without warm_start"
+                )
 
     def _sequences(self, X: Any, fresh: bool) -> Sequences:
         """The sequences of X; unless `fresh`, of the features there were."""

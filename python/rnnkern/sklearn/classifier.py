@@ -58,7 +58,8 @@ class RNNClassifier(ClassifierMixin, LabelEstimator):  # type: ignore[misc]
     tol
         Of the score or the loss; see `n_iter_no_change`.
     warm_start
-        Whether `fit` goes on from the weights, scales and classes of the last one.
+        Whether `fit` goes on from the weights, scales and classes of the last one; what these are made for, such as
+        `hidden_size`, must be as it was.
     random_state
         None, an integer, a `numpy.random.RandomState` or a `numpy.random.Generator`. An integer gives the same bits
         each time, on one machine.
