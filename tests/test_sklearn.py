@@ -273,7 +273,7 @@ def test_an_iterator_is_refused():
 
 
 def test_frames_have_the_columns_of_the_first_in_its_order():
-    """In fit, and afterwards those of fit; arrays have no names."""
+    """In fit, and afterwards those of fit; arrays have no names. A series of sequences is read whatever its index."""
     pandas = pytest.importorskip("pandas")
     X, y, _ = sequences(12)
     frames = [pandas.DataFrame(x, columns=["a", "b"]) for x in X]
@@ -288,6 +288,12 @@ def test_frames_have_the_columns_of_the_first_in_its_order():
     ):
         model.predict([one[["b", "a"]] for one in frames])
     assert not hasattr(model.fit(X, y), "feature_names_in_")
+    series = pandas.Series(X, index=range(7, 19))
+    assert np.array_equal(clone(model).fit(series, y).predict_proba(series), model.predict_proba(X))
+    words, labels = phrases(12)
+    series = pandas.Series(words, index=range(7, 19))
+    tagger = RNNTagger(4, max_iter=2, random_state=0)
+    assert same_bits(clone(tagger).fit(series, labels), tagger.fit(words, labels))
 
 
 def test_a_frame_of_series_is_refused():

@@ -98,6 +98,7 @@ def as_sequences(X: Any) -> tuple[Array, Array, list[Any] | None] | None:
         return None
     if len(X) == 0:
         return None
+    X = list(X)  # a series would look for an index that is 0
     arrays: list[Array] = []
     columns = _columns(X[0])
     for index, one in enumerate(X):

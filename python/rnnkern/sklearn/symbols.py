@@ -21,7 +21,8 @@ UNKNOWN = ("unknown",)
 
 def are_strings(X: Any) -> bool:
     """Whether the first sequence is a string, or begins with one."""
-    first = next(iter(X), None) if isinstance(X, Sequence | np.ndarray) else None
+    listed = isinstance(X, Sequence) or (getattr(X, "ndim", 0) > 0 and not hasattr(X, "columns"))
+    first = next(iter(X), None) if listed else None
     if isinstance(first, Sequence | np.ndarray) and len(first):
         return isinstance(first, str) or isinstance(first[0], str)
     return isinstance(first, str)
