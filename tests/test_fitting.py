@@ -230,6 +230,12 @@ def test_fit_names_what_is_wrong(tmp_path: Path) -> None:
     rk.save(tmp_path / "other.npz", {"a": 1})
     with pytest.raises(ValueError, match=r"other\.npz: expected one of this training"):
         rk.fit(model, single, loss=rk.cross_entropy, epochs=1, checkpoint=tmp_path / "other.npz", resume=True)
+    written, other = tmp_path / "adam.npz", rk.Sequential(rk.GRU(2, 3, seed=4))
+    rk.fit(rk.Sequential(rk.GRU(2, 3, seed=3)), single, loss=rk.cross_entropy, epochs=1, checkpoint=written)
+    before, options = other.state_dict(), {"optimizer": rk.SGD(other, 0.1), "checkpoint": written, "resume": True}
+    with pytest.raises(ValueError, match=r"adam\.npz: expected one of this training: state: expected the names"):
+        rk.fit(other, single, loss=rk.cross_entropy, epochs=1, **options)
+    assert all(np.array_equal(one, before[name]) for name, one in other.state_dict().items())
     with pytest.raises(FloatingPointError, match=r"finite values.*\. x and target of this batch are finite: try"):
         rk.fit(model, single, loss=lambda y, _: (np.nan, np.full_like(y, np.nan)), epochs=1)
 

@@ -322,8 +322,8 @@ class _Training:
         save(path, state | {"schedule": schedule, "history": asdict(self.history), "seed": self.seed})
 
     def load(self, path: str | Path, validated: bool) -> None:
-        """Go on from what was written."""
-        state = load(path)
+        """Go on from what was written; all of it or, with an error, nothing."""
+        state, before = load(path), (self.model.state_dict(), self.optimizer.state_dict())
         try:
             check_names("state", state, ("model", "optimizer", "best", "schedule", "history", "seed"))
             history, schedule = History(**state["history"]), state["schedule"]
@@ -339,6 +339,8 @@ class _Training:
                 self.schedule.load_state_dict(schedule)
             self.history, self.best, self.seed = history, state["best"], state["seed"]
         except (TypeError, ValueError, KeyError) as error:
+            for one, state_before in zip((self.model, self.optimizer), before, strict=True):
+                one.load_state_dict(state_before)
             raise ValueError(f"checkpoint {path}: expected one of this training: {error}") from error
 
 
