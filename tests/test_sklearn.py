@@ -898,3 +898,10 @@ def test_what_a_forecaster_cannot_do_is_refused():
         model.fit(days(50))
     assert np.array_equal(model.predict(), before)
     assert model.fit(np.stack([days(100), days(100)], axis=1)).predict().shape == (6, 2)
+    with pytest.raises(ValueError, match="series: expected at least 46 steps"):
+        model.fit([])
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": days(100), "b": days(100, seed=1)})
+    assert model.fit(frame).predict(frame).shape == (6, 2)
+    with pytest.raises(ValueError, match=r"history: expected the columns \['a', 'b'\], as in fit, got \['b', 'a'\]"):
+        model.predict(frame[["b", "a"]])

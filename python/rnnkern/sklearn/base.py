@@ -111,13 +111,9 @@ class RNNEstimator(TrainedNetwork):
             if fresh:
                 warn_of_channels_first(lengths, steps.shape[1])
                 self.n_features_in_ = steps.shape[1]
-                self.__dict__.pop("feature_names_in_", None)
-                if columns is not None and all(isinstance(one, str) for one in columns):
-                    self.feature_names_in_: Array = np.array(columns, dtype=object)
-            elif columns is not None and hasattr(self, "feature_names_in_") and not self._of_tables:
-                names = self.feature_names_in_.tolist()
-                if columns != names:
-                    raise ValueError(f"X: expected sequences of the columns {names}, as in fit, got {columns}")
+                self._note_columns(columns)
+            elif not self._of_tables:
+                self._check_columns("X: expected sequences of", columns)
         else:
             if fresh or self._of_tables:
                 X = validate_data(self, X, reset=fresh, dtype=FLOATS, ensure_all_finite=False)

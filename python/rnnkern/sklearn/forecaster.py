@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..arguments import fraction, integer, number
 from .pooling import Pooling, Steps
-from .sequences import Windows
+from .sequences import Windows, columns_of
 from .targets import mean_and_scale, squared_errors
 from .training import TrainedNetwork
 
@@ -76,6 +76,8 @@ class RNNForecaster(TrainedNetwork):
         Steps that the network reads.
     n_features_in_
         D.
+    feature_names_in_
+        The names of the columns, of a model fitted with a data frame.
     layer_, output_
         The trained `rnnkern.Recurrent` and `rnnkern.Linear`.
     series_mean_, series_scale_, difference_scale_, target_scale_
@@ -176,6 +178,7 @@ class RNNForecaster(TrainedNetwork):
             del self.layer_  # an error from here on leaves no model rather than halves of two
         self.window_, self._horizon, self._period = window, self.horizon, self.period  # what the weights are made for
         self.n_features_in_ = values.shape[1]
+        self._note_columns(columns_of(series))
         self._fit(values, training)
         self._last = values[-self._history_needed() :].copy()
         self.errors_: Array | None = None
@@ -250,10 +253,11 @@ class RNNForecaster(TrainedNetwork):
         values: Array = check_array(
             series, dtype=np.float64, ensure_2d=False, ensure_min_samples=0, input_name="series", estimator=self
         )
-        return values.reshape(len(values), -1)
+        return values if values.ndim == 2 else values[:, None]
 
     def _history(self, series: Any) -> Array:
         """A series as (T, D), of the D of `fit`."""
+        self._check_columns("history: expected", columns_of(series))
         values = self._series(series)
         if values.shape[1] != self.n_features_in_:
             raise ValueError(f"history: expected {self.n_features_in_} values a step, as in fit, got {values.shape[1]}")

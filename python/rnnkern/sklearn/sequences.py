@@ -100,10 +100,10 @@ def as_sequences(X: Any) -> tuple[Array, Array, list[Any] | None] | None:
         return None
     X = list(X)  # a series would look for an index that is 0
     arrays: list[Array] = []
-    columns = _columns(X[0])
+    columns = columns_of(X[0])
     for index, one in enumerate(X):
-        if columns is not None and _columns(one) not in (None, columns):
-            raise ValueError(f"X[{index}]: expected the columns {columns}, as X[0] has, got {_columns(one)}")
+        if columns is not None and columns_of(one) not in (None, columns):
+            raise ValueError(f"X[{index}]: expected the columns {columns}, as X[0] has, got {columns_of(one)}")
         array = _numbers(f"X[{index}]", one)
         array = array[:, None] if array.ndim == 1 else array
         features = arrays[0].shape[1] if arrays else "I"
@@ -119,7 +119,7 @@ def as_sequences(X: Any) -> tuple[Array, Array, list[Any] | None] | None:
     return np.concatenate(arrays), np.array([len(array) for array in arrays]), columns
 
 
-def _columns(sequence: Any) -> list[Any] | None:
+def columns_of(sequence: Any) -> list[Any] | None:
     """What the features of a data frame are called; None of what has no names for them."""
     names = getattr(sequence, "columns", None)
     return None if names is None else list(names)

@@ -96,6 +96,19 @@ class TrainedNetwork(BaseEstimator, metaclass=ABCMeta):  # type: ignore[misc]
         fraction("validation_fraction", self.validation_fraction)
         number("tol", self.tol)
 
+    def _note_columns(self, columns: list[Any] | None) -> None:
+        """What the features are called, where all of them have names."""
+        self.__dict__.pop("feature_names_in_", None)
+        if columns is not None and all(isinstance(one, str) for one in columns):
+            self.feature_names_in_: Array = np.array(columns, dtype=object)
+
+    def _check_columns(self, expected: str, columns: list[Any] | None) -> None:
+        """Features that have names have those of fit, in that order."""
+        if columns is not None and hasattr(self, "feature_names_in_"):
+            names = self.feature_names_in_.tolist()
+            if columns != names:
+                raise ValueError(f"{expected} the columns {names}, as in fit, got {columns}")
+
     def _initialize(self, steps: Array, weights: Array, outputs: int) -> None:
         """Layers of new weights, and what they read of the steps; there is a weight for each step."""
         if isinstance(self.random_state, np.random.Generator):
