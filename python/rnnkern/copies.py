@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -27,13 +28,20 @@ class _Shared:
         return owned, (self._array,)
 
 
-_known: WeakValueDictionary[int, _Shared] = WeakValueDictionary()  # by id of the array, which lives as long
+class _Known(threading.local):
+    """Those of each thread, since a copy is made in one and a `setdefault` of two at once may give each its own."""
+
+    def __init__(self) -> None:
+        self.by_id: WeakValueDictionary[int, _Shared] = WeakValueDictionary()  # of the array, which lives as long
+
+
+_known = _Known()
 
 
 def shared(value: Any) -> Any:
     """The value for `__getstate__`: its arrays, in tuples, lists and dicts too, in the form that is copied."""
     if isinstance(value, np.ndarray):
-        return _known.setdefault(id(value), _Shared(value))
+        return _known.by_id.setdefault(id(value), _Shared(value))
     if isinstance(value, dict):
         return {key: shared(one) for key, one in value.items()}
     return type(value)(shared(one) for one in value) if isinstance(value, tuple | list) else value
