@@ -127,6 +127,17 @@ def test_training_ends_early_with_the_best_weights() -> None:
     assert history.lr[-1] < 0.1
     assert f"in epoch {best + 1}" in str(history)
 
+    def in_one_array(_: int) -> Iterator[tuple[Any, ...]]:
+        target = np.empty(2, labels.dtype)
+        for at in (8, 10):
+            target[:] = labels[at : at + 2]
+            yield X[:, at : at + 2], target, LENGTHS[at : at + 2]
+
+    seen: list[list[int]] = []
+    metrics = {"none": lambda _, target: seen.append(target.tolist()) or 0.0}
+    rk.fit(model, data, loss=rk.cross_entropy, epochs=1, validation=in_one_array, metrics=metrics)
+    assert seen == [labels[8:].tolist()]
+
 
 def test_ctrl_c_ends_after_the_step_and_keeps_the_best_weights() -> None:
     """A second one raises KeyboardInterrupt; what a program does of its own on the signal stays."""

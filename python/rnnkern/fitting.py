@@ -291,7 +291,8 @@ class _Training:
             y, state = self.model(x, state if carry else None, lengths=lengths, resets=resets)
             mean.add(float(loss(y, target, **options)[0]), _count(y, options))
             if self.metrics:
-                parts.append((_rows(y, y, options), _rows(target, y, options)))
+                rows = _rows(target, y, options).copy()  # of an array that the next batch may be in too
+                parts.append((_rows(y, y, options), rows))
         mean.need_rows("validation", len(self.history.loss))
         whole = [np.concatenate(part) for part in zip(*parts, strict=True)]
         return mean.value, {name: float(metric(*whole)) for name, metric in self.metrics.items()}
