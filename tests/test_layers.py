@@ -731,7 +731,7 @@ def test_truncated_gradients_go_back_to_the_chunk_before(cell, native):
 
 
 def test_truncated_rows_end_where_those_of_a_call_do(subtests):
-    """Lengths may be of any integers, unsigned ones too, and what a call refuses is refused before the first chunk."""
+    """Lengths, and a seed, may be of any integers; what a call refuses is refused before the first chunk."""
     layer, x = rk.GRU(3, 4, seed=0), np.random.default_rng(0).standard_normal((20, 2, 3)).astype(np.float32)
     for dtype in (np.uint8, np.int8, np.uint64):
         lengths = np.array([3, 20], dtype)
@@ -742,6 +742,11 @@ def test_truncated_rows_end_where_those_of_a_call_do(subtests):
             layer(x, **wrong)
         with subtests.test(str(caught.value)), pytest.raises(ValueError, match=re.escape(str(caught.value))):
             next(rk.tbptt(layer, x, k1=5, **wrong))
+    with pytest.raises(ValueError, match="lengths: expected None"):
+        next(rk.tbptt(layer, x[:, 0], k1=5, lengths=[3]))
+    layer = rk.GRU(3, 4, 2, dropout=0.5, seed=0)
+    chunks = [[part for _, part, _ in rk.tbptt(layer, x, k1=10, seed=seed)] for seed in (np.uint8(255), 255)]
+    same(*chunks)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

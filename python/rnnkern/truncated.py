@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import describe, integer, refuse_sequences, resets_of_shape, row_lengths
+from .arguments import describe, integer, refuse_sequences, resets_of_shape, row_lengths, seed_or_none
 from .functional import Grads, Limits, Tape
 from .layers import Recurrent
 
@@ -87,7 +87,7 @@ def tbptt(
     if k2 % k1:
         raise ValueError(f"k2: expected a multiple of k1={k1}, got {k2}")
     refuse_sequences(x)
-    return _chunks(layer, x, state, k1, k2 // k1, lengths, resets, save, seed)
+    return _chunks(layer, x, state, k1, k2 // k1, lengths, resets, save, seed_or_none(seed))
 
 
 def _chunks(
@@ -98,8 +98,8 @@ def _chunks(
     axis = 1 if layer.batch_first and len(shape) == 3 else 0
     steps_of_all = shape[axis] if len(shape) in (2, 3) else 0
     # Look at lengths and resets whole: a part of what is too long, or of an unsigned dtype, would pass for right.
-    if lengths is not None and len(shape) == 3:
-        lengths = row_lengths(lengths, shape[axis], shape[1 - axis])
+    if lengths is not None:  # which a layer refuses with unbatched x
+        lengths = row_lengths(lengths, shape[axis], shape[1 - axis]) if len(shape) == 3 else np.asarray(lengths)
     if resets is not None and len(shape) in (2, 3):
         resets = resets_of_shape(resets, tuple(shape[:-1]))
     tapes: deque[Tape] = deque(maxlen=reach)
