@@ -9,10 +9,12 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from rnnkern import config
 from rnnkern.backends import native as native_backend
 from rnnkern.cells import CELLS
 from rnnkern.config import use_isa
@@ -118,6 +120,13 @@ def test_use_isa_ends_with_the_isa_before() -> None:
     with pytest.raises(ValueError, match="isa: expected one of"), use_isa("baseline"):
         use_isa("none").__enter__()
     assert native.isa() == before
+
+
+def test_an_old_threadpoolctl_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One before 3.2, where nothing can be registered; and a module that is of no file ends no `show_config`."""
+    monkeypatch.setitem(sys.modules, "threadpoolctl", ModuleType("threadpoolctl"))
+    config._register_with_threadpoolctl()
+    assert config.show_config("dicts")["optional"]["threadpoolctl"]
 
 
 def test_isas_end_with_one_for_all() -> None:

@@ -95,6 +95,13 @@ def _threads_now() -> str:
     return f"{wanted} wanted; {cpus} CPUs, {busy}; a long call would ask {helpers} helpers"
 
 
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # imported, and not from a file
+        return True
+
+
 _OPTIONAL = ("numba", "torch", "onnx", "rich", "matplotlib", "threadpoolctl")
 
 
@@ -133,7 +140,7 @@ def show_config(mode: str = "text") -> dict[str, Any] | None:
         "threads": num_threads(),
         "threads_now": _threads_now(),
         "backends": {name: backends.get(name).unavailable() for name in backends.backend_names()},
-        "optional": {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL},
+        "optional": {name: _is_installed(name) for name in _OPTIONAL},
     }
     if mode == "dicts":
         return config
@@ -144,9 +151,12 @@ def show_config(mode: str = "text") -> dict[str, Any] | None:
 
 def _register_with_threadpoolctl() -> None:
     """Let `threadpoolctl.threadpool_limits` see and limit the team, where threadpoolctl is installed."""
-    if native_module() is None or importlib.util.find_spec("threadpoolctl") is None:
+    try:
+        import threadpoolctl
+    except ImportError:
         return
-    import threadpoolctl
+    if native_module() is None or not hasattr(threadpoolctl, "register"):  # from threadpoolctl 3.2 on
+        return
 
     class RnnkernController(threadpoolctl.LibController):  # type: ignore[misc]
         user_api = "rnnkern"
