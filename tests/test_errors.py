@@ -315,6 +315,26 @@ def test_the_result_of_a_layer_is_no_array():
     assert head(pair).shape == (2, 2, 3)
 
 
+def test_masked_elements_are_refused(subtests):
+    """Whatever takes an array would read the values behind the mask; a mask without such elements is none."""
+    layer, x = rk.GRU(3, 3, seed=0), np.ma.masked_array(np.ones((4, 2, 3), np.float32), mask=False)
+    y, _, tape = layer.forward(x)
+    assert np.array_equal(y, layer(x.data)[0])
+    assert np.array_equal(rk.Linear(3, 2, seed=0)(x), rk.Linear(3, 2, seed=0)(x.data))
+    x[1] = np.ma.masked
+    calls = {
+        "x": (layer, layer.forward, layer.freeze(), rk.Linear(3, 2), rk.Embedding(3, 2), rk.Sequential(layer)),
+        "x_t": (layer.freeze().stream(2).step,),
+        "dy": (partial(layer.backward, tape),),
+        "target": (partial(rk.mse, y), lambda y: rk.fit(layer, [(x.data, y)], loss=rk.mse, epochs=1)),
+    }
+    for name, takers in calls.items():
+        for call in takers:
+            with subtests.test(name):
+                expected = f"{name}: expected an array without masked elements"
+                check(TypeError, expected, call, x[1] if name == "x_t" else x)
+
+
 def test_dropout_on_a_single_layer_warns_at_the_line_of_the_caller():
     """It does nothing there; the warning comes once, also from a subclass of the package."""
     for make in (rk.RNN, rk.LSTM, rk.GRU, partial(rk.Recurrent, "gru")):

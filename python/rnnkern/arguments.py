@@ -136,6 +136,11 @@ def as_array(name: str, value: object) -> Array:
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             got = f"{type(value).__name__} of {getattr(value, 'dtype', 'an unknown dtype')}"
             raise TypeError(f"{name}: expected an array on the CPU, got {got}: {error}") from error
+    if type(value) is not np.ndarray and isinstance(value, np.ndarray) and np.ma.is_masked(value):
+        raise TypeError(
+            f"{name}: expected an array without masked elements, got a masked array, whose mask nothing reads; fill "
+            "them, or leave them out by lengths or row_weights"
+        )
     if _is_result(value):
         raise TypeError(f"{name}: expected an array, got a tuple, as a layer returns it: (y, state); pass y alone")
     try:

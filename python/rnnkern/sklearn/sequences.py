@@ -90,7 +90,7 @@ def as_sequences(X: Any) -> tuple[Array, Array, list[Any] | None] | None:
     if shape is not None and len(shape) == 2 and getattr(X, "dtype", np.dtype(object)) == np.dtype(object):
         _assert_not_nested(X)
     if shape is not None and len(shape) == 3:
-        array = check_array(X, dtype=FLOATS, allow_nd=True, ensure_all_finite=False, input_name="X")
+        array = check_array(as_array("X", X), dtype=FLOATS, allow_nd=True, ensure_all_finite=False, input_name="X")
         if array.shape[1] == 0:
             raise ValueError(f"X: expected sequences of at least one step, got an array of shape {array.shape}")
         return array.reshape(-1, array.shape[2]), np.full(len(array), array.shape[1]), None
