@@ -340,6 +340,7 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
         (good, "without a configuration: make the model and give model.load_state_dict what rnnkern.load"),
         ({"model": 3} | good, "int"),
         ({"model": {"class": "os.system", "arguments": {}}} | good, "class: expected RNN, .* got 'os.system'"),
+        ({"model": np.float32(3)} | good, "invalid index"),
         ({"model": {"class": ["GRU"], "arguments": {}}} | good, "list"),
         ({"model": {"class": "GRU"}} | good, "arguments"),
         (

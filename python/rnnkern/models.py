@@ -110,7 +110,7 @@ def load_model(path: AnyPath) -> Any:
             place, _, rest = name.partition(".")
             of_piece[place][rest] = array
         return Sequential(*map(_build, described["pieces"], of_piece.values()))
-    except (TypeError, ValueError, KeyError, SyntaxError) as error:
+    except (TypeError, ValueError, LookupError, SyntaxError) as error:
         reason = f"without {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{path!s}: expected a file written by rnnkern.save_model: {reason}") from error
 
