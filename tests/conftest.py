@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported; products are small, waiting is not
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when JAX is imported; where it has a GPU it would run there
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # read with it; what is shared out among devices needs some
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # read when SciPy is imported; scikit-learn skips a check without it
 
 import gc

@@ -306,6 +306,33 @@ def test_per_example_gradients_sum_to_that_of_the_batch():
 # The other transformations
 
 
+@pytest.mark.parametrize("way", ["compiled", "python"])
+def test_on_several_devices_the_gradients_of_what_they_share_are_summed(monkeypatch, way):
+    """Rows of a batch by `shard_map`: each device has final states of its own, also where only they are used."""
+    if way == "python":
+        monkeypatch.setattr("rnnkern.jax.functions.registered", lambda: False)
+    problem = Problem("lstm", num_layers=2, lengths=True, loss="final", B=4)
+    params, x, state, rows = arguments_of(problem)
+    dstate = state_of(inputs(problem).dstate)
+    mesh = jax.make_mesh((2,), ("devices",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    whole, by_row = jax.P(), jax.P(None, "devices")
+
+    def run(params, x, state, lengths, dstate):
+        (y, final), pull = jax.vjp(lambda *given: rj.lstm(*given, lengths=lengths), params, x, state)
+        return y, final, pull((jnp.zeros_like(y), dstate))
+
+    inside = partial(jax.shard_map, run, mesh=mesh, in_specs=(whole, by_row, by_row, jax.P("devices"), by_row))
+    for call in (jax.jit, lambda function: function):
+        spread = call(inside(out_specs=(by_row, by_row, (whole, by_row, by_row))))
+        given = jax.tree.map(jnp.asarray, (params, x, state, rows["lengths"], dstate))
+        y, final, (dparams, dx, dinitial) = jax.tree.map(np.asarray, spread(*given))
+        grads = SimpleNamespace(x=dx, state=dinitial, parameters=dparams, flow=None)
+        found = {"y": y} | named_states(problem, final)
+        assert_accurate(problem, found | named_gradients(problem, grads))
+        with pytest.raises(ValueError, match="out_specs"):
+            call(inside(out_specs=(by_row, whole, (whole, by_row, by_row))))(*given)
+
+
 def test_checkpoint_scan_and_donation_change_no_bit():
     """Recomputing, looping over pieces with a carried state, and giving the state away."""
     params, x, state, _ = arguments_of(Problem("gru", T=12))
@@ -542,6 +569,10 @@ def test_a_wrong_argument_is_named_while_jax_traces(subtests):
             if isinstance(given["x"], np.ndarray):
                 with pytest.raises(error, match=message):
                     jax.jit(lambda x, given=given: rj.lstm(**given | {"x": x}))(given["x"])
+    wide = {name: jnp.asarray(array, "float64") for name, array in params.items()}
+    message = r"params\['weight_ih_l0'\]: expected float32 where jax_enable_x64 is not set, got float64"
+    with subtests.test("params of a time with float64"), jax.enable_x64(False), pytest.raises(TypeError, match=message):
+        rj.lstm(wide, x, state)
 
 
 def test_both_directions_cannot_run_in_reverse():

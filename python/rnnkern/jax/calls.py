@@ -24,7 +24,7 @@ from .. import backends
 from ..stack import Backward, Forward, Stack, State
 from .handlers import find_bytes
 
-__all__ = ["Call", "Compiled", "ThroughPython"]
+__all__ = ["Call", "Compiled", "ThroughPython", "vary_alike"]
 
 Array = NDArray[Any]
 
@@ -58,6 +58,20 @@ class Call:
 def like(array: Any) -> jax.ShapeDtypeStruct:
     """Its shape and dtype."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def vary_alike(arrays: Any, beside: Any = ()) -> Any:
+    """The arrays of a tree as they are, but varying over each axis of a `jax.shard_map` that one of all varies over.
+
+    What JAX holds for equal on all devices it takes from one of them, and what is summed over them in backward follows
+    from that: the derivative of this cast is the sum. Without its `check_vma` there is nothing to be done.
+    """
+    axes = {axis for one in jax.tree.leaves((arrays, beside)) for axis in jax.typeof(one).mat.varying}
+
+    def cast(array: Any) -> Any:
+        return jax.lax.pcast(array, tuple(sorted(axes - jax.typeof(array).mat.varying, key=str)), to="varying")
+
+    return jax.tree.map(cast, arrays) if axes else arrays
 
 
 class Compiled:
@@ -108,9 +122,8 @@ def _bytes(call: Call, x: Any) -> tuple[int, int, int]:
 
 def _handler(call: Call, name: str, results: Sequence[jax.ShapeDtypeStruct], **options: bool) -> Any:
     # Only a vmap over weights, and one over gradients, still reach this: each element is then a call of its own.
-    function = jax.ffi.ffi_call(f"rnnkern_xla_{name}", results, vmap_method="sequential")
-    return partial(
-        function,
+    function = partial(
+        jax.ffi.ffi_call(f"rnnkern_xla_{name}", results, vmap_method="sequential"),
         isa=call.isa,
         cell=call.stack.cell.name,
         sizes=np.array(_sizes(call), np.int64),
@@ -118,6 +131,12 @@ def _handler(call: Call, name: str, results: Sequence[jax.ShapeDtypeStruct], **o
         flags=np.array([call.bias, call.stack.rounds, call.stack.engines], np.int64),
         **options,
     )
+    return partial(_call, function)
+
+
+def _call(function: Any, *arguments: Any) -> Any:
+    """The results of an array function that JAX cannot look into, which vary as its arguments do."""
+    return vary_alike(function(*arguments), beside=arguments)
 
 
 def _rows(lengths: Any, resets: Any) -> tuple[Any, Any]:
@@ -139,9 +158,8 @@ class ThroughPython:
     @staticmethod
     def infer(call: Call, x: Any, state: Any, lengths: Any, resets: Any, weights: Any) -> Any:
         results = [call.output_like(x), *map(like, state)]
-        return jax.pure_callback(
-            partial(_infer, call), results, x, state, lengths, resets, weights, vmap_method="sequential"
-        )
+        function = partial(jax.pure_callback, partial(_infer, call), results, vmap_method="sequential")
+        return _call(function, x, state, lengths, resets, weights)
 
     @staticmethod
     def forward(call: Call, x: Any, state: Any, lengths: Any, resets: Any, weights: Any) -> Any:
@@ -152,8 +170,8 @@ class ThroughPython:
     def backward(call: Call, residuals: Any, dy: Any, dstate: Any) -> Any:
         x, state, *_ = residuals
         results = [*([like(x)] if call.need_x else []), *map(like, state), *call.weights_like()]
-        function = partial(_backward, call)
-        return _gradients(call, jax.pure_callback(function, results, *residuals, dy, dstate, vmap_method="sequential"))
+        function = partial(jax.pure_callback, partial(_backward, call), results, vmap_method="sequential")
+        return _gradients(call, _call(function, *residuals, dy, dstate))
 
 
 def _infer(call: Call, *arguments: Any) -> list[Any]:

@@ -218,6 +218,11 @@ def _structure(cell: Cell, params: Mapping[str, Any], reverse: bool) -> tuple[St
     gates = len(cell.gates)
     if w_ih.dtype not in (np.float32, np.float64):
         raise TypeError(f"params['weight_ih_l0']: expected float32 or float64, got {_describe(w_ih)}")
+    if w_ih.dtype != jax.dtypes.canonicalize_dtype(w_ih.dtype):
+        raise TypeError(
+            f"params['weight_ih_l0']: expected float32 where jax_enable_x64 is not set, got {_describe(w_ih)}, made "
+            f"where it was"
+        )
     if w_ih.ndim != 2 or not w_ih.size or w_ih.shape[0] % gates:
         raise ValueError(f"params['weight_ih_l0']: expected shape ({gates}*H, I), got {w_ih.shape}")
     hidden = w_ih.shape[0] // gates

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from .calls import Call, Compiled, ThroughPython
+from .calls import Call, Compiled, ThroughPython, vary_alike
 
 __all__ = ["bind"]
 
 
 def bind(call: Call, x: Any, states: Sequence[Any], rows: Sequence[Any], weights: Sequence[Any]) -> list[Any]:
     """y and the final state, where JAX traces with all it is told."""
-    results: list[Any] = _recurrent.bind(x, *states, *rows, *weights, call=call)
+    results: list[Any] = _recurrent.bind(*vary_alike([x, *states, *rows, *weights]), call=call)
     return results
 
 
