@@ -200,6 +200,9 @@ def test_demo_says_in_a_line_what_is_wrong_with_a_file(
         assert error.count("\n") == 1
     monkeypatch.setattr(reference, "unavailable", lambda: "it is switched off")
     assert "it is switched off" in error_of(capsys, quick(text, tmp_path))
+    monkeypatch.setattr(demo, "prepare", lambda _: np.empty(2**53, np.uint8))
+    assert cli.main(quick(text, tmp_path)) == 2
+    assert re.fullmatch("rnnkern: not enough memory: .* PiB .*\n", capsys.readouterr().err)
 
 
 WRONG_USAGE = [
@@ -469,7 +472,9 @@ def test_flow_draws_a_layer_that_it_trains(text: Path, tmp_path: Path, capsys: p
     assert "expected a text of the characters that the model knows (--text), got" in error
 
 
-def test_flow_reads_a_saved_layer_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flow_reads_a_saved_layer_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sizes follow from the parameters of every cell; what they leave open must be said."""
     path, out = tmp_path / "layer.npz", str(tmp_path / "p.html")
     for cell, entry in CELLS.items():
@@ -495,3 +500,7 @@ def test_flow_reads_a_saved_layer_of_ones_own(tmp_path: Path, capsys: pytest.Cap
     error = error_of(capsys, ["flow", str(path), "--cell", "lstm", "--out", out])
     assert "expected the cell gru (--cell), got lstm" in error
     assert "half-life" in flow_page(str(path), out=tmp_path / "p.html")
+    monkeypatch.setattr(flow, "prepare", None)  # so that no work is begun
+    assert f"--out: expected a file to write, got the folder {tmp_path}" in error_of(
+        capsys, ["flow", "--out", str(tmp_path)]
+    )

@@ -358,6 +358,10 @@ def test_the_recurrent_nodes_of_a_model_come_as_layers(cell):
         bridge.layers(reverse)
     with pytest.raises(ValueError, match=r"^GRU node 'rec': expected constants for W, got 'W'"):
         bridge.layers(model_of([node_of("GRU", values)], values, ["Y"]))
+    inputs = ["X", "W", "R"]
+    named, other = helper.make_node("GRU", inputs, ["Y"], name="one"), helper.make_node("GRU", inputs, ["one"])
+    with pytest.raises(ValueError, match=r"^GRU node 'one': expected a name that no other such node goes by"):
+        bridge.layers(model_of([named, other], {"X": values["X"]}, ["Y", "one"], constants))
 
 
 def test_blocks_of_quantized_values_are_spread():

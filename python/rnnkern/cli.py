@@ -49,6 +49,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("rnnkern: interrupted", file=sys.stderr)
         return 130
+    except MemoryError as error:
+        print(": ".join(filter(None, ("rnnkern: not enough memory", str(error)))), file=sys.stderr)
+        return 2
     return code
 
 
@@ -68,6 +71,13 @@ def _try_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"--out: expected a folder that can be written to, got {path}: {error.strerror}") from error
+
+
+def _try_page(path: Path) -> None:
+    """As `_try_folder`, for a file in a folder."""
+    _try_folder(path.parent)
+    if path.is_dir():
+        raise OSError(f"--out: expected a file to write, got the folder {path}")
 
 
 def add_demo(commands: Any) -> None:
@@ -139,7 +149,7 @@ def add_flow(commands: Any) -> None:
     def run(options: argparse.Namespace) -> int:
         wanted = flow.Options(**{name: value for name, value in vars(options).items() if name != "run"})
         try:
-            _try_folder(wanted.out.parent)
+            _try_page(wanted.out)
             with Terminal() as terminal:
                 flow.run(flow.prepare(wanted, terminal), wanted, terminal)
         except (OSError, ValueError, backends.BackendUnavailableError) as error:

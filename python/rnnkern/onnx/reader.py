@@ -26,12 +26,13 @@ def layers(model: Any) -> dict[str, Recurrent]:
     -------
     dict
         Layers with copies of the weights, by the names of the nodes, in the order of the graph; a node without a name
-        of its own is called by its first output.
+        of its own is called by the first of its outputs that has one.
 
     Raises
     ------
     ValueError
-        The weights of a node are no constants, or no layer computes what it does; the message names the node.
+        The weights of a node are no constants, or no layer computes what it does, or nothing is left to call it by; the
+        message names the node.
 
     Examples
     --------
@@ -43,9 +44,10 @@ def layers(model: Any) -> dict[str, Recurrent]:
     found: dict[str, Recurrent] = {}
     for node in evaluator.rt_nodes_:
         if isinstance(node, Recurrence):
-            name = node.onnx_node.name
-            if not name or name in found:
-                name = next(one for one in node.output if one)
+            called = [one for one in (node.onnx_node.name, *node.output) if one]
+            name = next((one for one in called if one not in found), None)
+            if name is None:
+                raise ValueError(f"{node.op_type} node {called[0]!r}: expected a name that no other such node goes by")
             found[name] = _layer(node, name, evaluator.rt_inits_)
     return found
 
