@@ -220,6 +220,7 @@ def from_flax(cell: str, layers: Sequence[Any]) -> dict[str, Array]:
     cell
         `"lstm"`, `"gru"`, or for a `SimpleCell` by its `activation_fn` `"rnn_tanh"`, `"rnn_relu"`, `"rnn_sigmoid"`.
         Functions do not show in parameters: other ones than these, and sigmoid and tanh in the others, are not ours.
+        Nor does the `residual=True` of a `SimpleCell`, which no cell of ours has.
     layers
         For each layer the parameters of its cell as nested mappings: of linen what `init` gives under `"params"` (for
         an `RNN` under `"cell"` there), of nnx `nnx.state(cell, nnx.Param)`. A list of two is forward and reverse.

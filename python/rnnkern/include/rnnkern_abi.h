@@ -3,8 +3,8 @@
  * The compiled module exports `rnnkern_abi`; whoever has loaded it looks that up with dlsym. Calls use as many threads
  * as Python has set, which is done on `import rnnkern`, or `rnnkern_set_num_threads(int)`; else one. Arrays are
  * C-contiguous, of one element type, shaped as in docs/conventions.md: T steps, B rows, L layers of D directions. A
- * struct that is zeroed before its fields are set stands for the defaults. examples/train_layer.c trains a layer with
- * it. */
+ * struct that is zeroed before its fields are set stands for the defaults, but for its rnnkern_arrays, which have as
+ * many elements as their stack says. examples/train_layer.c trains a layer with it. */
 #ifndef RNNKERN_ABI_H
 #define RNNKERN_ABI_H
 
@@ -31,7 +31,7 @@ typedef struct {
 
 typedef struct {
   void* const* data;
-  int64_t count;
+  int64_t count; /* as rnnkern_sizes has it, so that none is left out by mistake; also where all are null */
 } rnnkern_arrays;
 
 typedef struct {
