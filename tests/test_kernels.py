@@ -164,8 +164,7 @@ PATHS = {
         lambda v: (v.outer_rows // 33 + 1, 33, 32 * v.lanes + 9, 97 // v.gates + 1),
         # Where vectors have few lanes or the cache is small a block of backward has fewer rows than a part.
         lambda call: (
-            call.backward.block_steps * call.problem.B > call.vectors.outer_rows
-            or call.backward.block_reason == "gradients"
+            call.backward.block_steps * call.problem.B > call.vectors.outer_rows or call.backward.block_reason != "call"
         ),
         large=True,
     ),

@@ -55,6 +55,9 @@ class Parameters(Mapping[str, Array]):
     def __setitem__(self, name: str, value: object) -> None:
         raise TypeError(f"parameters: cannot exchange an array; write into it, parameters[{name!r}][...] = value")
 
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"parameters: cannot remove {name!r}, which the layer needs")
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
 
