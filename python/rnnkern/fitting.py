@@ -143,12 +143,7 @@ def fit(
     >>> min(history.validation_loss) < history.validation_loss[0] / 2
     True
     """
-    if not isinstance(model, Sequential | Recurrent):
-        raise TypeError(f"model: expected Sequential or a recurrent layer, got {describe(model)}")
-    if not callable(loss):
-        raise TypeError(f"loss: expected a function, such as rnnkern.mse, got {describe(loss)}")
-    if metrics is not None and not (isinstance(metrics, Mapping) and all(map(callable, metrics.values()))):
-        raise TypeError(f"metrics: expected a mapping of names to functions of y and target, got {describe(metrics)}")
+    _check_kinds(model, loss, metrics)
     epochs = integer("epochs", epochs, 1)
     patience = None if patience is None else integer("patience", patience, 1)
     max_norm = None if max_norm is None else positive("max_norm", max_norm)
@@ -190,6 +185,16 @@ def fit(
         if terminal is not None:
             terminal.say(str(history))
     return history
+
+
+def _check_kinds(model: Any, loss: Any, metrics: Any) -> None:
+    """Refuse what is no model, no loss or no metrics."""
+    if not isinstance(model, Sequential | Recurrent):
+        raise TypeError(f"model: expected Sequential or a recurrent layer, got {describe(model)}")
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function, such as rnnkern.mse, got {describe(loss)}")
+    if metrics is not None and not (isinstance(metrics, Mapping) and all(map(callable, metrics.values()))):
+        raise TypeError(f"metrics: expected a mapping of names to functions of y and target, got {describe(metrics)}")
 
 
 class _Mean:
