@@ -73,6 +73,8 @@ class Terminal:
             return
         try:
             print(text, end="", flush=True)
+        except UnicodeEncodeError:  # a ValueError too, and no sign that stdout is closed
+            raise
         except (OSError, ValueError):  # the latter where it is closed
             self._lost = True
 

@@ -376,7 +376,8 @@ class _Optimizer(ABC):
             if set(one) != set(parameters):
                 raise ValueError(f"grads[{index}]: expected the names {sorted(parameters)}, got {sorted(one)}")
             for name, value in parameters.items():
-                if not _is_same(value, next(held, None)):
+                old = next(held, None)
+                if value is not old and not _is_same(value, old):
                     raise ValueError(
                         f"parameters[{index}][{name!r}]: expected the array that the optimizer was given, got another: "
                         "write into that one, as in parameters[name][...] = values"
@@ -670,8 +671,8 @@ def _split(vector: Array, like: Sequence[Array]) -> Iterator[Array]:
 
 def _is_same(array: object, held: Array | None) -> bool:
     """Whether a parameter is the array that is held, or another view of the same memory."""
-    if array is held or held is None or not isinstance(array, np.ndarray):
-        return array is held
+    if held is None or not isinstance(array, np.ndarray):
+        return False
     return array.shape == held.shape and array.strides == held.strides and array.ctypes.data == held.ctypes.data
 
 
